@@ -1,0 +1,266 @@
+"""Vocabulary-parallel linear cross entropy: hidden states and unembedding in, loss sums and gradients out.
+
+The logits of one chunk of tokens exist at a time, ``[chunk, V/tp]``; the full ``[tokens, V]`` never does. Two
+collectives per chunk cross the tensor-parallel group: the maximum, then one packed sum. The softmax is computed in fp32
+(fp64 for fp64).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mtp_megatron.targets import IGNORE_INDEX
+
+CHUNK_ELEMENTS = 1 << 24
+"""Default size of one chunk's logits, in elements (64 MiB in fp32)."""
+MAX_CHUNK_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """The rows of the unembedding that this rank holds.
+
+    Attributes:
+        start: first vocabulary entry of this rank's shard.
+        rows: how many of its rows are real vocabulary entries; rows past them are padding and take no part. May be 0.
+        vocab_size: entries of the whole vocabulary, without padding.
+        group: tensor-parallel group over which the vocabulary is split; None for an unsplit one.
+    """
+
+    start: int
+    rows: int
+    vocab_size: int
+    group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of(cls, vocab_size: int, rows_per_rank: int, group: dist.ProcessGroup | None) -> VocabShard:
+        """This rank's shard when ``vocab_size`` entries are laid out ``rows_per_rank`` to a rank, the last padded."""
+        size, rank = (1, 0) if group is None else (group.size(), group.rank())
+        if rows_per_rank * size < vocab_size:
+            raise ValueError(
+                f"vocab_size={vocab_size} does not fit into {size} shards of {rows_per_rank} rows; pad the unembedding"
+            )
+        start = rank * rows_per_rank
+        rows = max(0, min(rows_per_rank, vocab_size - start))
+        return cls(start, rows, vocab_size, group if size > 1 else None)
+
+    @property
+    def size(self) -> int:
+        return 1 if self.group is None else self.group.size()
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.group is None else self.group.rank()
+
+
+@dataclass(frozen=True)
+class TokenSums:
+    """What one head made of its targets: sums over tokens, identical on every rank of the tensor-parallel group.
+
+    Attributes:
+        loss: ``[]`` sum of the negative log likelihoods of the valid targets, fp32 (fp64 for fp64 inputs).
+        correct: ``[]`` how many valid targets were the most likely entry (ties go to the lowest index), same dtype.
+        predictions: ``[tokens]`` int64 most likely entry of every position, or None when not asked for.
+    """
+
+    loss: Tensor
+    correct: Tensor
+    predictions: Tensor | None
+
+
+def chunk_tokens_for(shard: VocabShard, chunk_tokens: int | None = None) -> int:
+    """Tokens per chunk: the given number, or as many as keep a chunk's logits at about ``CHUNK_ELEMENTS``.
+
+    The same on every rank of the group, whatever its own share of an uneven vocabulary: each chunk is a collective.
+    """
+    if chunk_tokens is not None:
+        return chunk_tokens
+    rows = -(-shard.vocab_size // shard.size)
+    return max(16, min(MAX_CHUNK_TOKENS, CHUNK_ELEMENTS // max(rows, 1)))
+
+
+@torch.no_grad()
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    shard: VocabShard,
+    *,
+    grad_scale: Tensor | None = None,
+    weight_grad: Tensor | None = None,
+    chunk_tokens: int | None = None,
+    predictions: bool = False,
+) -> tuple[TokenSums, Tensor | None]:
+    """Sum over tokens of ``-log softmax(hidden @ weight.T)[target]`` and, in the same pass, its gradients.
+
+    Equals ``F.cross_entropy(hidden @ W.T, targets, ignore_index=-100, reduction="sum")`` with W the whole unembedding.
+
+    Args:
+        hidden: ``[tokens, h]``, the same on every rank of the group.
+        weight: ``[V/tp, h]``, this rank's rows.
+        targets: ``[tokens]`` int64, ``IGNORE_INDEX`` where there is none. Any other value outside the vocabulary makes
+            the loss and its gradients NaN: it cannot be refused here without a device synchronisation, and must not
+            pass for a number.
+        shard: which vocabulary entries ``weight`` holds.
+        grad_scale: scalar dL/d(loss sum). None: no gradient is computed.
+        weight_grad: ``[V/tp, h]`` buffer to which this call's dL/dweight is added; None: not wanted.
+        chunk_tokens: tokens per chunk; None: :func:`chunk_tokens_for`.
+        predictions: return the most likely entry of every position.
+
+    Returns:
+        The sums, and dL/dhidden ``[tokens, h]`` in ``hidden``'s dtype (None without ``grad_scale``). The latter is this
+        rank's part: the caller sums it over the group (all-reduce, or reduce-scatter under sequence parallelism).
+    """
+    tokens = hidden.shape[0]
+    if targets.shape != (tokens,):
+        raise ValueError(f"targets have shape {tuple(targets.shape)}, hidden states {tuple(hidden.shape)}")
+    rows = weight[: shard.rows]
+    compute = torch.promote_types(hidden.dtype, torch.float32)
+    loss = torch.zeros((), dtype=compute, device=hidden.device)
+    correct = torch.zeros_like(loss)
+    predicted = torch.empty(tokens, dtype=torch.int64, device=hidden.device) if predictions else None
+    hidden_grad = None if grad_scale is None else torch.empty_like(hidden)
+    chunk = min(chunk_tokens_for(shard, chunk_tokens), max(tokens, 1))
+    logits_buffer = hidden.new_empty(chunk, shard.rows)
+    # Where it has their type, the softmax overwrites the logits: one buffer instead of two.
+    softmax_buffer = logits_buffer if compute == hidden.dtype else torch.empty_like(logits_buffer, dtype=compute)
+    for begin in range(0, tokens, chunk):
+        part = slice(begin, min(begin + chunk, tokens))
+        x, y = hidden[part], targets[part]
+        logits = torch.mm(x, rows.t(), out=logits_buffer[: x.shape[0]])
+        valid = y != IGNORE_INDEX
+        local = y - shard.start
+        mine = valid & (local >= 0) & (local < shard.rows)
+        local = torch.where(mine, local, 0)
+        softmax, log_sum, target_logit, best = _softmax(logits, local, mine, shard, softmax_buffer[: x.shape[0]])
+        known = (y >= 0) & (y < shard.vocab_size)
+        share = torch.where(valid, torch.where(known, 1.0, torch.nan), 0.0).to(compute)
+        loss += torch.where(valid, share * (log_sum - target_logit), 0).sum()
+        correct += (valid & (best == y)).sum()
+        if predicted is not None:
+            predicted[part] = best
+        if grad_scale is None or hidden_grad is None:
+            continue
+        if shard.rows:
+            softmax.scatter_add_(1, local[:, None], -mine[:, None].to(compute))
+        # Rows are scaled in fp32 before the cast: one rounding, and an fp16 gradient never sees an unscaled value.
+        softmax.mul_((share * grad_scale.to(compute))[:, None])
+        logit_grad = softmax if compute == hidden.dtype else logits.copy_(softmax)
+        torch.mm(logit_grad, rows, out=hidden_grad[part])
+        if weight_grad is not None and shard.rows:
+            _add_outer(weight_grad[: shard.rows], logit_grad, x)
+    return TokenSums(loss, correct, predicted), hidden_grad
+
+
+def _softmax(
+    logits: Tensor, local: Tensor, mine: Tensor, shard: VocabShard, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Softmax over the whole vocabulary of one chunk of this rank's logits.
+
+    Args:
+        logits: ``[c, rows]``.
+        local: ``[c]`` the target's column here, 0 where it is not ``mine`` ``[c]``.
+        out: ``[c, rows]`` buffer for the softmax; ``logits`` itself, which it then overwrites, where the types agree.
+
+    Returns:
+        softmax ``[c, rows]`` (in ``out``), log of the sum of exponentials ``[c]``, the target's logit ``[c]`` (0 where
+        no rank holds it), and the most likely vocabulary entry ``[c]``.
+    """
+    count, rows = logits.shape
+    if rows:
+        best_logit, best = logits.max(dim=-1)
+        best_logit = best_logit.to(out.dtype)
+        target_logit = torch.where(mine, logits.gather(1, local[:, None]).squeeze(1).to(out.dtype), 0)
+        if out.dtype != logits.dtype:
+            out.copy_(logits)
+        torch.softmax(out, dim=-1, out=out)
+        # The softmax at the largest logit is 1 / (sum of exponentials over this shard, relative to that logit).
+        local_sum = out.gather(1, best[:, None]).squeeze(1).reciprocal()
+    else:  # A shard of nothing but padding takes part in the collectives all the same.
+        best_logit = out.new_full((count,), -torch.inf)
+        best = local.new_zeros(count)
+        local_sum, target_logit = out.new_zeros(count), out.new_zeros(count)
+    best = best + shard.start
+    if shard.group is None:
+        return out, best_logit + local_sum.log(), target_logit, best
+
+    top = best_logit.clone()
+    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=shard.group)
+    # One packed sum: exponentials, target logit, and a slot per rank that names its best entry if it ties for the top.
+    # The lowest rank with a filled slot wins, so that ties go to the lowest vocabulary entry as in an unsplit argmax.
+    packed = out.new_zeros(2 + shard.size, count, dtype=torch.float64)
+    share = local_sum * (best_logit - top).exp()
+    packed[0], packed[1] = share, target_logit
+    packed[2 + shard.rank] = torch.where(best_logit == top, best + 1, 0)
+    dist.all_reduce(packed, group=shard.group)
+    total = packed[0].to(out.dtype)
+    out.mul_((share / total)[:, None])
+    slots = packed[2:].to(torch.int64)
+    first = (slots > 0).to(torch.int8).argmax(dim=0)
+    best = slots.gather(0, first[None]).squeeze(0) - 1
+    return out, top + total.log(), packed[1].to(out.dtype), best
+
+
+def _add_outer(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left.T @ right`` without a temporary where the types allow it."""
+    if total.dtype == left.dtype:
+        total.addmm_(left.t(), right)
+    else:
+        total.add_(torch.mm(left.t(), right))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients are computed with the loss and only scaled in backward, so the logits are never computed twice."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, shard, chunk_tokens):  # type: ignore[no-untyped-def]
+        wants = ctx.needs_input_grad
+        grads = wants[0] or wants[1]
+        weight_grad = torch.zeros_like(weight, dtype=_gradient_dtype(weight)) if wants[1] else None
+        one = torch.ones((), device=hidden.device) if grads else None
+        sums, hidden_grad = linear_cross_entropy(
+            hidden, weight, targets, shard, grad_scale=one, weight_grad=weight_grad, chunk_tokens=chunk_tokens
+        )
+        if hidden_grad is not None and shard.group is not None:
+            dist.all_reduce(hidden_grad, group=shard.group)
+        ctx.grads = (hidden_grad if wants[0] else None, weight_grad, weight.dtype)
+        ctx.mark_non_differentiable(sums.correct)
+        return sums.loss, sums.correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+        if ctx.grads is None:
+            raise RuntimeError("backward through the linear cross entropy a second time: its gradients were freed")
+        (hidden_grad, weight_grad, dtype), ctx.grads = ctx.grads, None
+        if hidden_grad is not None:
+            hidden_grad = hidden_grad.mul_(grad)
+        if weight_grad is not None:
+            weight_grad = weight_grad.mul_(grad).to(dtype)
+        return hidden_grad, weight_grad, None, None, None
+
+
+def vocab_parallel_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    shard: VocabShard | None = None,
+    *,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Differentiable form of :func:`linear_cross_entropy` for use outside the deferred heads.
+
+    Shapes as there; ``shard`` None means that ``weight`` ``[V, h]`` is the whole unembedding. Returns the summed loss
+    ``[]`` and the number of correct predictions ``[]``. The gradient of ``hidden`` is already summed over the group.
+    """
+    shard = shard or VocabShard(0, weight.shape[0], weight.shape[0])
+    return _LinearCrossEntropy.apply(hidden, weight, targets, shard, chunk_tokens)
+
+
+def _gradient_dtype(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)

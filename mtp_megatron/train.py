@@ -1,0 +1,58 @@
+"""One rank of a training job: ``torchrun --nproc-per-node N -m mtp_megatron.train RECIPE [section.key=value ...]``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from mtp_megatron.errors import ConfigError, MTPError
+from mtp_megatron.training.recipe import Recipe
+from mtp_megatron.training.recipe_io import load_recipe
+
+EXIT_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train one rank; returns 0, or 2 after an error that the package explains."""
+    parser = argparse.ArgumentParser(prog="python -m mtp_megatron.train", description=__doc__)
+    parser.add_argument("recipe", help="YAML recipe; 'mtp-megatron train --describe' lists its keys")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    args = parser.parse_args(argv)
+    try:
+        return run_rank(load_recipe(args.recipe, args.overrides))
+    except MTPError as error:
+        _report(error)
+        return EXIT_ERROR
+
+
+def run_rank(recipe: Recipe) -> int:
+    """Train ``recipe`` as the rank that the environment names; returns 0 when done or asked to stop."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    # Both warn, on every rank, about how they use each other; nothing in it is the user's to change.
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    # Megatron's tensor parallel layers need one queue per GPU to overlap in the order of their launches.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    from mtp_megatron.training.loop import train
+
+    train(recipe)
+    return 0
+
+
+def _report(error: MTPError) -> None:
+    """Once per node where all ranks meet the same error, else from every rank that does."""
+    from mtp_megatron.training.step import TrainingDiverged
+
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    elif not isinstance(error, ConfigError | TrainingDiverged):
+        print(f"[rank {os.environ.get('RANK')}] error: {error}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
