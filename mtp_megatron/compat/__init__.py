@@ -1,0 +1,52 @@
+"""The only place that knows Megatron versions, devices and optional packages.
+
+Importing this package is cheap: torch and megatron are imported by the functions that need them.
+
+    compat.prepare()                     # before anything of megatron is used
+    compat.device(), compat.backend()    # ("cuda", local rank) and "nccl", or cpu and "gloo"
+    compat.trunk_block_spec(config)      # layers of this pipeline stage, no final norm
+    compat.layer_spec(config)            # one transformer layer, for a head
+    compat.fusions()                     # arguments of TransformerConfig: the fused kernels that this machine has
+
+`python -m mtp_megatron.compat` prints what was found on this machine and what follows from it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mtp_megatron.compat.devices import backend, device, prepare
+    from mtp_megatron.compat.kernels import fusions
+    from mtp_megatron.compat.specs import layer_spec, norm_class, trunk_block_spec
+    from mtp_megatron.compat.versions import MCORE_VERSION
+
+# name -> module that defines it, imported at first use
+_LAZY = {
+    "MCORE_VERSION": "mtp_megatron.compat.versions",
+    "backend": "mtp_megatron.compat.devices",
+    "device": "mtp_megatron.compat.devices",
+    "fusions": "mtp_megatron.compat.kernels",
+    "prepare": "mtp_megatron.compat.devices",
+    "layer_spec": "mtp_megatron.compat.specs",
+    "norm_class": "mtp_megatron.compat.specs",
+    "trunk_block_spec": "mtp_megatron.compat.specs",
+}
+
+__all__ = [
+    "MCORE_VERSION",
+    "backend",
+    "device",
+    "fusions",
+    "layer_spec",
+    "norm_class",
+    "prepare",
+    "trunk_block_spec",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)

@@ -1,0 +1,60 @@
+"""Causal attention under context parallelism without Transformer Engine, for machines that cannot have it.
+
+Megatron-core's own DotProductAttention refuses context parallelism. This one gathers keys and values of the whole
+sequence on every rank and lets each attend from its own queries: the right numbers, not the memory savings of ring
+attention.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
+
+from mtp_megatron.targets import context_positions
+
+
+class GatherContextAttention(DotProductAttention):
+    """DotProductAttention whose queries are this rank's share of the sequence and whose keys are all of it."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, pg_collection: Any = None, **kwargs: Any) -> None:
+        alone = copy.copy(config)
+        alone.context_parallel_size = 1  # upstream's constructor refuses anything else; its arithmetic does not mind
+        super().__init__(alone, *args, pg_collection=pg_collection, **kwargs)
+        group = getattr(pg_collection, "cp", None) or parallel_state.get_context_parallel_group()
+        self.context_group = group
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Shapes as upstream: query ``[s/cp, b, heads, size]``, key and value ``[s/cp, b, groups, size]``."""
+        if attention_mask is not None:
+            raise ValueError("context parallel attention on CPU is causal: pass attention_mask=None")
+        size, rank = self.context_group.size(), self.context_group.rank()
+        length = query.shape[0] * size
+        where = [context_positions(length, size, other, query.device) for other in range(size)]
+        order = torch.argsort(torch.cat(where))
+        key, value = (
+            gather_from_sequence_parallel_region(part, group=self.context_group).index_select(0, order)
+            for part in (key, value)
+        )
+        future = torch.arange(length, device=query.device)[None, :] > where[rank][:, None]
+        result: Tensor = super().forward(
+            query, key, value, future[None, None], AttnMaskType.arbitrary, attention_bias, packed_seq_params
+        )
+        return result

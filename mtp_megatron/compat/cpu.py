@@ -1,0 +1,191 @@
+"""Stand-ins for the CUDA calls that megatron-core makes unconditionally, so that it runs on a machine without a GPU.
+
+`install()` works through two tables: `TORCH` first, as importing some megatron modules already calls into `torch.cuda`,
+then `MEGATRON`, functions that megatron looks up at call time. Each row says why it is there. It also hides packages
+whose kernels need a GPU. `uninstall()` puts everything back. With a CUDA device, `install()` does nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import _device
+
+from mtp_megatron.compat import packages
+from mtp_megatron.compat.patching import Replacement, replace
+
+CPU = torch.device("cpu")
+
+
+class NullStream:
+    """A stream on a device that has none: every operation has already happened."""
+
+    def wait_stream(self, stream: object) -> None: ...
+
+    def wait_event(self, event: object) -> None: ...
+
+    def record_event(self, event: object = None) -> object:
+        return event
+
+    def synchronize(self) -> None: ...
+
+
+def _returns(value: Any) -> Callable[[Any], Callable[..., Any]]:
+    """Stand-in that ignores its arguments and returns `value`."""
+    return lambda original: lambda *args, **kwargs: value
+
+
+def _on_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a tensor constructor: a CUDA device becomes the CPU, anything else passes unchanged."""
+
+    @functools.wraps(original)
+    def construct(*args: Any, **kwargs: Any) -> Any:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)  # there is no device to copy to, and no pinned memory without one
+        return original(*args, **kwargs)
+
+    return construct
+
+
+def _itself(original: Any) -> Callable[..., Any]:
+    return lambda self, *args, **kwargs: self
+
+
+def _cuda_type_name(original: Callable[..., Any]) -> Callable[..., Any]:
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        if args or kwargs or not result.startswith("torch."):
+            return result
+        return "torch.cuda." + result.removeprefix("torch.").removeprefix("cuda.")
+
+    return type_
+
+
+def _get_state(original: Any) -> Callable[..., torch.Tensor]:
+    def get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    return get_rng_state
+
+
+def _set_state(original: Any) -> Callable[..., None]:
+    def set_rng_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        torch.set_rng_state(new_state)
+
+    return set_rng_state
+
+
+def _manual_seed(original: Any) -> Callable[[int], None]:
+    def manual_seed(seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+
+    return manual_seed
+
+
+TORCH: tuple[Replacement, ...] = (
+    Replacement("torch.cuda", "current_device", _returns(CPU), "raises; megatron passes the result on as `device=`"),
+    Replacement("torch.cuda", "synchronize", _returns(None), "raises; called around pipeline communication"),
+    Replacement("torch.cuda", "current_stream", _returns(NullStream()), "raises; 0.19 reduces gradients on it"),
+    Replacement("torch.cuda", "manual_seed", _manual_seed, "waits for CUDA to start: seeds are lost silently"),
+    Replacement(
+        "torch.cuda", "get_rng_state", _get_state, "raises; the RNG tracker and checkpoints save states with it"
+    ),
+    Replacement(
+        "torch.cuda", "set_rng_state", _set_state, "waits for CUDA to start: restored states are lost silently"
+    ),
+    Replacement("torch.Tensor", "cuda", _itself, "raises; batches and checkpoints are moved with it"),
+    Replacement("torch.nn.Module", "cuda", _itself, "raises; Megatron-LM's own loop moves models with it"),
+    Replacement(
+        "torch.Tensor", "type", _cuda_type_name, "optimizers accept parameters of type 'torch.cuda.FloatTensor'"
+    ),
+    Replacement("torch", "tensor", _on_cpu, "megatron clips and scales with device='cuda'"),
+    Replacement("torch", "zeros", _on_cpu, "megatron counts tokens and norms with device='cuda'"),
+    Replacement("torch", "ones", _on_cpu, "megatron makes causal masks with device='cuda'"),
+    Replacement("torch", "empty", _on_cpu, "fully parallel loading of checkpoints allocates with device='cuda'"),
+    Replacement("torch", "empty_like", _on_cpu, "fully parallel loading of checkpoints allocates with device='cuda'"),
+)
+
+MEGATRON: tuple[Replacement, ...] = (
+    Replacement(
+        "megatron.core.tensor_parallel.random", "_get_cuda_rng_state", _get_state, "raises inside forked RNG regions"
+    ),
+    Replacement(
+        "megatron.core.tensor_parallel.random",
+        "_set_cuda_rng_state",
+        _set_state,
+        "waits for CUDA to start: forked regions and recompute draw wrong dropout silently",
+    ),
+)
+
+_PAGED_STASH = "megatron.core.transformer.moe.ops.paged_stash"
+_RNG_LOGGER = "megatron.core.tensor_parallel.random"
+_undo: list[Callable[[], None]] = []
+
+
+def _not_about_cpu_rng(record: logging.LogRecord) -> bool:
+    # On CPU the forked state *is* the CPU state, so the tracker's warning about it says nothing.
+    return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
+
+
+def _stub_paged_stash() -> None:
+    """Megatron-core 0.19 imports triton kernels for its expert layers; CPU builds of torch have no triton."""
+    if importlib.util.find_spec("triton") is not None or _PAGED_STASH in sys.modules:
+        return
+    stub = types.ModuleType(_PAGED_STASH)
+    vars(stub).update(GLOBAL_BLOCK_SIZE=1024, paged_stash_copy_kernel=None, paged_stash_pop_kernel=None)
+    sys.modules[_PAGED_STASH] = stub
+    _undo.append(lambda: sys.modules.__delitem__(_PAGED_STASH))
+
+
+def _hide(module: str) -> None:
+    """Make `import module` fail: Megatron would prefer it to torch, and its kernels need a GPU."""
+    if packages.locate(module) is None or module in sys.modules:
+        return
+    sys.modules[module] = None  # type: ignore[assignment]  # documented: the import raises ModuleNotFoundError
+    _undo.append(lambda: sys.modules.__delitem__(module))
+
+
+def installed() -> bool:
+    """Whether the stand-ins are in place."""
+    return bool(_undo)
+
+
+def install() -> bool:
+    """Put the stand-ins in place; a second call does nothing. Returns whether they are in place."""
+    if torch.cuda.is_available():
+        return False
+    if installed():
+        return True
+    # `with torch.device(...)` knows the constructors by identity and looks them up once. That must be before they
+    # are wrapped, or who builds on the meta device later (transformers does) silently gets uninitialised tensors.
+    _device._device_constructors()
+    try:
+        for row in TORCH:
+            replace(row, _undo)
+        for module in packages.GPU_ONLY:
+            _hide(module)
+        _stub_paged_stash()
+        for row in MEGATRON:
+            replace(row, _undo)
+    except BaseException:
+        uninstall()
+        raise
+    logger = logging.getLogger(_RNG_LOGGER)
+    logger.addFilter(_not_about_cpu_rng)
+    _undo.append(lambda: logger.removeFilter(_not_about_cpu_rng))
+    return True
+
+
+def uninstall() -> None:
+    """Put every original back, in reverse order; does nothing when the shim is not installed."""
+    while _undo:
+        _undo.pop()()

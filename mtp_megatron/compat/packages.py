@@ -1,0 +1,123 @@
+"""Optional packages: what is installed, is it the right one, can this machine use it. Nothing is imported."""
+
+from __future__ import annotations
+
+import enum
+import sys
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+from mtp_megatron.compat.versions import EnvironmentUnsupported, installed_version
+
+# Megatron imports these where it can and then prefers them to torch; their kernels need a GPU.
+GPU_ONLY = ("transformer_engine", "apex", "amp_C")
+
+
+class State(enum.Enum):
+    """Whether a package can be used."""
+
+    MISSING = "missing"
+    USABLE = "usable"
+    IDLE = "installed, not used"
+    WRONG = "wrong"
+
+
+@dataclass(frozen=True)
+class Package:
+    """What was found of one optional package; `detail` says why it is in that state and what to do about it."""
+
+    name: str
+    state: State
+    version: str = ""
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return ", ".join(part for part in (self.version, self.state.value, self.detail) if part)
+
+
+def locate(name: str) -> ModuleSpec | None:
+    """Spec of a top-level module as an import would find it, without importing it and even while it is hidden."""
+    for finder in sys.meta_path:
+        spec = finder.find_spec(name, None)
+        if spec is not None:
+            return spec
+    return None
+
+
+def _has_parts(spec: ModuleSpec, *parts: str) -> bool:
+    """Whether a package's folders hold all of these subpackages."""
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    return all(any((folder / part).is_dir() for folder in folders) for part in parts)
+
+
+def _version(distribution: str) -> str:
+    found = installed_version(distribution)
+    return "" if found is None else str(found)
+
+
+def _needs_gpu(name: str, version: str, cuda: bool) -> Package:
+    if cuda:
+        return Package(name, State.USABLE, version)
+    return Package(name, State.IDLE, version, "no CUDA device")
+
+
+def apex(cuda: bool) -> Package:
+    """NVIDIA's Apex. The `apex` of PyPI is another package; that it can be imported breaks Megatron's norms."""
+    spec = locate("apex")
+    if spec is None:
+        return Package("apex", State.MISSING)
+    where = (list(spec.submodule_search_locations or ()) or [str(spec.origin)])[0]
+    if not _has_parts(spec, "multi_tensor_apply", "normalization", "optimizers"):
+        remedy = f"{where} is not NVIDIA's Apex; run: pip uninstall apex"
+        return Package("apex", State.WRONG, _version("apex"), remedy)
+    if locate("amp_C") is None:
+        remedy = f"{where} has no CUDA extensions (amp_C); build it with them, or run: pip uninstall apex"
+        return Package("apex", State.WRONG, _version("apex"), remedy)
+    return _needs_gpu("apex", _version("apex"), cuda)
+
+
+def transformer_engine(cuda: bool) -> Package:
+    """NVIDIA's Transformer Engine."""
+    spec = locate("transformer_engine")
+    if spec is None:
+        return Package("transformer-engine", State.MISSING)
+    if not _has_parts(spec, "pytorch"):
+        remedy = 'its PyTorch part is missing; run: pip install --no-build-isolation "transformer-engine[pytorch]"'
+        return Package("transformer-engine", State.WRONG, _version("transformer-engine"), remedy)
+    return _needs_gpu("transformer-engine", _version("transformer-engine"), cuda)
+
+
+def deepspeed() -> Package:
+    """DeepSpeed, which also runs on CPUs."""
+    if locate("deepspeed") is None:
+        return Package("deepspeed", State.MISSING)
+    return Package("deepspeed", State.USABLE, _version("deepspeed"))
+
+
+def require_no_wrong_package(cuda: bool) -> None:
+    """Refuse to go on where Megatron would pick up a package that cannot work.
+
+    Raises:
+        EnvironmentUnsupported: naming the package, where it lies and how to get rid of it.
+    """
+    for package in (apex(cuda), transformer_engine(cuda)):
+        if package.state is State.WRONG:
+            raise EnvironmentUnsupported(
+                f"{package.name} {package.version}".rstrip() + f" cannot be used: {package.detail}"
+            )
+
+
+def require_transformer_engine(cuda: bool) -> None:
+    """Refuse a request for Transformer Engine's layers where they cannot run.
+
+    Raises:
+        EnvironmentUnsupported: it is missing, or there is no CUDA device.
+    """
+    package = transformer_engine(cuda)
+    if package.state is not State.USABLE:
+        raise EnvironmentUnsupported(
+            f"Transformer Engine was asked for, but it is {package.state.value}"
+            + (f" ({package.detail})" if package.detail else "")
+            + ". Build the layers without it, or install it on a machine with a CUDA device."
+        )

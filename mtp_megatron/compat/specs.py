@@ -1,0 +1,78 @@
+"""Layer specs of a GPT trunk and its heads, from megatron-core's own functions that all supported versions share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mtp_megatron.compat import packages
+from mtp_megatron.compat.devices import prepare
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import ModuleSpec, TransformerConfig
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+
+def _prepare(transformer_engine: bool) -> None:
+    prepare()
+    if transformer_engine:
+        packages.require_transformer_engine(torch.cuda.is_available())
+
+
+def layer_spec(config: TransformerConfig, *, transformer_engine: bool = False) -> ModuleSpec:
+    """Spec of one dense transformer layer as the trunk has them.
+
+    Args:
+        config: decides the norm (`config.normalization`), query/key norms and latent attention.
+        transformer_engine: use Transformer Engine's modules instead of megatron-core's own.
+    """
+    _prepare(transformer_engine)
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
+
+    # Signatures of the functions for single layers differ between versions; that of the list is the same since 0.16.
+    specs: list[ModuleSpec] = get_gpt_decoder_layer_specs(
+        config, use_transformer_engine=transformer_engine, normalization=config.normalization
+    )
+    if not transformer_engine:
+        _support_context_parallelism(config, specs)
+    return specs[0]
+
+
+def trunk_block_spec(
+    config: TransformerConfig, vp_stage: int | None = None, *, transformer_engine: bool = False
+) -> TransformerBlockSubmodules:
+    """Spec of the trunk layers of this pipeline stage (and virtual stage), without a final norm: the heads own it."""
+    _prepare(transformer_engine)
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    spec: TransformerBlockSubmodules = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=transformer_engine, normalization=config.normalization, vp_stage=vp_stage
+    )
+    spec.layer_norm = None
+    if not transformer_engine:
+        _support_context_parallelism(config, spec.layer_specs)
+    return spec
+
+
+def _support_context_parallelism(config: TransformerConfig, specs: Sequence[ModuleSpec]) -> None:
+    """Megatron-core's own attention refuses context parallelism; put one in its place that does not."""
+    if config.context_parallel_size == 1:
+        return
+    from mtp_megatron.compat.context_attention import GatherContextAttention
+
+    for spec in specs:
+        spec.submodules.self_attention.submodules.core_attention = GatherContextAttention
+
+
+def norm_class(config: TransformerConfig, *, transformer_engine: bool = False) -> Any:
+    """Norm to be built as `norm_class(config)(config=config, hidden_size=h, eps=config.layernorm_epsilon)`."""
+    _prepare(transformer_engine)
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm
+    from megatron.core.models.backends import LocalSpecProvider
+
+    return LocalSpecProvider().layer_norm(rms_norm=config.normalization == "RMSNorm", for_qk=False)
