@@ -1,0 +1,10 @@
+"""From files to batches: corpus, tokenizer, Megatron's indexed data set, resumable batches.
+
+Nothing is imported here, so that a command pays only for what it uses:
+
+- :mod:`.tokenizer` (``load_tokenizer``) and :mod:`.manifest` (``load_manifest``, ``check_vocab``) need neither torch
+  nor megatron;
+- :mod:`.preprocess` (``preprocess``) writes a data set and imports megatron-core when it comes to writing;
+- :mod:`.dataset` (``build_datasets``) and :mod:`.loader` (``build_train_iterator``, ``build_valid_batches``) feed
+  training.
+"""

@@ -1,0 +1,181 @@
+"""``mtp-megatron preprocess``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from mtp_megatron.data.corpus import DEFAULT_EXTENSIONS
+from mtp_megatron.data.preprocess import PreprocessOptions, PreprocessResult, preprocess
+
+SUMMARY = "turn files and folders into a tokenizer and an indexed training set"
+
+_EPILOG = """\
+examples:
+  # the source of Python's standard library (about 12 MB), with a tokenizer of 4096 pieces trained on it
+  mtp-megatron preprocess --output data/stdlib --train-tokenizer 4096
+
+  # the same text as raw bytes (vocabulary 257)
+  mtp-megatron preprocess --output data/stdlib-bytes --tokenizer bytes
+
+  # your own code and notes, with the tokenizer of a model that you have
+  mtp-megatron preprocess ~/src ~/notes --extensions .py .md --tokenizer llama.model --workers 8 --output data/mine
+
+  # JSON lines, the text under "content"
+  mtp-megatron preprocess dump.jsonl --json-key content --train-tokenizer 32000 --output data/dump
+
+output:
+  train.bin train.idx valid.bin valid.idx   megatron-core's indexed data set, one document per file or JSON line,
+                                            each ended by the end-of-document token
+  tokenizer.model                           with a sentencepiece tokenizer
+  dataset.json                              counts, sizes, tokenizer, options
+
+The folder appears when it is complete. Running the same command again finds it up to date and does nothing.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the subcommand."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG
+    parser.add_argument(
+        "paths",
+        nargs="*",
+        type=Path,
+        metavar="PATH",
+        help="files and folders (searched recursively, hidden ones excepted); without any: the Python source of this "
+        "interpreter's standard library",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
+    tokenizer = parser.add_mutually_exclusive_group()
+    tokenizer.add_argument(
+        "--tokenizer",
+        default="bytes",
+        metavar="bytes|MODEL",
+        help="raw bytes (default) or a sentencepiece model",
+    )
+    tokenizer.add_argument(
+        "--train-tokenizer",
+        type=int,
+        metavar="V",
+        help="train a sentencepiece model with V tokens on (at most 200 MB of) the training documents: byte-pair, byte "
+        "fallback, no normalisation, lossless",
+    )
+    parser.add_argument(
+        "--valid-fraction",
+        type=float,
+        default=0.01,
+        metavar="F",
+        help="share of the documents to hold out, chosen by their content (default 0.01, at least one document)",
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="chooses which documents are held out (default 1234)")
+    parser.add_argument(
+        "--extensions",
+        nargs="+",
+        default=list(DEFAULT_EXTENSIONS),
+        metavar=".EXT",
+        help=f"files to take from folders (default {' '.join(DEFAULT_EXTENSIONS)}); a file given by name is taken",
+    )
+    parser.add_argument(
+        "--json-key", default="text", metavar="KEY", help="field of a .jsonl line that holds the text (default text)"
+    )
+    parser.add_argument("--max-documents", type=int, metavar="N", help="take only the first N documents")
+    parser.add_argument("--with-tests", action="store_true", help="without PATH: the standard library's tests too")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenize (default 1)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Preprocess and print what was made."""
+    options = PreprocessOptions(
+        output=args.output,
+        paths=tuple(args.paths),
+        tokenizer=args.tokenizer,
+        train_vocab=args.train_tokenizer,
+        valid_fraction=args.valid_fraction,
+        seed=args.seed,
+        extensions=tuple(args.extensions),
+        json_key=args.json_key,
+        max_documents=args.max_documents,
+        with_tests=args.with_tests,
+        workers=args.workers,
+        quiet=args.quiet,
+    )
+    start = time.monotonic()
+    with _sigterm_unwinds():
+        result = preprocess(options)
+    _report_rejected(result)
+    if not result.tokenizer.lossless:
+        print(
+            f"warning: {result.tokenizer.name} does not keep white space or rare characters: decoded text differs from "
+            "the original.",
+            file=sys.stderr,
+        )
+    if result.up_to_date:
+        print(f"{args.output}: already up to date")
+    elif not args.quiet:
+        print(summary_table(result))
+        print(f"wrote {args.output} in {time.monotonic() - start:.1f} s")
+    return 0
+
+
+def summary_table(result: PreprocessResult) -> str:
+    """The table of documents, tokens, bytes per token and sizes that the command prints."""
+    manifest = result.manifest
+    rows = [("split", "documents", "tokens", "text MB", "bytes/token", ".bin MB")]
+    for name, split in (("train", manifest.train), ("valid", manifest.valid)):
+        density = split.text_bytes / split.tokens
+        rows.append(
+            (
+                name,
+                f"{split.documents:,}",
+                f"{split.tokens:,}",
+                f"{split.text_bytes / 1e6:.2f}",
+                f"{density:.2f}",
+                f"{split.bin_bytes / 1e6:.2f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    lines.append(
+        f"tokenizer {manifest.tokenizer.kind}: vocabulary {manifest.vocab_size}, end of document {manifest.eod}, "
+        f"stored as {manifest.dtype}"
+    )
+    source = manifest.source
+    lines.append(f"{source.files:,} files; left out: {source.rejected} unusable, {source.empty} empty")
+    return "\n".join(lines)
+
+
+def _report_rejected(result: PreprocessResult, most: int = 10) -> None:
+    rejected = result.tally.rejected
+    for item in rejected[:most]:
+        print(f"left out: {item}", file=sys.stderr)
+    if len(rejected) > most:
+        print(f"left out: {len(rejected) - most} more, {len(rejected)} in all", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """Let SIGTERM (a scheduler's way to stop a job) end the process through ``finally`` blocks, not past them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
