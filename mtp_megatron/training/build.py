@@ -1,0 +1,220 @@
+"""From recipe to trainable model: configuration, pipeline chunks, data parallel wrappers, optimizer, schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mtp_megatron import compat
+from mtp_megatron.rope import RopeScaling
+from mtp_megatron.training.recipe import ModelSection, Recipe, padded_vocab_size
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.transformer import TransformerConfig
+
+    from mtp_megatron.model import MTPGPTModel
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """What this rank trains: its model chunks (one for each virtual stage) with optimizer and schedule."""
+
+    config: TransformerConfig
+    chunks: Sequence[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+    @property
+    def models(self) -> list[MTPGPTModel]:
+        """The chunks without their wrappers."""
+        return [unwrap(chunk) for chunk in self.chunks]
+
+    @contextmanager
+    def gathered_parameters(self) -> Iterator[None]:
+        """All parameters are whole inside, for evaluation and checkpoints.
+
+        With ``overlap_param_gather`` the shards that an optimizer step wrote are gathered by the next forward pass;
+        here they are gathered at once and the hooks that would do it rest.
+        """
+        overlapped = self.chunks[0].ddp_config.overlap_param_gather
+        if overlapped:
+            for chunk in self.chunks:
+                chunk.disable_forward_pre_hook()
+        try:
+            yield
+        finally:
+            if overlapped:
+                for chunk in self.chunks:
+                    chunk.enable_forward_pre_hook()
+
+
+def unwrap(module: Any) -> Any:
+    """The model inside data parallel and precision wrappers."""
+    while hasattr(module, "module"):
+        module = module.module
+    return module
+
+
+def transformer_config(recipe: Recipe) -> TransformerConfig:
+    """Megatron's configuration of the trunk and of the heads' layers; ``recipe`` must be resolved."""
+    compat.prepare()
+    from megatron.core.transformer import TransformerConfig
+
+    model, parallel = recipe.model, recipe.parallel
+    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    interleaved = parallel.virtual_pipeline is not None
+    recompute: dict[str, Any] = {"recompute_granularity": recipe.train.recompute}
+    if recipe.train.recompute == "full":
+        recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=model.num_trunk_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        ffn_hidden_size=model.ffn_hidden_size,
+        kv_channels=model.attention_head_size,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        attention_softmax_in_fp32=True,
+        init_method_std=model.init_method_std,
+        use_cpu_initialization=compat.device().type == "cpu",
+        bf16=recipe.train.precision == "bf16",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        autocast_dtype=dtype,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_model_parallel_layout=parallel.layout,
+        # The heads' loss is a sum over tokens; gradients are divided by the global batch's count of targets of head 1.
+        calculate_per_token_loss=True,
+        # Interleaved stages must not batch their sends and receives: with two stages the results are silently wrong.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        # Freed while gloo still reads it, the interleaved schedule's output reaches the next stage as garbage.
+        deallocate_pipeline_outputs=compat.device().type == "cuda",
+        **recompute,
+        **compat.fusions(),
+    )
+
+
+def rope_scaling(model: ModelSection) -> RopeScaling | None:
+    """How the model's rotary frequencies are lowered, None where they are not."""
+    if model.rope_scaling is None:
+        return None
+    return RopeScaling(
+        model.rope_scaling,
+        model.rope_scaling_factor,
+        model.rope_low_freq_factor,
+        model.rope_high_freq_factor,
+        model.rope_original_context,
+    )
+
+
+def build_trainable(recipe: Recipe) -> Trainable:
+    """Allocate this rank's share of the model and its optimizer; the world must be up (:mod:`.world`)."""
+    config = transformer_config(recipe)
+    models = _build_models(recipe, config)
+    return _wrap(recipe, config, models)
+
+
+def _build_models(recipe: Recipe, config: TransformerConfig) -> list[MTPGPTModel]:
+    from megatron.core import parallel_state
+
+    from mtp_megatron.model import build_model
+
+    if recipe.model.vocab_size is None:
+        raise ValueError("model.vocab_size is null: resolve the recipe with the tokenizer's vocabulary first")
+    virtual = recipe.parallel.virtual_pipeline
+    stages: Sequence[int | None] = range(virtual) if virtual else [None]
+    models = []
+    for stage in stages:
+        model = build_model(
+            config,
+            recipe.heads,
+            vocab_size=recipe.model.vocab_size,
+            padded_vocab_size=padded_vocab_size(recipe),
+            max_sequence_length=recipe.model.seq_length,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            tied_embeddings=recipe.model.tied_embeddings,
+            rotary_base=recipe.model.rotary_base,
+            rope_scaling=rope_scaling(recipe.model),
+            vp_stage=stage,
+            transformer_engine=recipe.train.transformer_engine,
+        )
+        models.append(model.to(compat.device()))
+    return models
+
+
+def _wrap(recipe: Recipe, config: TransformerConfig, models: Sequence[MTPGPTModel]) -> Trainable:
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.transformer.module import Float16Module
+
+    settings = recipe.optimizer
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=settings.distributed,
+        overlap_grad_reduce=settings.overlap_grad_reduce,
+        overlap_param_gather=settings.overlap_param_gather,
+    )
+    modules = [Float16Module(config, model) for model in models] if config.bf16 else list(models)
+    # Buckets serve the overlap; only the first chunk's reduction is exposed, as in Megatron-LM's get_model.
+    chunks = [DistributedDataParallel(config, ddp, module, disable_bucketing=i > 0) for i, module in enumerate(modules)]
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.eps,
+            clip_grad=settings.clip_grad,
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=settings.distributed,
+            overlap_param_gather=settings.overlap_param_gather,
+        ),
+        chunks,
+    )
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=settings.decay_steps,
+        lr_decay_style=settings.schedule,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=settings.decay_steps,
+        wd_incr_style="constant",
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    if settings.overlap_grad_reduce:
+        config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
+    return Trainable(config, chunks, optimizer, scheduler)

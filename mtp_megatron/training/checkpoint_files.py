@@ -1,0 +1,201 @@
+"""The files of checkpoints: names, completeness, the tracker, pruning. No tensors and no megatron here.
+
+Layout (Megatron-LM's)::
+
+    checkpoints/iter_0000100/                        one complete checkpoint, written as iter_0000100.tmp and renamed
+    checkpoints/latest_checkpointed_iteration.txt    the step of the latest one, replaced last
+
+Each checkpoint folder holds megatron-core's files, ``mtp_config.json`` (what the model is), ``files.json`` (every
+file's size, so that truncation is noticed before a load) and the tokenizer's model file if there is one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mtp_megatron.errors import CheckpointError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+CONFIG = "mtp_config.json"
+SIZES = "files.json"
+TEMPORARY_SUFFIX = ".tmp"
+_NAME = re.compile(r"iter_(\d{7,})")
+
+logger = logging.getLogger(__name__)
+
+
+def iteration_folder(checkpoints: Path, step: int) -> Path:
+    """Folder of the checkpoint taken after ``step`` optimizer steps."""
+    return checkpoints / f"iter_{step:07d}"
+
+
+def temporary_folder(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` is written before it is complete."""
+    final = iteration_folder(checkpoints, step)
+    return final.with_name(final.name + TEMPORARY_SUFFIX)
+
+
+def list_iterations(checkpoints: Path) -> dict[int, Path]:
+    """Step -> folder of every checkpoint under its final name, oldest first; says nothing about completeness."""
+    if not checkpoints.is_dir():
+        return {}
+    found = {}
+    for folder in checkpoints.iterdir():
+        match = _NAME.fullmatch(folder.name)
+        if match and folder.is_dir():
+            found[int(match.group(1))] = folder
+    return dict(sorted(found.items()))
+
+
+def prepare_temporary(checkpoints: Path, step: int) -> Path:
+    """Create the empty folder that a save writes to, and remove what interrupted saves left behind."""
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    for leftover in checkpoints.glob(f"iter_*{TEMPORARY_SUFFIX}"):
+        shutil.rmtree(leftover)
+    folder = temporary_folder(checkpoints, step)
+    folder.mkdir()
+    return folder
+
+
+def publish(checkpoints: Path, step: int) -> Path:
+    """Make a fully written temporary folder the latest checkpoint; atomic at each of its steps, the tracker last."""
+    temporary, final = temporary_folder(checkpoints, step), iteration_folder(checkpoints, step)
+    sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir()) if file.is_file()}
+    write_atomically(temporary / SIZES, json.dumps(sizes, indent=1))
+    _sync(temporary)
+    if final.exists():  # the same step saved again, for example after a damaged copy was passed over
+        shutil.rmtree(final)
+    temporary.rename(final)
+    write_atomically(checkpoints / TRACKER, str(step))
+    return final
+
+
+def prune(checkpoints: Path, keep_last: int | None) -> None:
+    """Delete the oldest checkpoints so that ``keep_last`` remain; None keeps all."""
+    if keep_last is None:
+        return
+    for folder in list(list_iterations(checkpoints).values())[:-keep_last]:
+        shutil.rmtree(folder)
+
+
+def problem_of(folder: Path) -> str | None:
+    """Why a checkpoint folder cannot be used, or None: a file of :data:`SIZES` is missing or has another size."""
+    try:
+        sizes: dict[str, int] = json.loads((folder / SIZES).read_text())
+    except FileNotFoundError:
+        return f"{SIZES} is missing: the save was not finished"
+    except json.JSONDecodeError as error:
+        return f"{SIZES} is damaged ({error})"
+    for name, size in sizes.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def latest_complete(checkpoints: Path, *, warn: bool = True) -> Path | None:
+    """Folder of the newest usable checkpoint, None if none was ever published; damaged ones are passed over, with a
+    warning.
+
+    Raises:
+        CheckpointError: there are checkpoints, and every one is damaged.
+    """
+    problems: list[str] = []
+    for folder in reversed(list_iterations(checkpoints).values()):
+        problem = problem_of(folder)
+        if problem is None:
+            for line in problems if warn else []:
+                logger.warning("checkpoint %s is passed over; continuing from %s", line, folder.name)
+            return folder
+        problems.append(f"{folder}: {problem}")
+    if problems:
+        raise CheckpointError(
+            f"no usable checkpoint: {'; '.join(problems)}. Restore one, or delete {checkpoints} to start from step 0."
+        )
+    return None
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The complete checkpoint folder meant by a run, a checkpoints folder or a checkpoint folder itself.
+
+    Raises:
+        CheckpointError: there is none, or the one named is damaged.
+    """
+    path = Path(path)
+    if _NAME.fullmatch(path.name):
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: there is no such checkpoint folder. Name an existing one, or its run.")
+        problem = problem_of(path)
+        if problem:
+            raise CheckpointError(f"{path}: {problem}. Name another checkpoint of the run.")
+        return path
+    for folder in (path / "checkpoints", path):
+        found = latest_complete(folder)
+        if found:
+            return found
+    raise CheckpointError(
+        f"{path}: no checkpoint (iter_*) in it. Give a run folder, its checkpoints folder or an iter_ folder."
+    )
+
+
+def step_of(folder: Path) -> int:
+    """Optimizer steps taken before the checkpoint in ``folder``."""
+    match = _NAME.fullmatch(folder.name)
+    if not match:
+        raise CheckpointError(f"{folder}: a checkpoint folder is named iter_ and seven digits or more.")
+    return int(match.group(1))
+
+
+def read_mtp_config(folder: Path) -> dict[str, Any]:
+    """What the model of a checkpoint is, from its ``mtp_config.json``.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    file = folder / CONFIG
+    try:
+        config: dict[str, Any] = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{file}: missing, so what the checkpoint holds is unknown. Give a folder that training wrote."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{file}: damaged ({error}). Give another checkpoint of the run.") from error
+    return config
+
+
+def differences(there: Any, here: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted fields in which two nested settings differ, as ``field: there -> here`` texts."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in [*there, *(key for key in here if key not in there)]:
+            yield from differences(there.get(key), here.get(key), f"{prefix}.{key}" if prefix else key)
+    elif there != here:
+        yield f"{prefix} is {there!r} there and {here!r} here"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file so that a reader, or a crash, meets either the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

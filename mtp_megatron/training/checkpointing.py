@@ -1,0 +1,157 @@
+"""Saving and loading a run: megatron-core's distributed checkpoints, at any TP x PP x DP (files:
+:mod:`.checkpoint_files`)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mtp_megatron import compat
+from mtp_megatron.data.manifest import Manifest
+from mtp_megatron.data.tokenizer import MODEL_FILE
+from mtp_megatron.errors import CheckpointError
+from mtp_megatron.training import checkpoint_files as files
+from mtp_megatron.training.architecture import check_architecture, model_description
+from mtp_megatron.training.build import Trainable
+from mtp_megatron.training.recipe import Recipe
+from mtp_megatron.training.rng import restore_rng_state, sharded_rng_state
+
+# The only optimizer format that megatron-core loads exactly at another TP x PP and another DP.
+_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+logger = logging.getLogger(__name__)
+
+
+def save_checkpoint(recipe: Recipe, manifest: Manifest, trainable: Trainable, checkpoints: Path, step: int) -> Path:
+    """Write model, optimizer, schedule and generators after ``step`` steps; collective over all ranks.
+
+    Everything goes to a temporary folder that is renamed when it is whole; a crash at any moment leaves the previous
+    checkpoint as it was.
+    """
+    from megatron.core import dist_checkpointing
+
+    from mtp_megatron.training.checkpoint_writer import InProcessSave
+
+    rank = dist.get_rank()
+    if rank == 0:
+        files.prepare_temporary(checkpoints, step)
+    dist.barrier()
+    temporary = files.temporary_folder(checkpoints, step)
+    with trainable.gathered_parameters():
+        state = model_state(trainable)
+        state["optimizer"] = trainable.optimizer.sharded_state_dict(state, metadata=metadata())
+    if not recipe.optimizer.distributed:
+        _add_step(state["optimizer"], step)
+    state |= {
+        "opt_param_scheduler": trainable.scheduler.state_dict(),
+        "rng_state": sharded_rng_state(),
+        "iteration": step,
+        "consumed_train_samples": step * recipe.train.global_batch_size,
+        "checkpoint_version": 3.0,
+    }
+    dist_checkpointing.save(state, str(temporary), sharded_strategy=InProcessSave(), content_metadata=dict(_SHARDING))
+    if rank == 0:
+        (temporary / files.CONFIG).write_text(json.dumps(model_description(recipe, manifest, step), indent=2))
+        if manifest.tokenizer.kind == "sentencepiece":
+            shutil.copyfile(manifest.path / MODEL_FILE, temporary / MODEL_FILE)
+        files.publish(checkpoints, step)
+        files.prune(checkpoints, recipe.run.keep_last)
+    dist.barrier()  # nobody goes on, and perhaps fails, before the checkpoint is the latest
+    return files.iteration_folder(checkpoints, step)
+
+
+def load_checkpoint(recipe: Recipe, trainable: Trainable, folder: Path) -> int:
+    """Restore everything that :func:`save_checkpoint` wrote, at this layout; returns the step. Collective.
+
+    At another TP x PP than the save's, the generators keep their fresh seeds: their states belong to the old grid. That
+    shows in dropout alone.
+
+    Raises:
+        CheckpointError: another architecture, or files that cannot be read.
+    """
+    check_architecture(folder, recipe)
+    saved = files.read_mtp_config(folder).get("parallel", {})
+    same_grid = all(saved.get(key) == getattr(recipe.parallel, key) for key in ("tensor", "pipeline"))
+    state = model_state(trainable)
+    state["optimizer"] = trainable.optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata())
+    if same_grid:
+        state["rng_state"] = sharded_rng_state()
+    loaded = read_state(state, folder)
+    put_models(trainable, loaded)
+    trainable.optimizer.load_state_dict(loaded["optimizer"])
+    trainable.scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    if same_grid:
+        restore_rng_state(loaded["rng_state"])
+    elif dist.get_rank() == 0 and max(recipe.model.hidden_dropout, recipe.model.attention_dropout) > 0:
+        logger.warning("resuming at another TP x PP: dropout draws other numbers than the original layout would have")
+    return int(loaded["iteration"])
+
+
+def _add_step(optimizer_state: dict[str, Any], step: int) -> None:
+    """Record Adam's step also where this stage trains nothing: rank 0 writes it for all, and may be such a stage."""
+    inner = optimizer_state.get("optimizer", optimizer_state)  # one level deeper where fp32 masters are kept
+    inner["state"].setdefault("common_step", torch.tensor(float(step)))
+
+
+def latest_checkpoint(checkpoints: Path) -> Path | None:
+    """The checkpoint to resume from, decided by rank 0 for all."""
+    choice: list[Any] = [files.latest_complete(checkpoints) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(choice, src=0, device=compat.device())
+    folder: Path | None = choice[0]
+    return folder
+
+
+def metadata() -> dict[str, Any]:
+    from megatron.core import parallel_state
+
+    return {**_SHARDING, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+
+
+def chunk_keys(trainable: Trainable) -> list[str]:
+    """Names of the chunks' entries, as in Megatron-LM: the tensors' own keys do not depend on them."""
+    return ["model"] if len(trainable.chunks) == 1 else [f"model{i}" for i in range(len(trainable.chunks))]
+
+
+def model_state(trainable: Trainable) -> dict[str, Any]:
+    models = zip(chunk_keys(trainable), trainable.models, strict=True)
+    return {key: model.sharded_state_dict(metadata=metadata()) for key, model in models}
+
+
+def put_models(trainable: Trainable, loaded: dict[str, Any]) -> None:
+    for key, model in zip(chunk_keys(trainable), trainable.models, strict=True):
+        model.load_state_dict(loaded[key])
+
+
+def read_state(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder))
+    except (CheckpointingException, CheckpointException, OSError, EOFError, pickle.UnpicklingError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder}: cannot be read ({error}). Name or restore another checkpoint of the run."
+        ) from error
+    return loaded
+
+
+def count_parameters(trainable: Trainable) -> int:
+    """Parameters of the whole model, embeddings included; collective."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    local = sum(
+        parameter.numel()
+        for model in trainable.models
+        for parameter in model.parameters()
+        if tensor_parallel.param_is_not_tensor_parallel_duplicate(parameter) and not getattr(parameter, "shared", False)
+    )
+    total = torch.tensor(local, dtype=torch.int64, device=compat.device())
+    dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
+    return int(total)

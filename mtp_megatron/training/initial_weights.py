@@ -1,0 +1,67 @@
+"""Initial weights from another run's checkpoint, which may have more or fewer heads than this one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mtp_megatron.training import checkpoint_files as files
+from mtp_megatron.training.architecture import check_architecture
+from mtp_megatron.training.build import Trainable
+from mtp_megatron.training.checkpointing import chunk_keys, model_state, put_models, read_state
+from mtp_megatron.training.recipe import Recipe
+
+_HEAD = re.compile(r"^(heads|unembedding_heads)\.(\d+)\.")
+
+
+def load_weights(recipe: Recipe, trainable: Trainable, folder: Path) -> None:
+    """Take the weights of a checkpoint, and nothing else, as initial weights. Collective.
+
+    Heads that the checkpoint lacks keep their fresh values or, with ``heads.new_heads=copy``, become copies of its head
+    1, the last layer of the plain next-token model (and of its unembedding, where each head has its own). Heads that
+    this model lacks are left behind.
+
+    Raises:
+        CheckpointError: another architecture, or files that cannot be read.
+    """
+    check_architecture(folder, recipe, initial=True)
+    known = int(files.read_mtp_config(folder)["heads"]["n"])
+    state = model_state(trainable)
+    for chunk in state.values():
+        for name in [name for name in chunk if is_new(name, known)]:
+            del chunk[name]
+    loaded = read_state(state, folder)
+    for key, model in zip(chunk_keys(trainable), trainable.models, strict=True):
+        whole: dict[str, Any] = {**model.state_dict(), **loaded[key]}
+        if recipe.heads.new_heads == "copy":
+            for name in [name for name in whole if is_new(name, known)]:
+                if (source := source_of(name, whole)) is not None:
+                    whole[name] = whole[source]
+        loaded[key] = whole
+    put_models(trainable, loaded)
+    trainable.optimizer.reload_model_params()  # the fp32 masters follow the model
+
+
+def is_new(name: str, known: int) -> bool:
+    """Whether parameter ``name`` belongs to a head past the first ``known`` ones."""
+    match = _HEAD.match(name)
+    if match is None:
+        return False
+    # unembedding_heads[0] belongs to head 2: head 1 uses the output layer.
+    head = int(match[2]) + (1 if match[1] == "unembedding_heads" else 0)
+    return head >= known
+
+
+def source_of(name: str, state: dict[str, Any]) -> str | None:
+    """The parameter that a new head's parameter is copied from.
+
+    None for linear and Medusa heads: head 1 has no such parameter, and a fresh one already predicts what head 1 does.
+    """
+    room, _, rest = name.split(".", 2)
+    candidates = (
+        ("output_layer." + rest, "embedding.word_embeddings." + rest)
+        if room == "unembedding_heads"
+        else ("heads.0." + rest,)
+    )
+    return next((candidate for candidate in candidates if state.get(candidate) is not None), None)

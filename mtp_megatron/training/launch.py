@@ -1,0 +1,67 @@
+"""Starting one process per rank on this machine with torchrun, and passing requests to stop on to them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+import psutil
+
+WORKER_MODULE = "mtp_megatron.train"
+_PR_SET_PDEATHSIG = 1
+
+
+def launch(arguments: Sequence[str], processes: int) -> int:
+    """Run ``python -m mtp_megatron.train ARGUMENTS`` under torchrun in ``processes`` processes; returns its exit
+    status.
+
+    A first SIGINT, SIGTERM or SIGHUP is passed on to the ranks, which save and end with status 0; a second one kills
+    them. Ranks do not get the terminal's Ctrl-C themselves: torchrun would end them before they have saved.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    job = subprocess.Popen(
+        [*command, "-m", WORKER_MODULE, *arguments],
+        env=environment,
+        start_new_session=True,
+        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+    )
+    requests = 0
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal requests
+        requests += 1
+        if requests > 1:
+            os.killpg(job.pid, signal.SIGKILL)
+            return
+        for rank in _ranks(job.pid):
+            rank.send_signal(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    former = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        return job.wait()
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _ranks(agent: int) -> list[psutil.Process]:
+    """The processes that torchrun started for the ranks."""
+    try:
+        children = psutil.Process(agent).children()
+        return [child for child in children if WORKER_MODULE in child.cmdline()]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _end_with_parent() -> None:
+    """In the child before exec: ask the kernel for SIGTERM when the launcher dies, so that no job is left without
+    one."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

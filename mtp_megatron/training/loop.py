@@ -1,0 +1,181 @@
+"""The training loop of one rank, from checked plan to final checkpoint."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch.distributed as dist
+
+from mtp_megatron import compat
+from mtp_megatron.data.dataset import build_datasets
+from mtp_megatron.data.loader import build_train_iterator, build_valid_batches, count_valid_batches
+from mtp_megatron.errors import ConfigError
+from mtp_megatron.training.batches import chunk_iterators
+from mtp_megatron.training.build import Trainable, build_trainable
+from mtp_megatron.training.checkpoint_files import latest_complete
+from mtp_megatron.training.checkpointing import (
+    count_parameters,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from mtp_megatron.training.evaluation import Evaluation, evaluate
+from mtp_megatron.training.initial_weights import load_weights
+from mtp_megatron.training.preflight import Plan, preflight
+from mtp_megatron.training.recipe import Recipe
+from mtp_megatron.training.run_folder import RunFolder
+from mtp_megatron.training.run_log import RunLog
+from mtp_megatron.training.signals import StopRequest, stop_on_signal
+from mtp_megatron.training.step import TrainingDiverged, train_step
+from mtp_megatron.training.validate import data_parallel_size, num_microbatches
+from mtp_megatron.training.world import launched_world_size, model_parallel_world
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of :func:`train` ended.
+
+    Attributes:
+        step: optimizer steps taken since the run's beginning.
+        finished: whether that is ``train.steps``; False after a request to stop.
+        evaluation: of the last step, if it was evaluated in this call.
+    """
+
+    step: int
+    finished: bool
+    evaluation: Evaluation | None
+
+
+def train(recipe: Recipe) -> Outcome:
+    """Train, or resume, a run: called by every rank of the job.
+
+    SIGTERM or SIGINT to any rank lets the current step finish, saves a checkpoint and returns.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: before anything is allocated, see :func:`.preflight.preflight`.
+        TrainingDiverged: a loss or gradient norm became NaN or infinite; names the last good checkpoint.
+    """
+    plan = preflight(recipe, launched_world_size())
+    with stop_on_signal() as stop, model_parallel_world(plan.recipe), _locked(plan.folder):
+        return _Session(plan, stop).run()
+
+
+class _Session:
+    """One rank's part of a run between its start, or resumption, and its end."""
+
+    def __init__(self, plan: Plan, stop: StopRequest) -> None:
+        self.plan, self.recipe, self.folder, self.stop = plan, plan.recipe, plan.folder, stop
+        self.num_microbatches = num_microbatches(plan.recipe, plan.world_size)
+        self.trainable: Trainable = build_trainable(plan.recipe)
+        self.origin, self.step = self._restore()
+        if dist.get_rank() == 0:
+            self.folder.write_recipe(self.recipe)
+        batch, train = self.recipe.train.global_batch_size, self.recipe.train
+        self.train_data, self.valid_data = build_datasets(
+            plan.manifest,
+            seq_length=self.recipe.train_seq_length,
+            train_samples=train.steps * batch,
+            valid_samples=train.eval_batches * batch or None,
+            seed=self.recipe.data.seed,
+        )
+
+    def run(self) -> Outcome:
+        recipe, steps = self.recipe, self.recipe.train.steps
+        evaluation = None
+        batch = recipe.train.global_batch_size
+        loader = partial(
+            build_train_iterator, self.train_data, consumed_samples=self.step * batch, workers=recipe.data.workers
+        )
+        iterators = chunk_iterators(recipe, self.plan.manifest.eod, loader)
+        with RunLog(self.folder, recipe, start_step=self.step, enabled=dist.get_rank() == 0) as log:
+            self._announce(log)
+            while self.step < steps:
+                try:
+                    figures = train_step(recipe, self.trainable, iterators, self.num_microbatches, bool(self.stop))
+                except TrainingDiverged as error:
+                    raise TrainingDiverged(f"{error}. {self._way_back()}") from error
+                self.step += 1
+                last = self.step == steps
+                log.step(self.step, figures)
+                with log.paused():
+                    if recipe.train.eval_batches and (last or _due(self.step, recipe.train.eval_interval)):
+                        evaluation = self._evaluate(log)
+                    if last or figures.stop or _due(self.step, recipe.train.save_interval):
+                        self._save()
+                if figures.stop and not last:
+                    log.message(
+                        f"asked to stop: saved step {self.step} of {steps}. The same command continues from it."
+                    )
+                    return Outcome(self.step, False, evaluation)
+            return Outcome(self.step, True, evaluation)
+
+    def _restore(self) -> tuple[str, int]:
+        """Resume the run's latest checkpoint, else take initial weights; returns what was done, and the step."""
+        latest = latest_checkpoint(self.folder.checkpoints)
+        if latest is not None:
+            return f"continuing from {latest}", load_checkpoint(self.recipe, self.trainable, latest)
+        if self.plan.initial is not None:
+            load_weights(self.recipe, self.trainable, self.plan.initial)
+            return f"initial weights from {self.plan.initial}", 0
+        return "initial weights drawn", 0
+
+    def _announce(self, log: RunLog) -> None:
+        parallel, model = self.recipe.parallel, self.recipe.model
+        copies = data_parallel_size(self.recipe, self.plan.world_size)
+        parameters = count_parameters(self.trainable)
+        log.message(
+            f"{parameters:,} parameters: {model.num_trunk_layers} trunk layers, {self.recipe.heads.n} heads, "
+            f"vocabulary {model.vocab_size}; TP {parallel.tensor} x PP {parallel.pipeline} x DP {copies} on "
+            f"{compat.device().type}, {self.recipe.train.precision}; {self.origin}; run folder {self.folder.path}"
+        )
+        if self.step >= self.recipe.train.steps:
+            log.message(f"step {self.step} was the last one: set train.steps higher to go on.")
+
+    def _evaluate(self, log: RunLog) -> Evaluation:
+        recipe = self.recipe
+        batches, batch = recipe.train.eval_batches, recipe.train.global_batch_size
+        loader = partial(build_valid_batches, self.valid_data, batches=batches)
+        iterators = chunk_iterators(recipe, self.plan.manifest.eod, loader)
+        batches = count_valid_batches(self.valid_data, global_batch_size=batch, batches=batches)
+        result = evaluate(recipe, self.trainable, iterators, batches, self.num_microbatches)
+        log.evaluation(self.step, result)
+        return result
+
+    def _save(self) -> None:
+        save_checkpoint(self.recipe, self.plan.manifest, self.trainable, self.folder.checkpoints, self.step)
+
+    def _way_back(self) -> str:
+        good = latest_complete(self.folder.checkpoints, warn=False)
+        if good is None:
+            return (
+                "No checkpoint was saved yet: start again with a lower optimizer.lr or a longer optimizer.warmup_steps."
+            )
+        return (
+            f"The last good checkpoint is {good}. Start another run from it (run.load={good} and a new run.path) with "
+            "a lower optimizer.lr, or look at the data of this step."
+        )
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+@contextmanager
+def _locked(folder: RunFolder) -> Iterator[None]:
+    """Hold the run's folder against a second job; the lock ends with this process, however it dies."""
+    if dist.get_rank() != 0:
+        yield
+        return
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with folder.lock.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                "run.path", str(folder.path), "another job is writing to it", "Wait for it to end, or choose another."
+            ) from error
+        yield

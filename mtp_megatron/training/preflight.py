@@ -1,0 +1,66 @@
+"""Every check that can be made before a process group exists or anything is allocated. Imports neither torch nor
+megatron."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mtp_megatron.data.manifest import Manifest, load_manifest
+from mtp_megatron.errors import ConfigError
+from mtp_megatron.training.architecture import check_architecture
+from mtp_megatron.training.checkpoint_files import find_checkpoint, latest_complete, read_mtp_config
+from mtp_megatron.training.recipe import Recipe
+from mtp_megatron.training.run_folder import RunFolder, check_run_folder
+from mtp_megatron.training.validate import check_recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job that passed every check.
+
+    Attributes:
+        recipe: resolved: every derived value is filled in.
+        manifest: the data.
+        folder: where the run lives.
+        initial: checkpoint folder that gives the initial weights of a new run; None: draw them.
+        world_size: ranks of the job.
+    """
+
+    recipe: Recipe
+    manifest: Manifest
+    folder: RunFolder
+    initial: Path | None
+    world_size: int
+
+
+def preflight(recipe: Recipe, world_size: int) -> Plan:
+    """Check recipe, data, run folder and named checkpoints against one another; changes nothing on disk.
+
+    Raises:
+        ConfigError: a setting that cannot work, or a run folder that belongs to something else.
+        DataError: a missing or damaged data set or tokenizer.
+        CheckpointError: a checkpoint of another architecture, or only damaged ones.
+    """
+    manifest = load_manifest(recipe.data.path)
+    recipe = check_recipe(recipe, world_size=world_size, tokenizer_vocab_size=manifest.vocab_size)
+    folder = check_run_folder(recipe)
+    resumed = latest_complete(folder.checkpoints, warn=False)
+    if resumed is not None:
+        check_architecture(resumed, recipe)
+        _check_same_data(resumed, manifest, recipe)
+        return Plan(recipe, manifest, folder, None, world_size)
+    initial = find_checkpoint(recipe.run.load) if recipe.run.load else None
+    if initial is not None:
+        check_architecture(initial, recipe, initial=True)
+    return Plan(recipe, manifest, folder, initial, world_size)
+
+
+def _check_same_data(checkpoint: Path, manifest: Manifest, recipe: Recipe) -> None:
+    if read_mtp_config(checkpoint).get("data_fingerprint") != manifest.fingerprint:
+        raise ConfigError(
+            "data.path",
+            recipe.data.path,
+            f"not the data set that the run in run.path={recipe.run.path} was trained on so far",
+            "Set data.path to that data set, or choose another run.path (with run.load to keep the weights).",
+        )

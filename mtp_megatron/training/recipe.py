@@ -1,0 +1,229 @@
+"""The training recipe: every setting with its type, default and meaning.
+
+The models are frozen and refuse unknown keys. Nothing here imports torch or megatron, so that a recipe can be checked
+and described on any machine. Reading files and overrides is :mod:`mtp_megatron.training.recipe_io`; rules that
+involve several settings, the world or the data are :mod:`mtp_megatron.training.validate`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mtp_megatron.config import HeadsConfig
+
+MIN_LR_FRACTION = 0.03  # cosine to 0.03 of the peak: Gloeckle et al. 2024, appendix on hyperparameters
+
+
+class Section(BaseModel):
+    """Base of the recipe's sections: immutable, strictly typed, without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """The trunk: a Llama-style decoder (RMSNorm, SwiGLU, rotary positions), with what Mistral and Qwen have besides."""
+
+    num_trunk_layers: int = Field(
+        default=4, ge=1, description="transformer layers of the shared trunk; each head adds one more"
+    )
+    hidden_size: int = Field(default=256, ge=1, description="width of the residual stream")
+    num_attention_heads: int = Field(default=8, ge=1, description="query heads of each attention")
+    num_query_groups: int | None = Field(
+        default=None, ge=1, description="key/value heads; null: as many as query heads"
+    )
+    ffn_hidden_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="width of SwiGLU's projections; null: 8/3 of hidden_size, rounded up to a multiple of 64",
+    )
+    seq_length: int = Field(default=256, ge=2, description="the context: the most positions that the model may see")
+    vocab_size: int | None = Field(default=None, ge=2, description="number of token ids; null: the tokenizer's")
+    vocab_padding: int = Field(
+        default=128,
+        ge=1,
+        description="pad the vocabulary to a multiple of this, in every layout, so that checkpoints reshard",
+    )
+    rotary_base: int = Field(default=10000, ge=1, description="base of the rotary position frequencies")
+    norm_epsilon: float = Field(default=1e-5, gt=0, description="added to the mean square inside RMSNorm")
+    tied_embeddings: bool = Field(default=False, description="use the input embedding as the unembedding")
+    head_size: int | None = Field(
+        default=None, ge=2, description="channels of one attention head; null: hidden_size / num_attention_heads"
+    )
+    qkv_bias: bool = Field(default=False, description="queries, keys and values have a bias (Qwen2)")
+    qk_norm: bool = Field(default=False, description="normalise each query and key over its channels (Qwen3)")
+    rope_scaling: Literal["linear", "llama3"] | None = Field(
+        default=None, description="how rotary frequencies are lowered for a longer context; null: they are not"
+    )
+    rope_scaling_factor: float = Field(default=8.0, ge=1, description="by how much low frequencies are lowered")
+    rope_low_freq_factor: float = Field(
+        default=1.0, gt=0, description="llama3: fewer turns than this in rope_original_context are lowered in full"
+    )
+    rope_high_freq_factor: float = Field(
+        default=4.0, gt=0, description="llama3: more turns than this in rope_original_context are not lowered"
+    )
+    rope_original_context: int = Field(default=8192, ge=1, description="llama3: positions before the scaling")
+    hidden_dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on each residual branch")
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on attention probabilities")
+    init_method_std: float = Field(default=0.02, gt=0, description="standard deviation of initial weights")
+
+    @property
+    def attention_head_size(self) -> int:
+        """Channels of one attention head, ``d``."""
+        return self.head_size or self.hidden_size // self.num_attention_heads
+
+
+class ParallelSection(Section):
+    """How one copy of the model is cut; data parallelism takes what is left of the world."""
+
+    tensor: int = Field(default=1, ge=1, description="tensor parallel size (TP)")
+    pipeline: int = Field(default=1, ge=1, description="pipeline stages (PP); the heads sit at the end of the last one")
+    virtual_pipeline: int | None = Field(
+        default=None, ge=2, description="model chunks per pipeline rank (interleaved 1F1B); null: one"
+    )
+    context: int = Field(
+        default=1, ge=1, description="context parallel size (CP): each rank holds a share of every sequence"
+    )
+    sequence_parallel: bool = Field(
+        default=False, description="shard norms and residuals along the sequence; needs tensor > 1"
+    )
+    layout: str | None = Field(
+        default=None,
+        description="trunk layers by stage, E embedding, t layer, L heads and loss: 'Ett|tt|L'; null: even",
+    )
+
+
+class DataSection(Section):
+    """A folder written by ``mtp-megatron preprocess``."""
+
+    path: str = Field(default="data", min_length=1, description="folder with train.bin, valid.bin and dataset.json")
+    seed: int = Field(default=1234, ge=0, description="seed of the order in which samples are drawn")
+    workers: int = Field(default=0, ge=0, description="loader processes per rank; 0: load in the training process")
+
+
+class OptimizerSection(Section):
+    """AdamW with warm-up; the defaults are the paper's."""
+
+    lr: float = Field(default=3e-4, gt=0, description="peak learning rate")
+    min_lr: float | None = Field(
+        default=None, ge=0, description=f"learning rate at the end of the decay; null: {MIN_LR_FRACTION} of lr"
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="decay after the warm-up")
+    warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up from 0 to lr")
+    decay_steps: int | None = Field(
+        default=None, ge=1, description="step at which min_lr is reached, warm-up included; null: train.steps"
+    )
+    weight_decay: float = Field(default=0.1, ge=0, description="decoupled weight decay; norms are exempt")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of Adam's first moment")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of Adam's second moment")
+    eps: float = Field(default=1e-8, gt=0, description="added to Adam's denominator")
+    clip_grad: float = Field(default=1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+    distributed: bool = Field(default=False, description="shard optimizer state over data parallel ranks (ZeRO-1)")
+    overlap_grad_reduce: bool = Field(default=False, description="reduce gradients while backward runs")
+    overlap_param_gather: bool = Field(
+        default=False, description="gather parameters while forward runs; needs distributed and overlap_grad_reduce"
+    )
+
+
+class TrainSection(Section):
+    """The loop."""
+
+    steps: int = Field(default=1000, ge=1, description="optimizer steps of the whole run")
+    micro_batch_size: int = Field(default=4, ge=1, description="sequences per microbatch and data parallel rank")
+    global_batch_size: int = Field(default=8, ge=1, description="sequences per optimizer step, over all ranks")
+    seq_length: int | None = Field(
+        default=None, ge=2, description="tokens per training sequence; null: model.seq_length"
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="type of weights and activations; masters are fp32"
+    )
+    seed: int = Field(default=1234, ge=0, description="seed of initial weights and dropout")
+    eval_interval: int = Field(default=100, ge=0, description="steps between evaluations; 0: only after the last step")
+    eval_batches: int = Field(default=4, ge=0, description="global batches per evaluation; 0: never evaluate")
+    save_interval: int = Field(default=100, ge=0, description="steps between checkpoints; 0: only after the last step")
+    log_interval: int = Field(
+        default=10, ge=1, description="steps between lines of metrics.jsonl and TensorBoard points"
+    )
+    recompute: Literal["full", "selective"] | None = Field(
+        default=None, description="recompute the trunk's activations in backward: full layers, or attention alone"
+    )
+    transformer_engine: bool = Field(default=False, description="build layers from Transformer Engine's modules")
+    timeout_minutes: float = Field(default=10.0, gt=0, description="longest wait of a collective, then the job fails")
+
+
+class RunSection(Section):
+    """Where the run lives and how it starts."""
+
+    path: str = Field(
+        default="runs/default", min_length=1, description="folder of the run: recipe, metrics, checkpoints"
+    )
+    resume: Literal["auto", "never", "must"] = Field(
+        default="auto",
+        description="auto: continue from the latest checkpoint, if any; never: refuse one; must: need one",
+    )
+    load: str | None = Field(
+        default=None,
+        description="run or checkpoint folder that gives the initial weights of a new run, and nothing else",
+    )
+    keep_last: int | None = Field(default=None, ge=1, description="checkpoints kept, the latest ones; null: all")
+    tensorboard: bool = Field(default=True, description="write TensorBoard events to the run's folder")
+
+
+class Recipe(Section):
+    """A whole training run. Each section has defaults, so ``{}`` is a valid recipe for a folder ``data``."""
+
+    model: ModelSection = Field(default_factory=ModelSection, description="the trunk")
+    heads: HeadsConfig = Field(default_factory=HeadsConfig.parse, description="the future-token heads")
+    parallel: ParallelSection = Field(default_factory=ParallelSection, description="how the model is cut")
+    data: DataSection = Field(default_factory=DataSection, description="what is read")
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="optimizer and schedule")
+    train: TrainSection = Field(default_factory=TrainSection, description="the loop")
+    run: RunSection = Field(default_factory=RunSection, description="the run's folder")
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model: TP x PP x CP."""
+        return self.parallel.tensor * self.parallel.pipeline * self.parallel.context
+
+    @property
+    def train_seq_length(self) -> int:
+        """Tokens of one training sequence, ``s``."""
+        return self.train.seq_length or self.model.seq_length
+
+    def resolved(self, *, vocab_size: int | None = None) -> Recipe:
+        """This recipe with every derived default filled in (null only where it means "off").
+
+        Args:
+            vocab_size: the tokenizer's vocabulary, used where ``model.vocab_size`` is null.
+        """
+        model, optimizer = self.model, self.optimizer
+        lr_floor = MIN_LR_FRACTION * optimizer.lr if optimizer.min_lr is None else optimizer.min_lr
+        ffn = model.ffn_hidden_size or -(-8 * model.hidden_size // (3 * 64)) * 64
+        return self.model_copy(
+            update={
+                "model": model.model_copy(
+                    update={
+                        "num_query_groups": model.num_query_groups or model.num_attention_heads,
+                        "ffn_hidden_size": ffn,
+                        "vocab_size": model.vocab_size or vocab_size,
+                    }
+                ),
+                "optimizer": optimizer.model_copy(
+                    update={"min_lr": lr_floor, "decay_steps": optimizer.decay_steps or self.train.steps}
+                ),
+                "train": self.train.model_copy(update={"seq_length": self.train_seq_length}),
+            }
+        )
+
+
+def padded_vocab_size(recipe: Recipe) -> int:
+    """The rows of the embedding, ``Vpad``: the vocabulary rounded up to a multiple of ``model.vocab_padding``.
+
+    Raises:
+        ValueError: the vocabulary is still null; resolve the recipe with the tokenizer's first.
+    """
+    if recipe.model.vocab_size is None:
+        raise ValueError("model.vocab_size is null: resolve the recipe with the tokenizer's vocabulary first")
+    multiple = recipe.model.vocab_padding
+    return -(-recipe.model.vocab_size // multiple) * multiple

@@ -1,0 +1,115 @@
+"""The run's folder: which files it holds, and whether a recipe may use it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtp_megatron.errors import ConfigError
+from mtp_megatron.training.checkpoint_files import differences, latest_complete, list_iterations, write_atomically
+from mtp_megatron.training.recipe import Recipe
+from mtp_megatron.training.recipe_io import dump_recipe, load_recipe
+
+LOCK = ".lock"
+# What may change between the start of a run and its resumption: how it is cut, how long it is, what is reported.
+FREE_KEYS = frozenset(
+    {
+        *("parallel", "run"),
+        *("heads.execution", "heads.loss_chunk_tokens", "heads.new_heads", "data.path", "data.workers"),
+        *("optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather"),
+        *(f"train.{key}" for key in ("steps", "micro_batch_size", "eval_interval", "eval_batches", "save_interval")),
+        *(f"train.{key}" for key in ("log_interval", "recompute", "timeout_minutes", "transformer_engine")),
+    }
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside one run's folder."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / LOCK
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Record the resolved recipe of the run."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.recipe, dump_recipe(recipe))
+
+
+def check_run_folder(recipe: Recipe) -> RunFolder:
+    """Refuse a folder that belongs to something else; changes nothing on disk.
+
+    Args:
+        recipe: the resolved recipe.
+
+    Raises:
+        ConfigError: ``run.path`` is no folder, holds foreign files or another run, or ``run.resume`` rules it out.
+        CheckpointError: it holds checkpoints of this run, all of them damaged.
+    """
+    folder = RunFolder(Path(recipe.run.path))
+    if folder.path.exists() and not folder.path.is_dir():
+        raise ConfigError("run.path", recipe.run.path, "it is a file", "Choose a folder.")
+    if not folder.recipe.is_file():
+        entries = sorted(entry.name for entry in folder.path.iterdir()) if folder.path.is_dir() else []
+        strangers = [name for name in entries if name != LOCK][:3]
+        if strangers:
+            raise ConfigError(
+                "run.path",
+                recipe.run.path,
+                f"it holds files that are no run's ({', '.join(strangers)})",
+                "Choose a new or empty folder.",
+            )
+        if recipe.run.resume == "must":
+            raise ConfigError(
+                "run.resume", "must", f"run.path={recipe.run.path} holds no run", "Set run.path to a run."
+            )
+        return folder
+    changes = list(differences(_identity(load_recipe(folder.recipe)), _identity(recipe)))
+    if changes:
+        raise ConfigError(
+            "run.path",
+            recipe.run.path,
+            f"it holds another run ({'; '.join(changes)})",
+            "Choose another run.path (with run.load to start from that run's weights), or restore these values.",
+        )
+    saved = list_iterations(folder.checkpoints)
+    if recipe.run.resume == "never" and saved:
+        raise ConfigError(
+            "run.resume",
+            "never",
+            f"run.path={recipe.run.path} holds this run at step {max(saved)}",
+            "Set run.resume to auto to continue it, or choose another run.path.",
+        )
+    if latest_complete(folder.checkpoints, warn=False) is None and recipe.run.resume == "must":
+        raise ConfigError("run.resume", "must", f"{folder.checkpoints} holds no checkpoint", "Set run.resume to auto.")
+    return folder
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    """What makes a run this run: the recipe without :data:`FREE_KEYS`."""
+    tree = recipe.model_dump(mode="json")
+    kept: dict[str, Any] = {}
+    for section, values in tree.items():
+        if section not in FREE_KEYS:
+            kept[section] = {key: value for key, value in values.items() if f"{section}.{key}" not in FREE_KEYS}
+    return kept

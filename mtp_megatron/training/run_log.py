@@ -1,0 +1,173 @@
+"""What rank 0 writes for people and programs: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from mtp_megatron.training.evaluation import Evaluation
+from mtp_megatron.training.recipe import Recipe
+from mtp_megatron.training.run_folder import RunFolder
+from mtp_megatron.training.step import StepFigures
+
+
+class RunLog:
+    """Writes the figures of a run. On ranks other than 0 every method does nothing."""
+
+    def __init__(self, folder: RunFolder, recipe: Recipe, *, start_step: int, enabled: bool) -> None:
+        """Open the files for a run that continues after ``start_step``, dropping later entries."""
+        self._recipe, self._enabled = recipe, enabled
+        self._tokens_per_step = recipe.train.global_batch_size * recipe.train_seq_length
+        self._bar: tqdm[Any] | None = None
+        self._tensorboard: Any = None
+        if not enabled:
+            return
+        drop_later_lines(folder.metrics, start_step)
+        self._metrics = folder.metrics.open("a", encoding="utf-8")
+        if recipe.run.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # seconds to import, so only where it is used
+
+            self._tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=start_step + 1)
+        # A terminal that says it has no lines, as containers' often do, would show no bar: it gets plain lines.
+        if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines:
+            self._bar = tqdm(total=recipe.train.steps, initial=start_step, unit="step", dynamic_ncols=True)
+        self._last_time, self._last_step, self._paused = time.perf_counter(), start_step, 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._enabled:
+            return
+        self._metrics.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._bar is not None:
+            self._bar.close()
+
+    def message(self, text: str) -> None:
+        """A line for the person who watches."""
+        if self._enabled:
+            tqdm.write(text, file=sys.stderr)
+
+    def step(self, step: int, figures: StepFigures) -> None:
+        """Called after every step; writes at every ``train.log_interval`` and at the last one."""
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.update()
+        if step % self._recipe.train.log_interval and step != self._recipe.train.steps and not figures.stop:
+            return
+        now = time.perf_counter()
+        speed = (step - self._last_step) * self._tokens_per_step / max(now - self._last_time - self._paused, 1e-9)
+        self._last_time, self._last_step, self._paused = now, step, 0.0
+        self._line(
+            kind="train",
+            step=step,
+            loss=figures.loss,
+            head_loss=figures.head_loss,
+            head_accuracy=figures.head_accuracy,
+            grad_norm=figures.grad_norm,
+            lr=figures.lr,
+            tokens_per_second=round(speed, 1),
+            tokens=step * self._tokens_per_step,
+        )
+        scalars = {"train/loss": figures.loss, "train/grad_norm": figures.grad_norm, "train/lr": figures.lr}
+        self._scalars(step, scalars | {"train/tokens_per_second": speed})
+        self._per_head(step, "train", figures.head_loss, figures.head_accuracy)
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{figures.loss:.3f}", head1=f"{figures.head_loss[0]:.3f}", tok_s=f"{speed:.0f}")
+        else:
+            heads = " ".join(f"{value:.3f}" for value in figures.head_loss)
+            self.message(
+                f"step {step}/{self._recipe.train.steps}  loss {figures.loss:.4f}  heads {heads}  "
+                f"grad norm {figures.grad_norm:.3f}  lr {figures.lr:.2e}  {speed:.0f} tokens/s"
+            )
+
+    def evaluation(self, step: int, result: Evaluation) -> None:
+        """Figures of the held-out split after ``step``."""
+        if not self._enabled:
+            return
+        self._line(
+            kind="valid",
+            step=step,
+            loss=result.loss,
+            head_loss=result.head_loss,
+            head_accuracy=result.head_accuracy,
+            tokens_per_forward=result.tokens_per_forward,
+        )
+        self._scalars(step, {"valid/loss": result.loss, "valid/tokens_per_forward": result.tokens_per_forward})
+        self._per_head(step, "valid", result.head_loss, result.head_accuracy)
+        heads = " ".join(f"{value:.3f}" for value in result.head_loss)
+        accuracy = " ".join(f"{100 * value:.1f}%" for value in result.head_accuracy)
+        self.message(
+            f"step {step}  validation: heads {heads}  accuracy {accuracy}  "
+            f"tokens per forward {result.tokens_per_forward:.2f}"
+        )
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Evaluation and saves are not training time: leave them out of tokens per second."""
+        start = time.perf_counter()
+        yield
+        if self._enabled:
+            self._paused += time.perf_counter() - start
+
+    def _line(self, **record: Any) -> None:
+        json.dump(_without_nan(record), self._metrics)
+        self._metrics.write("\n")
+        self._metrics.flush()
+
+    def _scalars(self, step: int, values: dict[str, float]) -> None:
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+
+    def _per_head(self, step: int, split: str, losses: Sequence[float], accuracies: Sequence[float]) -> None:
+        for name, values in (("loss", losses), ("accuracy", accuracies)):
+            self._scalars(step, {f"{split}_{name}/head_{i + 1}": value for i, value in enumerate(values)})
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl in order; a last line that a crash cut short is left out."""
+    records = []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number != len(lines) - 1:
+                raise
+    return records
+
+
+def drop_later_lines(path: Path, step: int) -> None:
+    """Keep only records up to ``step``, so that a resumed run has each step once."""
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN has no place in JSON: null instead."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return value

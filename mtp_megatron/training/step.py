@@ -1,0 +1,180 @@
+"""One optimizer step on megatron-core's schedules, and the figures of it that every rank agrees on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mtp_megatron import compat
+from mtp_megatron.errors import MTPError
+from mtp_megatron.metrics import per_token
+from mtp_megatron.training.batches import Microbatch
+from mtp_megatron.training.build import Trainable
+from mtp_megatron.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from mtp_megatron.sequential import HeadReport
+
+BatchIterator = Iterator[Microbatch] | None  # None on stages that read no data
+
+
+class TrainingDiverged(MTPError):
+    """A loss or gradient norm that is no finite number: the weights of this step are lost, the checkpoints are not."""
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What one step (or one evaluation) came to, over the whole global batch; equal on every rank.
+
+    Attributes:
+        loss: the objective, the weighted sum over heads of their loss sums divided by head 1's count of targets (nats).
+        head_loss: mean negative log likelihood of each head over its own targets (nats).
+        head_accuracy: share of each head's targets that were its most likely token.
+        tokens: targets of head 1.
+        grad_norm: global gradient norm before clipping; NaN in evaluation.
+        lr: learning rate of the step; NaN in evaluation.
+        stop: whether any rank was asked to stop.
+    """
+
+    loss: float
+    head_loss: list[float]
+    head_accuracy: list[float]
+    tokens: int
+    grad_norm: float = math.nan
+    lr: float = math.nan
+    stop: bool = False
+
+
+def train_step(
+    recipe: Recipe,
+    trainable: Trainable,
+    iterators: Sequence[BatchIterator],
+    num_microbatches: int,
+    stop_requested: bool,
+) -> StepFigures:
+    """Forward and backward over one global batch, then the optimizer.
+
+    Args:
+        iterators: one for each model chunk of this rank.
+        num_microbatches: per data parallel rank.
+        stop_requested: whether this rank was asked to stop; the figures say whether any rank was.
+
+    Raises:
+        TrainingDiverged: on every rank, for a loss or gradient norm that is NaN or infinite.
+    """
+    step = trainable.scheduler.num_steps
+    weights = recipe.heads.weights_at(step)
+    for chunk, model in zip(trainable.chunks, trainable.models, strict=True):
+        chunk.zero_grad_buffer()
+        if model.post_process:
+            model.set_head_weights(weights)
+    trainable.optimizer.zero_grad()
+    reports: list[HeadReport] = run_schedule(
+        recipe, trainable, iterators, num_microbatches, loss_func=training_loss, forward_only=False
+    )
+    # Only now do the reports hold numbers: the heads ran inside the backward passes.
+    local = [torch.cat([r.loss_sum, r.correct, r.tokens, r.normalizer[None]]) for r in reports]
+    sums = sum_over_world(local, 3 * recipe.heads.n + 1, stop_requested)
+    figures = _figures(sums, weights)
+    _require_finite(
+        step + 1, [("loss of head", i + 1, value) for i, value in enumerate(figures.head_loss) if weights[i]]
+    )
+    # Before the optimizer, so that the first step trains at lr/warmup_steps and the last of the decay at min_lr.
+    trainable.scheduler.step(increment=1)
+    updated, grad_norm, _ = trainable.optimizer.step()
+    grad_norm = float(grad_norm) if grad_norm is not None else math.nan
+    if not updated:  # megatron-core's found_inf, which only a loss scaler sets
+        grad_norm = math.inf
+    _require_finite(step + 1, [("gradient norm", None, grad_norm)])
+    return StepFigures(
+        figures.loss,
+        figures.head_loss,
+        figures.head_accuracy,
+        figures.tokens,
+        grad_norm=grad_norm,
+        lr=trainable.scheduler.get_lr({}),  # not the optimizer's: a stage that trains nothing has no parameter groups
+        stop=sums[-1] > 0,
+    )
+
+
+def run_schedule(
+    recipe: Recipe,
+    trainable: Trainable,
+    iterators: Sequence[BatchIterator],
+    num_microbatches: int,
+    *,
+    loss_func: Callable[..., tuple[Tensor, Tensor, Any]],
+    forward_only: bool,
+) -> list[Any]:
+    """Run one global batch through megatron-core's schedule; returns the third results of ``loss_func``, last stage
+    only."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    def forward_step(iterator: BatchIterator, model: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
+        batch = next(iterator) if iterator is not None else Microbatch()
+        output = model(batch.tokens, batch.position_ids, None, labels=batch.targets)
+        return output, partial(loss_func, batch)
+
+    several = len(trainable.chunks) > 1
+    results: list[Any] = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=list(iterators) if several else iterators[0],
+        model=list(trainable.chunks) if several else trainable.chunks[0],
+        num_microbatches=num_microbatches,
+        seq_length=recipe.train_seq_length,
+        micro_batch_size=recipe.train.micro_batch_size,
+        forward_only=forward_only,
+    )
+    return results
+
+
+def training_loss(batch: Microbatch, output: tuple[Tensor, HeadReport]) -> tuple[Tensor, Tensor, HeadReport]:
+    """Loss sum, its count of tokens, and the report (which fills during backward)."""
+    loss, report = output
+    # The schedule scales the loss in place: it must not be the autograd function's own output.
+    return loss.clone(), report.normalizer.to(torch.int), report
+
+
+def sum_over_world(local: Sequence[Tensor], width: int, flag: bool = False) -> list[float]:
+    """Sum the last stage's vectors over microbatches and data parallel ranks, and tell every rank; one collective.
+
+    Args:
+        local: vectors ``[width]`` of this rank's microbatches; empty on other stages.
+        width: their length.
+        flag: a question of this rank; the answer "did any rank say yes" comes back as the last element, > 0 for yes.
+    """
+    from megatron.core import parallel_state
+
+    total = torch.zeros(width + 1, dtype=torch.float64, device=compat.device())
+    if local and parallel_state.get_tensor_model_parallel_rank() == 0:  # tensor parallel ranks hold copies
+        total[:width] = torch.stack([vector.to(torch.float64) for vector in local]).sum(dim=0)
+    total[width] = float(flag)
+    dist.all_reduce(total)
+    result: list[float] = total.tolist()
+    return result
+
+
+def _figures(sums: Sequence[float], weights: Sequence[float]) -> StepFigures:
+    n = len(weights)
+    losses, correct, tokens = sums[:n], sums[n : 2 * n], sums[2 * n : 3 * n]
+    total = sum(weight * loss for weight, loss in zip(weights, losses, strict=True) if weight)
+    return StepFigures(
+        loss=per_token([total], [sums[3 * n]])[0],
+        head_loss=per_token(losses, tokens),
+        head_accuracy=per_token(correct, tokens),
+        tokens=int(sums[3 * n]),
+    )
+
+
+def _require_finite(step: int, values: Sequence[tuple[str, int | None, float]]) -> None:
+    for name, head, value in values:
+        if not math.isfinite(value):
+            what = name if head is None else f"{name} {head}"
+            raise TrainingDiverged(f"step {step}: the {what} is {value}")

@@ -1,0 +1,245 @@
+"""Rules that involve several settings, the world or the data: checked before anything is allocated or started."""
+
+from __future__ import annotations
+
+from mtp_megatron.errors import ConfigError
+from mtp_megatron.training.recipe import Recipe, padded_vocab_size
+
+
+def check_recipe(recipe: Recipe, *, world_size: int, tokenizer_vocab_size: int) -> Recipe:
+    """Check a recipe against itself, the number of ranks and the tokenizer.
+
+    Args:
+        recipe: as read.
+        world_size: ranks of the job.
+        tokenizer_vocab_size: ids that the data may hold.
+
+    Returns:
+        The recipe with every derived value filled in (:meth:`Recipe.resolved`).
+
+    Raises:
+        ConfigError: names the first field that cannot work, its value and the remedy.
+    """
+    _check_vocabulary(recipe, tokenizer_vocab_size)
+    recipe = recipe.resolved(vocab_size=tokenizer_vocab_size)
+    _check_shapes(recipe)
+    _check_tensor_parallel(recipe)
+    _check_layout(recipe)
+    _check_batches(recipe, world_size)
+    _check_schedule(recipe)
+    _check_frozen_stages(recipe)
+    return recipe
+
+
+def data_parallel_size(recipe: Recipe, world_size: int) -> int:
+    """Copies of the model in a job of ``world_size`` ranks.
+
+    Raises:
+        ConfigError: the ranks cannot be divided into whole copies.
+    """
+    size = recipe.model_parallel_size
+    if world_size % size:
+        parallel = recipe.parallel
+        parts = f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline}"
+        if parallel.context > 1:
+            parts += f" x parallel.context={parallel.context}"
+        raise ConfigError(
+            "world size",
+            world_size,
+            f"one copy of the model takes {parts} = {size} ranks",
+            f"Start a multiple of {size} ranks.",
+        )
+    return world_size // size
+
+
+def num_microbatches(recipe: Recipe, world_size: int) -> int:
+    """Microbatches per optimizer step and data parallel rank (checked by :func:`check_recipe`)."""
+    return recipe.train.global_batch_size // (recipe.train.micro_batch_size * data_parallel_size(recipe, world_size))
+
+
+def _check_vocabulary(recipe: Recipe, tokenizer_vocab_size: int) -> None:
+    size = recipe.model.vocab_size
+    if size is not None and size < tokenizer_vocab_size:
+        raise ConfigError(
+            "model.vocab_size",
+            size,
+            f"the tokenizer of data.path={recipe.data.path} has {tokenizer_vocab_size} ids",
+            f"Set it to null or to at least {tokenizer_vocab_size}.",
+        )
+
+
+def _check_shapes(recipe: Recipe) -> None:
+    model, length = recipe.model, recipe.train_seq_length
+    groups = model.num_query_groups or model.num_attention_heads
+    if model.head_size is None:
+        _divides("model.num_attention_heads", model.num_attention_heads, "model.hidden_size", model.hidden_size)
+    _divides("model.num_query_groups", groups, "model.num_attention_heads", model.num_attention_heads)
+    width = model.attention_head_size
+    if model.head_size is not None and width % 2:
+        raise ConfigError("model.head_size", width, "rotary positions turn pairs of channels", "Choose an even size.")
+    if width % 2:
+        raise ConfigError(
+            "model.num_attention_heads",
+            model.num_attention_heads,
+            f"each head is {width} wide, and rotary positions turn pairs of channels",
+            "Choose hidden_size and num_attention_heads with an even quotient.",
+        )
+    if model.rope_scaling == "llama3" and model.rope_low_freq_factor >= model.rope_high_freq_factor:
+        raise ConfigError(
+            "model.rope_low_freq_factor",
+            model.rope_low_freq_factor,
+            f"not below model.rope_high_freq_factor={model.rope_high_freq_factor}",
+            "Choose a lower one, as the model's makers did (Llama 3: 1 and 4).",
+        )
+    if length > model.seq_length:
+        raise ConfigError(
+            "train.seq_length",
+            length,
+            f"longer than the model's context, model.seq_length={model.seq_length}",
+            f"Set train.seq_length to at most {model.seq_length}, or raise model.seq_length.",
+        )
+    if recipe.heads.n > length:
+        raise ConfigError(
+            "heads.n",
+            recipe.heads.n,
+            f"sequences of {length} tokens hold no target that far ahead",
+            f"Set it to <= {length}.",
+        )
+
+
+def _check_tensor_parallel(recipe: Recipe) -> None:
+    model, parallel = recipe.model, recipe.parallel
+    tensor = parallel.tensor
+    chunks = 2 * parallel.context
+    if parallel.context > 1 and recipe.train_seq_length % chunks:
+        raise ConfigError(
+            "parallel.context",
+            parallel.context,
+            f"a rank takes two of {chunks} equal chunks of a sequence, and train.seq_length={recipe.train_seq_length}",
+            f"Make train.seq_length a multiple of {chunks}.",
+        )
+    for name, size in (
+        ("model.num_attention_heads", model.num_attention_heads),
+        ("model.num_query_groups", model.num_query_groups or model.num_attention_heads),
+        ("model.ffn_hidden_size", model.ffn_hidden_size or 0),
+        ("padded vocabulary", padded_vocab_size(recipe)),
+    ):
+        _divides("parallel.tensor", tensor, name, size)
+    if parallel.sequence_parallel:
+        if tensor == 1:
+            raise ConfigError(
+                "parallel.sequence_parallel",
+                True,
+                "it shards over parallel.tensor, which is 1",
+                "Set it to false.",
+            )
+        share = recipe.train_seq_length // parallel.context
+        _divides("parallel.tensor", tensor, "train.seq_length", share, " under sequence_parallel")
+
+
+def _check_layout(recipe: Recipe) -> None:
+    layers, parallel = recipe.model.num_trunk_layers, recipe.parallel
+    stages, chunks = parallel.pipeline, parallel.virtual_pipeline or 1
+    if chunks > 1 and stages == 1:
+        raise ConfigError(
+            "parallel.virtual_pipeline", chunks, "it interleaves pipeline stages, and there is one", "Set it to null."
+        )
+    if parallel.layout is not None:
+        _check_explicit_layout(parallel.layout, layers, stages, parallel.virtual_pipeline)
+    elif layers % (stages * chunks):
+        cut = f"{stages} stages" + (f" of {chunks} chunks" if chunks > 1 else "")
+        raise ConfigError(
+            "model.num_trunk_layers",
+            layers,
+            f"it does not divide into {cut}",
+            f"Choose a multiple of {stages * chunks}, or give parallel.layout.",
+        )
+
+
+def _check_explicit_layout(layout: str, layers: int, stages: int, chunks: int | None) -> None:
+    # Only an explicit layout is worth the seconds that importing megatron takes here.
+    from mtp_megatron import compat
+
+    compat.prepare()
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    def refuse(problem: str) -> ConfigError:
+        return ConfigError(
+            "parallel.layout",
+            layout,
+            problem,
+            f"Name one E, {layers} t and one L, stages cut by '|': 'Ett|tt|L' is 4 layers on 3 stages.",
+        )
+
+    try:
+        parsed = PipelineParallelLayerLayout(layout, stages)
+        parsed.validate_layer_layout(layers, None)
+    except (AssertionError, KeyError, ValueError, NotImplementedError) as error:  # upstream's checks are asserts
+        raise refuse(str(error)) from error
+    if parsed.virtual_pipeline_model_parallel_size != (chunks or 1):
+        raise refuse(
+            f"it names {parsed.virtual_pipeline_model_parallel_size * stages} chunks, but parallel.pipeline={stages} "
+            f"and parallel.virtual_pipeline={chunks} make {stages * (chunks or 1)}"
+        )
+
+
+def _check_batches(recipe: Recipe, world_size: int) -> None:
+    train, parallel = recipe.train, recipe.parallel
+    copies = data_parallel_size(recipe, world_size)
+    unit = train.micro_batch_size * copies
+    if train.global_batch_size % unit:
+        raise ConfigError(
+            "train.global_batch_size",
+            train.global_batch_size,
+            f"{copies} data parallel ranks take microbatches of train.micro_batch_size={train.micro_batch_size}",
+            f"Set it to a multiple of {unit}.",
+        )
+    microbatches = train.global_batch_size // unit
+    if parallel.virtual_pipeline and microbatches % parallel.pipeline:
+        raise ConfigError(
+            "train.global_batch_size",
+            train.global_batch_size,
+            f"{microbatches} microbatches, and the interleaved schedule takes {parallel.pipeline} at a time",
+            f"Set it to a multiple of {unit * parallel.pipeline}.",
+        )
+
+
+def _check_schedule(recipe: Recipe) -> None:
+    optimizer = recipe.optimizer
+    decay_steps, min_lr = optimizer.decay_steps or recipe.train.steps, optimizer.min_lr or 0.0
+    if optimizer.warmup_steps >= decay_steps:
+        raise ConfigError(
+            "optimizer.warmup_steps",
+            optimizer.warmup_steps,
+            f"the schedule ends at step {decay_steps} (optimizer.decay_steps, or train.steps)",
+            f"Set it to less than {decay_steps}.",
+        )
+    if min_lr > optimizer.lr:
+        raise ConfigError(
+            "optimizer.min_lr", min_lr, f"above optimizer.lr={optimizer.lr}", "Set it to at most optimizer.lr."
+        )
+    if optimizer.overlap_param_gather and not (optimizer.distributed and optimizer.overlap_grad_reduce):
+        raise ConfigError(
+            "optimizer.overlap_param_gather",
+            True,
+            "it needs optimizer.distributed and optimizer.overlap_grad_reduce",
+            "Set those two to true, or this to false.",
+        )
+
+
+def _check_frozen_stages(recipe: Recipe) -> None:
+    if recipe.heads.trainable != "all" and recipe.optimizer.distributed and recipe.parallel.pipeline > 1:
+        raise ConfigError(
+            "optimizer.distributed",
+            True,
+            f"with heads.trainable={recipe.heads.trainable} the first stages train nothing, and megatron-core's "
+            "distributed optimizer cannot be saved on such a stage",
+            "Set optimizer.distributed=false, or parallel.pipeline=1.",
+        )
+
+
+def _divides(name: str, divisor: int, of: str, size: int, where: str = "") -> None:
+    if size % divisor:
+        raise ConfigError(
+            name, divisor, f"it does not divide {of}={size}{where}", f"Choose a divisor of {size}, or change {of}."
+        )

@@ -1,0 +1,86 @@
+"""The process group and megatron's model parallel state of one rank, and this rank's seeds."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from mtp_megatron import compat
+from mtp_megatron.errors import ConfigError
+from mtp_megatron.training.recipe import Recipe
+
+
+def launched_world_size() -> int:
+    """Ranks of this job, as its launcher or an existing process group says; 1 without either."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def model_parallel_world(recipe: Recipe) -> Iterator[None]:
+    """Join the job: process group, model parallel groups, seeds; leave it again at the end.
+
+    The process group comes from the environment that torchrun sets, or is this process alone; one that exists already
+    is used and left as it is.
+
+    Raises:
+        ConfigError: this node starts more ranks than it has GPUs.
+    """
+    compat.prepare()
+    from megatron.core import parallel_state, tensor_parallel
+
+    timeout = timedelta(minutes=recipe.train.timeout_minutes)
+    owns_group = not dist.is_initialized()
+    if torch.cuda.is_available():
+        _check_local_rank()
+        torch.cuda.set_device(compat.device())
+    if owns_group and "RANK" in os.environ:
+        dist.init_process_group(compat.backend(), timeout=timeout)
+    elif owns_group:
+        dist.init_process_group(compat.backend(), store=HashStore(), rank=0, world_size=1, timeout=timeout)
+    parallel = recipe.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+        distributed_timeout_minutes=recipe.train.timeout_minutes,
+    )
+    try:
+        _seed(recipe.train.seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+        yield
+    finally:
+        tensor_parallel.get_cuda_rng_tracker().reset()
+        parallel_state.destroy_model_parallel()
+        if owns_group:
+            dist.destroy_process_group()
+
+
+def _check_local_rank() -> None:
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local >= torch.cuda.device_count():
+        raise ConfigError(
+            "processes per node",
+            int(os.environ.get("LOCAL_WORLD_SIZE", local + 1)),
+            f"this node has {torch.cuda.device_count()} CUDA devices, and each rank needs its own",
+            "Start fewer ranks per node, or set CUDA_VISIBLE_DEVICES= to train on the CPU.",
+        )
+
+
+def _seed(seed: int) -> None:
+    """Seed every generator of this rank; stages draw different numbers, as in Megatron-LM."""
+    from megatron.core import tensor_parallel
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - megatron-core's data sets draw from numpy's global state
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
