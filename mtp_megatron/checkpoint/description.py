@@ -1,0 +1,200 @@
+"""What a model is: the content of ``mtp_config.json``, read, checked, and made for models from elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from mtp_megatron import __version__
+from mtp_megatron.checkpoint import carried_tokenizer
+from mtp_megatron.checkpoint.carried_tokenizer import CarriedTokenizer
+from mtp_megatron.checkpoint.megatron_reader import MegatronCheckpoint
+from mtp_megatron.checkpoint.source import check_shapes
+from mtp_megatron.checkpoint.transforms import ModelShape
+from mtp_megatron.config import HeadsConfig
+from mtp_megatron.data.tokenizer import MODEL_FILE, ByteTokenizer, Tokenizer, load_tokenizer
+from mtp_megatron.errors import CheckpointError
+from mtp_megatron.rope import RopeScaling
+from mtp_megatron.training.checkpoint_files import CONFIG, read_mtp_config
+from mtp_megatron.training.recipe import ModelSection
+
+# The heads that are layers reading the trunk, with one unembedding: what the other layouts can express.
+_EXPORTABLE_HEADS = {"kind": "transformer", "arrangement": "parallel", "unembedding": "shared"}
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """A model, enough to write its configuration and to load its tokenizer.
+
+    Attributes:
+        shape: sizes of its tensors.
+        context: positions it was trained on.
+        rotary_base: base of the rotary frequencies.
+        norm_epsilon: added to the mean square inside RMSNorm.
+        step: optimizer steps taken; 0 for a model from elsewhere.
+        tokenizer: what made its ids.
+        raw: content of ``mtp_config.json``.
+        rope_scaling: how the rotary frequencies are lowered, None where they are not.
+    """
+
+    shape: ModelShape
+    context: int
+    rotary_base: float
+    norm_epsilon: float
+    step: int
+    tokenizer: Tokenizer
+    raw: dict[str, Any]
+    rope_scaling: RopeScaling | None = None
+
+
+def describe(checkpoint: MegatronCheckpoint) -> ModelDescription:
+    """Read and check the description of a checkpoint.
+
+    Raises:
+        CheckpointError: missing or inconsistent description, heads that no other layout can hold, another tokenizer.
+        DataError: the tokenizer's file cannot be read.
+    """
+    path = checkpoint.folder / CONFIG
+    raw = read_mtp_config(checkpoint.folder)
+    try:
+        tokenizer = _tokenizer(checkpoint.folder, raw)
+        description = from_raw(raw, tokenizer)
+        heads = raw["heads"]
+        different = [f"heads.{key}={heads[key]}" for key, value in _EXPORTABLE_HEADS.items() if heads[key] != value]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: incomplete or of another version ({error!r}). Give a checkpoint that `mtp-megatron` wrote."
+        ) from error
+    if different:
+        raise CheckpointError(
+            f"{path}: {', '.join(different)} cannot be written as Llama layers. Train with "
+            f"{', '.join(f'heads.{key}={value}' for key, value in _EXPORTABLE_HEADS.items())} to convert."
+        )
+    if description.shape.vocab_size < tokenizer.vocab_size:
+        raise CheckpointError(
+            f"{path}: vocab_size={description.shape.vocab_size} is below its tokenizer's {tokenizer.vocab_size}. "
+            "Give the tokenizer and description that were saved with the checkpoint."
+        )
+    check_shapes(checkpoint, description.shape, CONFIG)
+    return description
+
+
+def from_raw(raw: dict[str, Any], tokenizer: Tokenizer) -> ModelDescription:
+    """The description in the content of an ``mtp_config.json``; settings younger than the file have their defaults."""
+    model = {**_optional_settings(), **raw["model"]}
+    head_size, scaling = model["head_size"], model["rope_scaling"]
+    return ModelDescription(
+        shape=ModelShape(
+            num_trunk_layers=int(model["num_trunk_layers"]),
+            num_heads=int(raw["heads"]["n"]),
+            hidden_size=int(model["hidden_size"]),
+            ffn_hidden_size=int(model["ffn_hidden_size"]),
+            num_attention_heads=int(model["num_attention_heads"]),
+            num_query_groups=int(model["num_query_groups"]),
+            vocab_size=int(raw["vocab_size"]),
+            padded_vocab_size=int(raw["padded_vocab_size"]),
+            tied_embeddings=bool(model["tied_embeddings"]),
+            head_size=None if head_size is None else int(head_size),
+            qkv_bias=bool(model["qkv_bias"]),
+            qk_norm=bool(model["qk_norm"]),
+        ),
+        context=int(model["seq_length"]),
+        rotary_base=float(model["rotary_base"]),
+        norm_epsilon=float(model["norm_epsilon"]),
+        step=int(raw["step"]),
+        tokenizer=tokenizer,
+        raw=raw,
+        rope_scaling=None
+        if scaling is None
+        else RopeScaling(
+            scaling,
+            float(model["rope_scaling_factor"]),
+            float(model["rope_low_freq_factor"]),
+            float(model["rope_high_freq_factor"]),
+            int(model["rope_original_context"]),
+        ),
+    )
+
+
+def describe_foreign(
+    source: str, model: dict[str, Any], *, tokenizer: Tokenizer, precision: str, heads: dict[str, Any], where: Path
+) -> ModelDescription:
+    """The description of a model from elsewhere.
+
+    Args:
+        source: the layout it comes in.
+        model: settings of the recipe's section ``model`` that describe it, ``vocab_size`` among them.
+        tokenizer: its tokenizer.
+        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``: the type of its tensors.
+        heads: settings of the recipe's section ``heads``.
+        where: the file that the settings come from, for messages.
+
+    Raises:
+        CheckpointError: settings that describe no model of this package.
+    """
+    try:
+        section = ModelSection.model_validate(model)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(
+            f"{where}: {'.'.join(map(str, first['loc']))}={first['input']!r} describes no model ({first['msg']}). Give "
+            "the configuration that belongs to the model."
+        ) from error
+    if section.vocab_size is None:
+        raise ValueError("model.vocab_size is not known")
+    padded = -(-section.vocab_size // section.vocab_padding) * section.vocab_padding
+    raw = {
+        "format": 1,
+        "step": 0,
+        "model": section.model_dump(mode="json"),
+        "heads": HeadsConfig.parse(heads).model_dump(mode="json"),
+        "vocab_size": section.vocab_size,
+        "padded_vocab_size": padded,
+        "tokenizer": tokenizer_entry(tokenizer),
+        "data_fingerprint": None,
+        "precision": precision,
+        "parallel": {},
+        "mtp_megatron": __version__,
+        "source": {"layout": source, "folder": where.parent.name},
+    }
+    return from_raw(raw, tokenizer)
+
+
+def tokenizer_entry(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What ``mtp_config.json`` says about a tokenizer."""
+    entry: dict[str, Any] = {
+        "kind": tokenizer.kind,
+        "sha256": tokenizer.sha256,
+        "eod": tokenizer.eod,
+        "file": MODEL_FILE if tokenizer.kind == "sentencepiece" else None,
+    }
+    if tokenizer.kind == CarriedTokenizer.kind:
+        entry |= {"bos": tokenizer.bos, "folder": carried_tokenizer.FOLDER}
+    return entry
+
+
+def _optional_settings() -> dict[str, Any]:
+    names = ("head_size", "qkv_bias", "qk_norm", *(name for name in ModelSection.model_fields if "rope_" in name))
+    return {name: ModelSection.model_fields[name].default for name in names}
+
+
+def _tokenizer(folder: Path, raw: dict[str, Any]) -> Tokenizer:
+    entry = raw["tokenizer"]
+    tokenizer: Tokenizer
+    if entry["kind"] == CarriedTokenizer.kind:
+        content = carried_tokenizer.read_files(folder / str(entry["folder"]))
+        tokenizer = CarriedTokenizer(
+            content, vocab_size=raw["vocab_size"], eod=entry["eod"], bos=entry["bos"], name=str(folder)
+        )
+    else:
+        spec = ByteTokenizer.name if entry["kind"] == ByteTokenizer.kind else folder / str(entry["file"])
+        tokenizer = load_tokenizer(spec)
+    if tokenizer.sha256 != entry["sha256"]:
+        raise CheckpointError(
+            f"{tokenizer.name}: not the tokenizer that the checkpoint was trained with (sha256 "
+            f"{tokenizer.sha256[:12]}, expected {str(entry['sha256'])[:12]}). Put the original files back."
+        )
+    return tokenizer

@@ -1,0 +1,187 @@
+"""Reads a Hugging Face folder of the Llama family: safetensors, or ``.bin`` files without running their pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mtp_megatron.checkpoint.carried_tokenizer import CarriedTokenizer, read_files
+from mtp_megatron.checkpoint.description import ModelDescription, describe_foreign
+from mtp_megatron.checkpoint.hf import EXPORT_CONFIG, EXPORT_FORMAT, HEADS_STEM, MODEL_STEM
+from mtp_megatron.checkpoint.hf_config import end_and_begin, model_settings
+from mtp_megatron.checkpoint.pth import PthFile
+from mtp_megatron.checkpoint.source import Remapped, Tensors, TensorSource, fingerprint
+from mtp_megatron.checkpoint.tables import FURTHER_HEADS, LLAMA, expand
+from mtp_megatron.data.tokenizer import MODEL_FILE, ByteTokenizer, Tokenizer, load_tokenizer
+from mtp_megatron.errors import CheckpointError
+
+CONFIG = "config.json"
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class SafetensorsFile:
+    """The tensors of one safetensors file by key. The file is open, and mapped, only while one is read.
+
+    Raises:
+        CheckpointError: missing, truncated or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.folder = path
+        try:
+            with safe_open(path, framework="pt") as file:
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+                self._metas = {
+                    key: torch.empty(
+                        found.get_shape(), dtype=_DTYPES.get(found.get_dtype(), torch.uint8), device="meta"
+                    )
+                    for key, found in slices.items()
+                }
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(error) from error
+
+    def keys(self) -> list[str]:
+        """Keys of the file's tensors."""
+        return list(self._metas)
+
+    def meta(self, key: str) -> Tensor:
+        """The tensor without its values; any type that is not floating point is given as ``uint8``."""
+        return self._metas[key]
+
+    def read(self, key: str) -> Tensor:
+        """The values."""
+        try:
+            with safe_open(self.folder, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(key).clone()
+                return tensor
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> CheckpointError:
+        return CheckpointError(f"{self.folder}: missing, truncated or damaged ({error}). Copy the file again.")
+
+
+class HFFolder:
+    """All tensors of a Hugging Face folder by key, the further heads of this package's exports included.
+
+    Raises:
+        CheckpointError: no tensors, files missing or damaged, or an index that disagrees with them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.fingerprint = fingerprint(path for path in folder.iterdir() if path.is_file())
+        self._files: dict[str, Tensors] = dict(_model_files(folder))
+        if (folder / EXPORT_CONFIG).is_file():
+            self._files |= dict(_indexed(folder, f"{HEADS_STEM}.safetensors", SafetensorsFile))
+
+    def keys(self) -> list[str]:
+        """Keys of the folder's tensors."""
+        return list(self._files)
+
+    def meta(self, key: str) -> Tensor:
+        """The tensor without its values."""
+        return self._files[key].meta(key)
+
+    def read(self, key: str) -> Tensor:
+        """The values."""
+        return self._files[key].read(key)
+
+
+def open_hf(folder: Path) -> tuple[TensorSource, ModelDescription]:
+    """The model in a Hugging Face folder: its last layer is head 1, further heads are those of an export.
+
+    Raises:
+        CheckpointError: another family, settings or tensors that this package's model has not, damaged files.
+        DataError: the tokenizer of an export is damaged.
+    """
+    config, export = read_json(folder / CONFIG), _export(folder)
+    model = model_settings(config, folder / CONFIG)
+    tensors = HFFolder(folder)
+    dtype = tensors.meta(tensors.keys()[0]).dtype
+    description = describe_foreign(
+        "hf",
+        model,
+        tokenizer=_tokenizer(folder, config, export),
+        precision=PRECISIONS.get(dtype, "fp32"),
+        heads=export["heads"] if export else {"n": 1},
+        where=folder / CONFIG,
+    )
+    mappings = expand((*LLAMA, *FURTHER_HEADS), description.shape)
+    tied_copy = ("lm_head.weight", "model.embed_tokens.weight")
+    return Remapped(tensors, mappings, description.shape, tied_copy=tied_copy), description
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The settings in a JSON file.
+
+    Raises:
+        CheckpointError: missing, damaged, or no settings.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: missing or damaged ({error}). Give the model's own file.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: damaged, no settings in it. Give the model's own file.")
+    return content
+
+
+def _export(folder: Path) -> dict[str, Any] | None:
+    path = folder / EXPORT_CONFIG
+    if not path.is_file():
+        return None
+    export = read_json(path)
+    if export.get("format") != EXPORT_FORMAT or not isinstance(export.get("heads"), dict):
+        raise CheckpointError(
+            f"{path}: not an export's. Remove it, or give a folder that `mtp-megatron convert` wrote."
+        )
+    return export
+
+
+def _tokenizer(folder: Path, config: dict[str, Any], export: dict[str, Any] | None) -> Tokenizer:
+    entry = (export or {}).get("tokenizer") or {}
+    if entry.get("kind") == ByteTokenizer.kind:
+        return ByteTokenizer()
+    if entry.get("kind") == "sentencepiece":
+        return load_tokenizer(folder / MODEL_FILE)
+    end, begin = end_and_begin(config)
+    return CarriedTokenizer(
+        read_files(folder), vocab_size=int(config["vocab_size"]), eod=end, bos=begin, name=str(folder)
+    )
+
+
+def _model_files(folder: Path) -> Iterator[tuple[str, Tensors]]:
+    for name, reader in ((f"{MODEL_STEM}.safetensors", SafetensorsFile), ("pytorch_model.bin", PthFile)):
+        if (folder / name).is_file() or (folder / f"{name}.index.json").is_file():
+            return _indexed(folder, name, reader)
+    raise CheckpointError(
+        f"{folder}: neither {MODEL_STEM}.safetensors nor pytorch_model.bin, whole or with an index. Give the whole "
+        "folder."
+    )
+
+
+def _indexed(folder: Path, name: str, reader: type[SafetensorsFile] | type[PthFile]) -> Iterator[tuple[str, Tensors]]:
+    """Key and file of every tensor, from the index if there is one."""
+    path = folder / f"{name}.index.json"
+    if not path.is_file():
+        file = reader(folder / name)
+        yield from ((key, file) for key in file.keys())  # noqa: SIM118 (not a dict)
+        return
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or any(Path(str(part)).name != part for part in weight_map.values()):
+        raise CheckpointError(f"{path}: damaged, no weight_map of files in this folder. Copy it again.")
+    for part in dict.fromkeys(weight_map.values()):
+        file, wanted = reader(folder / part), {key for key, where in weight_map.items() if where == part}
+        if odd := sorted(wanted ^ set(file.keys())):
+            raise CheckpointError(
+                f"{folder / part}: it and {path.name} disagree ({', '.join(odd[:3])}). Copy both again."
+            )
+        yield from ((key, file) for key in file.keys())  # noqa: SIM118 (not a dict)
