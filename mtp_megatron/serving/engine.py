@@ -1,0 +1,171 @@
+"""Runs vLLM in its own environment: the interpreter is given, this process needs no vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mtp_megatron.errors import ConfigError, MTPError
+
+PYTHON_VARIABLE = "MTP_VLLM_PYTHON"
+PLUGIN = "mtp_megatron"  # the entry point's name in pyproject.toml
+_SCRIPT = Path(__file__).with_name("engine_run.py")
+_LAST_LINES = 15
+# GiB for keys and values on CPU, where vLLM would otherwise ask for 92 % of the machine's memory; no effect on a GPU.
+CPU_DEFAULTS = {"VLLM_CPU_KVCACHE_SPACE": "4"}
+# A check shares its machine, and so binds no cores.
+_QUIET = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
+
+
+class EngineError(MTPError):
+    """vLLM could not be run, or did not end well."""
+
+
+@dataclass(frozen=True)
+class EngineRun:
+    """One engine to start.
+
+    Attributes:
+        name: for messages and for finding the result.
+        speculative: vLLM's speculative configuration; None decodes plainly.
+        engine: further arguments of ``vllm.LLM``.
+        rounds: how often to decode all prompts, one after another.
+    """
+
+    name: str
+    speculative: dict[str, Any] | None = None
+    engine: dict[str, Any] = field(default_factory=dict)
+    rounds: int = 1
+
+
+@dataclass(frozen=True)
+class EngineRound:
+    """All prompts decoded once.
+
+    Attributes:
+        tokens: new tokens of each prompt.
+        seconds: wall-clock time of all together.
+        drafts: how often the heads drafted.
+        accepted: acceptances at each position.
+    """
+
+    tokens: list[list[int]]
+    seconds: float
+    drafts: int
+    accepted: tuple[int, ...]
+
+
+def find_python(path: str | None) -> str | None:
+    """The interpreter that has vLLM: as given, else of ``MTP_VLLM_PYTHON``, else this one if it has vLLM.
+
+    Raises:
+        ConfigError: the path is not an interpreter that imports vLLM.
+    """
+    import importlib.util
+    import sys
+
+    name, chosen = ("--vllm-python", path) if path else (PYTHON_VARIABLE, os.environ.get(PYTHON_VARIABLE))
+    if not chosen:
+        return sys.executable if importlib.util.find_spec("vllm") else None
+    if shutil.which(chosen) is None:
+        raise ConfigError(name, chosen, "is not a program", "Give the python of an environment with vLLM")
+    probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    if subprocess.run([chosen, "-P", "-c", probe], capture_output=True, check=False).returncode:
+        raise ConfigError(
+            name, chosen, "has no vLLM", "Install it there, for CPU with tools/setup_serving.sh, or give another one"
+        )
+    return chosen
+
+
+def run_vllm(
+    python: str,
+    model: Path,
+    prompts: Sequence[Sequence[int]],
+    runs: Sequence[EngineRun],
+    *,
+    max_new_tokens: int,
+    context: int,
+    dtype: str = "float32",
+    plugin: bool = True,
+    quiet: bool = False,
+    environment: dict[str, str] | None = None,
+) -> dict[str, list[EngineRound]]:
+    """Decode the prompts with each engine, one engine after another in one process.
+
+    Args:
+        python: interpreter that has vLLM.
+        model: the bundle's folder.
+        prompts: token ids.
+        runs: the engines.
+        max_new_tokens: new tokens of each prompt; the end of a document does not stop them.
+        context: vLLM's ``max_model_len``.
+        dtype: vLLM's ``dtype``.
+        plugin: some run needs this package's plugin.
+        quiet: keep vLLM's messages for the error.
+        environment: added to the process's environment.
+
+    Returns:
+        The rounds of each run by its name.
+
+    Raises:
+        EngineError: vLLM ended badly; holds its last lines.
+    """
+    job = {
+        "model": str(model.absolute()),
+        "dtype": dtype,
+        "max_model_len": context,
+        "max_new_tokens": max_new_tokens,
+        "prompts": [list(prompt) for prompt in prompts],
+        "plugin": PLUGIN if plugin else None,
+        "runs": [vars(run) for run in runs],
+    }
+    with tempfile.TemporaryDirectory(prefix="mtp-vllm-") as folder:
+        job_path, result_path = Path(folder, "job.json"), Path(folder, "result.json")
+        job_path.write_text(json.dumps(job), encoding="utf-8")
+        done = subprocess.run(
+            [python, "-P", str(_SCRIPT), str(job_path), str(result_path)],
+            env={**_QUIET, **engine_environment(), **(environment or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT if quiet else None,
+            text=True,
+            check=False,
+        )
+        if done.returncode or not result_path.is_file():
+            raise EngineError(explain(done.returncode, done.stdout))
+        result = json.loads(result_path.read_text(encoding="utf-8"))
+    return {run["name"]: [_round(entry) for entry in run["rounds"]] for run in result["runs"]}
+
+
+def engine_environment() -> dict[str, str]:
+    """This process's environment without what belongs to its own interpreter."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    return {**CPU_DEFAULTS, **kept}
+
+
+def explain(status: int, output: str | None) -> str:
+    """An error message of vLLM's last lines, with a remedy where the cause is a known one."""
+    lines = [line for line in (output or "").splitlines() if line.strip()]
+    last = "\n".join(f"  {line}" for line in lines[-_LAST_LINES:])
+    remedy = "Its messages stand above."
+    if any("no vLLM plugin named" in line for line in lines):
+        remedy = "Install this package there: PYTHON -m pip install --no-deps mtp-megatron (or a checkout of it)."
+    elif any("NUMA" in line and "cpu" in line.lower() for line in lines[-_LAST_LINES:]):
+        remedy = "Set VLLM_CPU_OMP_THREADS_BIND=nobind."
+    return f"vLLM ended with status {status}. {remedy}" + (f"\n{last}" if last else "")
+
+
+def _round(entry: dict[str, Any]) -> EngineRound:
+    counters = entry["counters"]
+    return EngineRound(
+        tokens=entry["tokens"],
+        seconds=entry["seconds"],
+        drafts=int(counters.get("drafts", 0)),
+        accepted=tuple(int(count) for count in counters.get("accepted_per_position", ())),
+    )

@@ -1,0 +1,134 @@
+"""An exported folder: its configuration, tokenizer and tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mtp_megatron.checkpoint.carried_tokenizer import CarriedTokenizer, read_files
+from mtp_megatron.checkpoint.hf import EXPORT_CONFIG, EXPORT_FORMAT, GENERATION_CONFIG, HEADS_STEM, MODEL_STEM
+from mtp_megatron.checkpoint.sharded import read_sharded
+from mtp_megatron.data.tokenizer import MODEL_FILE, ByteTokenizer, Tokenizer, load_tokenizer
+from mtp_megatron.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and constants of an exported model.
+
+    Attributes:
+        num_trunk_layers: layers shared by all heads.
+        num_heads: future-token heads n, head 1 included.
+        hidden_size, num_attention_heads, num_key_value_heads, head_dim, vocab_size: as in a Llama configuration.
+        context: positions that the model was trained on.
+        rope_theta: base of the rotary frequencies.
+        norm_epsilon: added to the mean square inside RMSNorm.
+        tied: the unembedding is the embedding.
+    """
+
+    num_trunk_layers: int
+    num_heads: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    context: int
+    rope_theta: float
+    norm_epsilon: float
+    tied: bool
+
+
+@dataclass(frozen=True)
+class Export:
+    """A folder that ``mtp-megatron convert`` wrote."""
+
+    folder: Path
+    config: DecoderConfig
+    tokenizer: Tokenizer
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor by its Hugging Face key, one at a time."""
+        yield from read_sharded(self.folder, MODEL_STEM)
+        yield from read_sharded(self.folder, HEADS_STEM)
+
+
+def open_export(folder: str | Path) -> Export:
+    """Read an export's configuration and tokenizer; tensors stay on the disk.
+
+    Raises:
+        CheckpointError: not an export, or a damaged one.
+        DataError: its tokenizer cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder. Make an export with `mtp-megatron convert`.")
+    llama, heads = _read(folder / "config.json"), _read(folder / EXPORT_CONFIG)
+    if heads.get("format") != EXPORT_FORMAT:
+        raise CheckpointError(
+            f"{folder / EXPORT_CONFIG}: not an export's (a training checkpoint's?). Give a folder that `mtp-megatron "
+            "convert` wrote."
+        )
+    try:
+        config = DecoderConfig(
+            num_trunk_layers=heads["num_trunk_layers"],
+            num_heads=heads["num_heads"],
+            hidden_size=llama["hidden_size"],
+            num_attention_heads=llama["num_attention_heads"],
+            num_key_value_heads=llama["num_key_value_heads"],
+            head_dim=llama["head_dim"],
+            vocab_size=llama["vocab_size"],
+            context=llama["max_position_embeddings"],
+            rope_theta=llama["rope_parameters"]["rope_theta"],
+            norm_epsilon=llama["rms_norm_eps"],
+            tied=llama["tie_word_embeddings"],
+        )
+        layers, kind, sha256 = llama["num_hidden_layers"], heads["tokenizer"]["kind"], heads["tokenizer"]["sha256"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder}: config.json or {EXPORT_CONFIG} lacks {error}. Convert the checkpoint again."
+        ) from error
+    if layers != config.num_trunk_layers + 1:
+        raise CheckpointError(
+            f"{folder}: config.json has {layers} layers, {EXPORT_CONFIG} {config.num_trunk_layers} and head 1: they "
+            "belong to different exports. Convert the checkpoint again."
+        )
+    rope = llama["rope_parameters"].get("rope_type", "default")
+    if rope != "default":
+        raise CheckpointError(f"{folder}: rope_type={rope!r} is not in the torch decoder. Serve it with an engine.")
+    tokenizer: Tokenizer
+    if kind == CarriedTokenizer.kind:
+        tokenizer = _carried(folder, heads["tokenizer"], config.vocab_size)
+    else:
+        tokenizer = load_tokenizer(ByteTokenizer.name if kind == ByteTokenizer.kind else folder / MODEL_FILE)
+    if tokenizer.sha256 != sha256:
+        raise CheckpointError(f"{folder}: its tokenizer is not the model's. Convert the checkpoint again.")
+    return Export(folder, config, tokenizer)
+
+
+def _carried(folder: Path, entry: dict[str, Any], vocab_size: int) -> Tokenizer:
+    """The tokenizer that the model came with; the export adds generation settings where it had none."""
+    content = read_files(folder)
+    made = [content, {name: data for name, data in content.items() if name != GENERATION_CONFIG}]
+    tokenizers = [
+        CarriedTokenizer(files, vocab_size=vocab_size, eod=entry["eod"], bos=entry.get("bos"), name=str(folder))
+        for files in made
+    ]
+    return next((tokenizer for tokenizer in tokenizers if tokenizer.sha256 == entry["sha256"]), tokenizers[0])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing. Give a folder that `mtp-megatron convert` wrote.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged ({error}). Convert the checkpoint again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: damaged (no settings in it). Convert the checkpoint again.")
+    return content
