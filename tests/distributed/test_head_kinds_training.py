@@ -1,0 +1,54 @@
+"""Every kind of head is trained, saved at TP2 x PP2 and resumed on one process as if nothing had happened."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import run_world
+from tests.training_runs import interrupted_copy, largest_difference, make_data, metrics, tiny_tree, train_body
+
+KINDS: dict[str, dict[str, Any]] = {
+    "linear": {"heads__kind": "linear"},
+    "medusa": {"heads__kind": "medusa", "model__tied_embeddings": True},
+    "causal": {"heads__arrangement": "causal", "heads__loss_decay": 0.6},
+    "anticausal": {"heads__arrangement": "anticausal"},
+    "replicated": {"heads__unembedding": "replicated", "heads__loss_weights": [1.0, 0.5, 0.25]},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_kind_of_head_resumes_at_another_layout(name: str, data: Path, tmp_path: Path) -> None:
+    settings = {**KINDS[name], "train__steps": 6, "train__save_interval": 3, "train__eval_interval": 3}
+    whole = tmp_path / "whole"
+    run_world(train_body, 4, tiny_tree(data, whole, parallel__tensor=2, parallel__pipeline=2, **settings))
+    resumed = interrupted_copy(whole, tmp_path / "resumed", step=3)
+    run_world(train_body, 1, tiny_tree(data, resumed, **settings))
+    assert largest_difference(metrics(resumed), metrics(whole)) < 1e-5
+    assert largest_difference(metrics(resumed, "valid"), metrics(whole, "valid")) < 1e-5
+    losses = [record["loss"] for record in metrics(whole).values()]
+    assert losses[-1] < losses[0]
+
+
+def test_a_curriculum_lets_the_heads_join_one_by_one(data: Path, tmp_path: Path) -> None:
+    """Overlapped data parallelism counts gradients per parameter: heads that rest must not confuse it."""
+    run = tmp_path / "run"
+    settings = {"optimizer__distributed": True, "optimizer__overlap_grad_reduce": True, "heads__curriculum_steps": 6}
+    run_world(train_body, 2, tiny_tree(data, run, train__steps=8, **settings))
+    heads_at_work = [
+        sum(loss is not None and math.isfinite(loss) for loss in record["head_loss"])
+        for record in metrics(run).values()
+    ]
+    assert heads_at_work == [1, 1, 2, 2, 3, 3, 3, 3]
+    alone = tmp_path / "alone"
+    run_world(train_body, 1, tiny_tree(data, alone, train__steps=8, heads__curriculum_steps=6))
+    for step, record in metrics(run).items():
+        assert record["loss"] == pytest.approx(metrics(alone)[step]["loss"], rel=1e-5)

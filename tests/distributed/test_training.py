@@ -1,0 +1,274 @@
+"""Whole training runs in gloo worlds: layouts agree, resuming is exact, checkpoints survive.
+
+Not covered here: GPUs, several nodes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import run_world
+from tests.training_runs import interrupted_copy, largest_difference, make_data, metrics, tiny_tree, train_body
+
+TP2_PP2 = {"parallel__tensor": 2, "parallel__pipeline": 2}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "TP2xPP2": (4, TP2_PP2),
+    "TP2xPP2, sequence parallel, distributed optimizer": (
+        4,
+        {**TP2_PP2, "parallel__sequence_parallel": True, "optimizer__distributed": True},
+    ),
+    "TP2xDP2, distributed optimizer, overlapped": (
+        4,
+        {
+            "parallel__tensor": 2,
+            "optimizer__distributed": True,
+            "optimizer__overlap_grad_reduce": True,
+            "optimizer__overlap_param_gather": True,
+        },
+    ),
+    "PP2 with the heads alone on the last stage": (2, {"parallel__pipeline": 2, "parallel__layout": "Etttt|L"}),
+    "TP2, the trunk recomputed": (2, {"parallel__tensor": 2, "train__recompute": "full"}),
+    "TP2, attention recomputed, all heads at once": (
+        2,
+        {"parallel__tensor": 2, "train__recompute": "selective", "heads__execution": "joint"},
+    ),
+    "PP2 interleaved": (2, {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2}),
+    "CP2xTP2": (4, {"parallel__context": 2, "parallel__tensor": 2}),
+    "PP2xDP2": (4, {"parallel__pipeline": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def seedling(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step, whose weights the others start from."""
+    run = tmp_path_factory.mktemp("runs") / "seedling"
+    run_world(train_body, 1, tiny_tree(data, run, train__steps=1, optimizer__warmup_steps=0))
+    return run
+
+
+@pytest.fixture(scope="module")
+def single(data: Path, seedling: Path) -> Path:
+    """20 steps on one process: what every layout must reproduce."""
+    run = seedling.parent / "single"
+    run_world(train_body, 1, tiny_tree(data, run, run__load=str(seedling), train__steps=20, train__save_interval=10))
+    return run
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_trains_like_one_process(name: str, data: Path, seedling: Path, single: Path, tmp_path: Path) -> None:
+    world, settings = LAYOUTS[name]
+    run = tmp_path / "run"
+    tree = tiny_tree(data, run, run__load=str(seedling), train__steps=20, **settings)
+    assert run_world(train_body, world, tree) == [20] * world
+    assert largest_difference(metrics(run), metrics(single)) < 1e-5
+    for step, record in metrics(run).items():
+        assert record["grad_norm"] == pytest.approx(metrics(single)[step]["grad_norm"], rel=1e-4)
+        assert record["lr"] == metrics(single)[step]["lr"]
+    assert largest_difference(metrics(run, "valid"), metrics(single, "valid")) < 1e-5
+    last = metrics(run, "valid")[20]
+    assert last["tokens_per_forward"] == pytest.approx(metrics(single, "valid")[20]["tokens_per_forward"], abs=0.02)
+
+
+def test_the_comparison_of_layouts_can_fail(data: Path, seedling: Path, single: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    tree = tiny_tree(data, run, run__load=str(seedling), train__steps=20, data__seed=99, train__eval_batches=0)
+    run_world(train_body, 1, tree)
+    assert largest_difference(metrics(run), metrics(single)) > 1e-3
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimizer__distributed": True}, {"model__hidden_dropout": 0.1}], ids=str)
+def test_resuming_at_the_same_layout_changes_nothing(settings: dict[str, Any], data: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    settings = {**TP2_PP2, **settings}
+    run_world(train_body, 4, tiny_tree(data, whole, **settings))
+    resumed = interrupted_copy(whole, tmp_path / "resumed", step=4)
+    run_world(train_body, 4, tiny_tree(data, resumed, **settings))
+    assert metrics(resumed) == metrics(whole)
+    assert metrics(resumed, "valid") == metrics(whole, "valid")
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_resuming_at_other_layouts_goes_on_alike(distributed: bool, data: Path, seedling: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    common = {"optimizer__distributed": distributed, "run__load": str(seedling)}
+    run_world(train_body, 4, tiny_tree(data, whole, **TP2_PP2, **common))
+    for number, (world, layout) in enumerate(
+        [(1, {}), (2, {"parallel__tensor": 2}), (2, {"parallel__pipeline": 2}), (4, {"parallel__tensor": 2})]
+    ):
+        resumed = interrupted_copy(whole, tmp_path / f"resumed{number}", step=4)
+        run_world(train_body, world, tiny_tree(data, resumed, **layout, **common))
+        assert largest_difference(metrics(resumed), metrics(whole)) < 1e-5, layout
+
+
+def resumes_without(rank: int, world_size: int, tree: dict[str, Any], what: str) -> None:
+    """Resume, but forget one part of the checkpoint."""
+    from megatron.core.optimizer import ChainedOptimizer
+
+    from mtp_megatron.training import checkpointing
+
+    load_optimizer, load_generators = ChainedOptimizer.load_state_dict, checkpointing.restore_rng_state
+
+    def load_and_forget(self: Any, state: Any) -> None:
+        load_optimizer(self, state)
+        self.optimizer.state.clear()  # Adam starts anew
+
+    try:
+        if what == "optimizer":
+            ChainedOptimizer.load_state_dict = load_and_forget
+        else:
+            checkpointing.restore_rng_state = lambda state: None
+        train_body(rank, world_size, tree)
+    finally:
+        ChainedOptimizer.load_state_dict, checkpointing.restore_rng_state = load_optimizer, load_generators
+
+
+@pytest.mark.parametrize("what", ["optimizer", "generators"])
+def test_a_part_that_is_not_restored_would_be_noticed(what: str, data: Path, tmp_path: Path) -> None:
+    """Control of the tests above."""
+    whole = tmp_path / "whole"
+    run_world(train_body, 1, tiny_tree(data, whole, model__hidden_dropout=0.1, train__eval_batches=0))
+    resumed = interrupted_copy(whole, tmp_path / "resumed", step=4)
+    tree = tiny_tree(data, resumed, model__hidden_dropout=0.1, train__eval_batches=0)
+    run_world(resumes_without, 1, tree, what)
+    assert largest_difference(metrics(resumed), metrics(whole)) > 1e-5
+
+
+def dies_while_saving(rank: int, world_size: int, tree: dict[str, Any], step: int) -> None:
+    """Train; the process dies inside the save of ``step``, after the shards and before the rest."""
+    from mtp_megatron.training import checkpoint_files
+
+    publish = checkpoint_files.publish
+
+    def dying_publish(checkpoints: Path, at: int) -> Path:
+        if at == step:
+            os._exit(9)
+        return publish(checkpoints, at)
+
+    checkpoint_files.publish = dying_publish
+    train_body(rank, world_size, tree)
+
+
+def test_a_crash_in_the_middle_of_a_save_leaves_the_previous_checkpoint(
+    data: Path, seedling: Path, tmp_path: Path
+) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    tree = tiny_tree(data, run, run__load=str(seedling))
+    with pytest.raises(RuntimeError, match="rank 0"):
+        run_world(dies_while_saving, 1, tree, 8, fresh=True)
+    names = {entry.name for entry in (run / "checkpoints").iterdir()}
+    assert names == {"iter_0000004", "iter_0000008.tmp", "latest_checkpointed_iteration.txt"}
+    assert run_world(train_body, 1, tree) == [8]
+    assert not (run / "checkpoints" / "iter_0000008.tmp").exists()
+    run_world(train_body, 1, tiny_tree(data, whole, run__load=str(seedling)))
+    assert metrics(run) == metrics(whole)
+
+
+def test_a_truncated_checkpoint_is_passed_over(data: Path, single: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(single, run)
+    shard = run / "checkpoints" / "iter_0000020" / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    tree = tiny_tree(data, run, train__steps=20, train__save_interval=10)
+    assert run_world(train_body, 1, tree) == [20]
+    assert metrics(run) == metrics(single)
+
+
+def resumes_with(rank: int, world_size: int, tree: dict[str, Any]) -> str:
+    from mtp_megatron.errors import MTPError
+
+    try:
+        train_body(rank, world_size, tree)
+    except MTPError as error:
+        return f"{type(error).__name__}: {error}"
+    return "trained"
+
+
+def test_old_checkpoints_are_pruned(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_world(train_body, 1, tiny_tree(data, run, run__keep_last=2, train__save_interval=2, train__eval_batches=0))
+    names = sorted(entry.name for entry in (run / "checkpoints").iterdir())
+    assert names == ["iter_0000006", "iter_0000008", "latest_checkpointed_iteration.txt"]
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_by_field(data: Path, single: Path, tmp_path: Path) -> None:
+    tree = tiny_tree(data, tmp_path / "run", run__load=str(single), model__ffn_hidden_size=128, heads__kind="linear")
+    (said,) = run_world(resumes_with, 1, tree)
+    assert said.startswith("CheckpointError")
+    assert "model.ffn_hidden_size is 64 there and 128 here" in said
+    assert "heads.kind is 'transformer' there and 'linear' here" in said
+
+
+def diverges(rank: int, world_size: int, tree: dict[str, Any]) -> str:
+    """Train with a head that turns NaN in step 6."""
+    from mtp_megatron.training import loop
+    from mtp_megatron.training.build import Trainable
+
+    train_step = loop.train_step
+
+    def poisoned_step(recipe: Any, trainable: Trainable, *args: Any) -> Any:
+        if trainable.scheduler.num_steps == 5:
+            for model in trainable.models:
+                if model.post_process:
+                    next(model.heads[1].parameters()).data.fill_(float("nan"))
+        return train_step(recipe, trainable, *args)
+
+    loop.train_step = poisoned_step
+    try:
+        return resumes_with(rank, world_size, tree)
+    finally:
+        loop.train_step = train_step
+
+
+def test_a_nan_ends_the_run_on_every_rank_and_names_step_head_and_checkpoint(data: Path, tmp_path: Path) -> None:
+    said = run_world(diverges, 4, tiny_tree(data, tmp_path / "run", **TP2_PP2))
+    assert len(set(said)) == 1
+    assert said[0].startswith("TrainingDiverged: step 6: the loss of head 2 is nan")
+    assert "iter_0000004" in said[0]
+
+
+def test_a_curriculum_keeps_late_heads_out_and_resumes_in_its_place(data: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    settings = {**TP2_PP2, "heads__curriculum_steps": 6}
+    run_world(train_body, 4, tiny_tree(data, whole, **settings))
+    resumed = interrupted_copy(whole, tmp_path / "resumed", step=4)
+    run_world(train_body, 4, tiny_tree(data, resumed, **settings))
+    assert metrics(resumed) == metrics(whole)
+    first = metrics(whole)[1]
+    assert first["loss"] == pytest.approx(first["head_loss"][0], rel=1e-6)
+
+
+@pytest.mark.parametrize("trainable", ["heads", "new_heads"])
+def test_frozen_trunks_train_and_resume(trainable: str, data: Path, seedling: Path, tmp_path: Path) -> None:
+    """The first stage has nothing to train there."""
+    whole, single = tmp_path / "whole", tmp_path / "single"
+    common = {"heads__trainable": trainable, "run__load": str(seedling)}
+    run_world(train_body, 2, tiny_tree(data, whole, parallel__pipeline=2, **common))
+    resumed = interrupted_copy(whole, tmp_path / "resumed", step=4)
+    run_world(train_body, 2, tiny_tree(data, resumed, parallel__pipeline=2, **common))
+    assert metrics(resumed) == metrics(whole)
+    run_world(train_body, 1, tiny_tree(data, single, **common))
+    assert largest_difference(metrics(whole), metrics(single)) < 1e-5
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_bf16_trains_with_fp32_masters_and_resumes(distributed: bool, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = {**TP2_PP2, "train__precision": "bf16", "optimizer__distributed": distributed, "train__steps": 20}
+    tree = tiny_tree(data, run, **settings)
+    run_world(train_body, 4, tree)
+    losses = [record["loss"] for record in metrics(run).values()]
+    assert losses[-1] < losses[0] - 0.5
+    resumed = interrupted_copy(run, tmp_path / "resumed", step=16)
+    tree["run"]["path"] = str(resumed)
+    run_world(train_body, 4, tree)
+    assert metrics(resumed) == metrics(run)

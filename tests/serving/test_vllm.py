@@ -1,0 +1,128 @@
+"""vLLM itself: the text and the accepted drafts are those that torch predicts. One process, several engines."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtp_megatron.serving.bundle import write_bundle
+from mtp_megatron.serving.drafts import EAGLE3_FOLDER, HEADS_FOLDER
+from mtp_megatron.serving.engine import EngineRun, run_vllm
+from mtp_megatron.serving.engine_command import speculative_config
+from mtp_megatron.serving.export import open_export
+from mtp_megatron.serving.llama import HeadsLlama
+from mtp_megatron.serving.simulate import simulate, total
+from mtp_megatron.serving.verify import VerificationError, compare_counts, engine_runs, run_engines, table
+from tests.serving.conftest import NEW_TOKENS
+from tests.serving.models import CONFIG, trained_weights, write_export
+
+pytestmark = [pytest.mark.serving, pytest.mark.slow]
+EAGER = {"enforce_eager": True}
+
+
+def test_every_number_of_heads_is_exact(bundle, simulations, vllm_python, context):
+    """50 prompts at once: plain, 1, 2 and 3 heads beside head 1, and head 2 as stock EAGLE-3."""
+    results = run_engines(vllm_python, bundle, simulations, context, eager=True, quiet=True)
+    print(table(results))
+    assert [(result.draft, result.heads) for result in results] == [
+        (None, 0),
+        (HEADS_FOLDER, 1),
+        (HEADS_FOLDER, 2),
+        (HEADS_FOLDER, 3),
+        (EAGLE3_FOLDER, 1),
+    ]
+    best = results[3]
+    # The comparison says something only where some drafts are right and some are wrong, at every position.
+    assert 0 < best.counts.accepted[2] < best.counts.accepted[1] < best.counts.accepted[0] < best.counts.drafts
+    # Control: other counts are told from these.
+    with pytest.raises(VerificationError, match="accepted at each position"):
+        compare_counts("control", best.counts, total(simulations[1:], 3))
+
+
+def test_chunked_prefill_prefix_caching_and_mixed_batches(bundle, simulations, vllm_python, context):
+    """Prompts in pieces, few requests at a time so that prompts and decoding share batches, prompts seen before."""
+    speculative = speculative_config(bundle, HEADS_FOLDER, 3)
+    chunked = {**EAGER, "enable_chunked_prefill": True, "max_num_batched_tokens": 24, "max_num_seqs": 4}
+    runs = [
+        EngineRun("chunked", speculative, {**chunked, "enable_prefix_caching": False}),
+        # The second round finds every prompt's blocks in the cache, written by the first.
+        EngineRun("cached", speculative, {**EAGER, "enable_prefix_caching": True, "block_size": 16}, rounds=2),
+    ]
+    rounds = run_vllm(
+        vllm_python,
+        bundle,
+        [simulation.prompt for simulation in simulations],
+        runs,
+        max_new_tokens=NEW_TOKENS,
+        context=context,
+        quiet=True,
+    )
+    expected = total(simulations, 3)
+    for made in (*rounds["chunked"], *rounds["cached"]):
+        assert made.tokens == [simulation.text for simulation in simulations]
+        assert (made.drafts, made.accepted) == (expected.drafts, expected.accepted)
+
+
+def test_tied_embeddings_and_bf16(tmp_path, vllm_python):
+    """Tied: exact in fp32. bf16: two programs round differently, so most drafts must agree, not all."""
+    config = dataclasses.replace(CONFIG, tied=True)
+    export = write_export(tmp_path / "export", trained_weights(tied=True), config)
+    tied = write_bundle(export, tmp_path / "bundle", progress=False).output
+    model = HeadsLlama.load(open_export(tied))
+    made = [simulate(model, [1 + number, 2 * number], NEW_TOKENS) for number in range(12)]
+    made = [simulation for simulation in made if simulation.certain]
+    runs = [run for run in engine_runs(tied, 3, eager=True, rounds=1) if run.name[-1] in "31"]
+    arguments = {"max_new_tokens": NEW_TOKENS, "context": config.context, "quiet": True}
+    prompts = [simulation.prompt for simulation in made]
+    for name, (first,) in run_vllm(vllm_python, tied, prompts, runs, **arguments).items():
+        expected = total(made, int(name[-1]))
+        assert first.tokens == [simulation.text for simulation in made], name
+        assert (first.drafts, first.accepted) == (expected.drafts, expected.accepted), name
+    (low,) = run_vllm(vllm_python, tied, prompts, runs[-2:-1], dtype="bfloat16", **arguments)["mtp-heads 3"]
+    expected = total(made, 3)
+    assert abs(sum(low.accepted) / low.drafts - sum(expected.accepted) / expected.drafts) < 0.5
+    assert torch.bfloat16 != model.dtype
+
+
+def test_the_eagle3_draft_needs_nothing_of_this_package(bundle, simulations, vllm_python, context, tmp_path):
+    """A copy of the environment's packages without this one: vLLM reads head 2, and cannot read the others."""
+    packages = subprocess.run(
+        [vllm_python, "-P", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    stock = tmp_path / "stock"
+    stock.mkdir()
+    for entry in Path(packages).iterdir():
+        if "mtp_megatron" not in entry.name and entry.suffix != ".pth":
+            (stock / entry.name).symlink_to(entry)
+    base = subprocess.run(
+        [vllm_python, "-P", "-c", "import os, sys; print(os.path.join(sys.base_prefix, 'bin', 'python3'))"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    environment = {"PYTHONPATH": str(stock), "PYTHONNOUSERSITE": "1"}
+    probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('mtp_megatron') is not None)"
+    subprocess.run([base, "-P", "-c", probe], check=True, env=environment)
+    (made,) = run_vllm(
+        base,
+        bundle,
+        [simulation.prompt for simulation in simulations],
+        [EngineRun("stock", speculative_config(bundle, EAGLE3_FOLDER, 1), EAGER)],
+        max_new_tokens=NEW_TOKENS,
+        context=context,
+        plugin=False,
+        quiet=True,
+        environment=environment,
+    )["stock"]
+    expected = total(simulations, 1)
+    assert made.tokens == [simulation.text for simulation in simulations]
+    assert (made.drafts, made.accepted) == (expected.drafts, expected.accepted)
+    assert sys.executable != base

@@ -1,0 +1,101 @@
+"""Tiny data sets and runs for the tests of training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VOCAB = 257  # bytes and end of document
+
+TINY: dict[str, Any] = {
+    "model": {
+        "num_trunk_layers": 4,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "ffn_hidden_size": 64,
+        "seq_length": 32,
+    },
+    "heads": {"n": 3},
+    "optimizer": {"lr": 1e-3, "warmup_steps": 2},
+    "train": {
+        "steps": 8,
+        "micro_batch_size": 1,
+        "global_batch_size": 4,
+        "eval_interval": 4,
+        "eval_batches": 2,
+        "save_interval": 4,
+        "log_interval": 1,
+        "timeout_minutes": 1.0,
+    },
+    "run": {"tensorboard": False},
+}
+
+
+def make_data(folder: Path) -> Path:
+    """A byte data set of a few documents with some structure in them."""
+    from mtp_megatron.data.preprocess import PreprocessOptions, preprocess
+
+    rng = np.random.default_rng(0)
+    source = folder / "source"
+    source.mkdir(parents=True)
+    for index in range(12):
+        words = [f"w{number}" for number in rng.integers(0, 30, size=150)]
+        (source / f"{index}.py").write_text(" ".join(words))
+    preprocess(PreprocessOptions(output=folder / "data", paths=(source,), valid_fraction=0.2, quiet=True))
+    return folder / "data"
+
+
+def tiny_tree(data: Path, run: Path, **overrides: Any) -> dict[str, Any]:
+    """A recipe as nested data; ``train__steps=3`` sets ``train.steps``."""
+    tree: dict[str, Any] = json.loads(json.dumps(TINY))
+    tree["data"] = {"path": str(data)}
+    tree["run"]["path"] = str(run)
+    for key, value in overrides.items():
+        section, _, name = key.partition("__")
+        tree.setdefault(section, {})[name] = value
+    return tree
+
+
+def train_body(rank: int, world_size: int, tree: dict[str, Any]) -> int:
+    """For ``run_world``: train the recipe; returns the step reached."""
+    from mtp_megatron.training.loop import train
+    from mtp_megatron.training.recipe_io import parse_recipe
+
+    return train(parse_recipe(tree)).step
+
+
+def metrics(run: str | Path, kind: str = "train") -> dict[int, dict[str, Any]]:
+    """Records of a run by step, without what time of day and machine decide."""
+    records = {}
+    for line in (Path(run) / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record["kind"] == kind:
+            record.pop("tokens_per_second", None)
+            assert record["step"] not in records, "a step was reported twice"
+            records[record["step"]] = record
+    return records
+
+
+def interrupted_copy(run: Path, copy: Path, step: int) -> Path:
+    """What a job killed after its checkpoint of ``step`` leaves: that checkpoint, and metrics beyond it."""
+    shutil.copytree(run, copy)
+    for folder in (copy / "checkpoints").glob("iter_*"):
+        if int(folder.name.removeprefix("iter_")) > step:
+            shutil.rmtree(folder)
+    (copy / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(step))
+    return copy
+
+
+def largest_difference(one: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]]) -> float:
+    """Largest relative difference of any head's loss at any step; both must hold the same steps."""
+    assert one.keys() == other.keys()
+    return max(
+        abs(a - b) / abs(b)
+        for step in one
+        for a, b in zip(one[step]["head_loss"], other[step]["head_loss"], strict=True)
+    )

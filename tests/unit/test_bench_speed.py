@@ -1,0 +1,84 @@
+"""bench_step and bench_loss at small sizes: they run, count right, and compare like with like. No times here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
+
+import bench_loss
+import bench_step
+from bench.losses import AUTOGRAD, CCE, LIGER, RAW, UNFUSED
+from bench.models import Shape
+from bench.worlds import alone
+
+from mtp_megatron.config import HeadsConfig
+
+SMALL = Shape(hidden=64, ffn=96, attention_heads=2, vocab=320, sequence=16, batch=2)
+
+
+def test_no_heads_forward_runs_twice() -> None:
+    with alone() as device:
+        step, layers = bench_step.heads_step(SMALL, 5, HeadsConfig(n=4), device)
+        assert len(layers) == 4
+        assert bench_step.count_forwards(step, layers) == [1, 1, 1, 1]
+        assert bench_step.count_forwards(lambda: (step(), step()), layers) == [2, 2, 2, 2]  # the counter counts
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_flops_of_the_real_step_equal_the_formula(n: int) -> None:
+    """So nothing is computed twice anywhere, the unembedding included."""
+    with alone() as device:
+        step, _ = bench_step.heads_step(SMALL, 5, HeadsConfig(n=n), device)
+        assert bench_step.count_flops(step) == bench_step.expected_flops(SMALL, 5, n)
+
+
+def test_flops_of_the_models_that_are_compared_with() -> None:
+    with alone() as device:
+        base = bench_step.base_step(SMALL, 5, device)
+        joint, _ = bench_step.heads_step(SMALL, 5, HeadsConfig(n=4, execution="joint"), device)
+        assert bench_step.count_flops(base) == bench_step.expected_flops(SMALL, 5, 1)
+        assert bench_step.count_flops(joint) == bench_step.expected_flops(SMALL, 5, 4)
+
+
+def test_models_have_the_same_parameters() -> None:
+    from bench.models import megatron_model, mtp_model
+
+    with alone() as device:
+        sizes = {sum(p.numel() for p in megatron_model(SMALL, 5, 0, device).parameters())}
+        for n in (1, 2, 4):
+            model = mtp_model(SMALL, 5 - n, HeadsConfig(n=n), device)
+            sizes.add(sum(parameter.numel() for parameter in model.parameters()))
+    assert len(sizes) == 1
+
+
+def test_bench_step_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "step.json"
+    assert bench_step.main(["--quick", "--layers", "5", "--heads", "2", "4", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert [row["model"] for row in rows] == [bench_step.BASE, "n=2", "n=4"]
+    assert rows[2]["head_forwards"] == [1, 1, 1, 1]
+    assert all(row["gflop"] == pytest.approx(row["formula"]) for row in rows)
+    assert "| n=4 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_bench_loss_compares_the_same_gradients(size: int, tmp_path: Path) -> None:
+    path = tmp_path / "loss.json"
+    only = [AUTOGRAD, RAW, UNFUSED, LIGER, CCE]
+    assert bench_loss.main(["--quick", "--repeats", "1", "--tp", str(size), "--json", str(path), "--only", *only]) == 0
+    rows = {row["rival"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+    assert list(rows) == only
+    for ours in (AUTOGRAD, RAW):
+        assert rows[ours]["error"] < 1e-5
+        assert len(rows[ours]["wall"]) == 1
+    assert rows[RAW]["peak_mib"] < rows[AUTOGRAD]["peak_mib"] < 1.2 * rows[UNFUSED]["peak_mib"]
+    if not torch.cuda.is_available():
+        for absent in (LIGER, CCE):
+            assert rows[absent]["note"].startswith("not available on this device")
+            assert "seconds" not in rows[absent]

@@ -1,0 +1,121 @@
+"""The command line's table: what each subcommand's module must offer, and how errors become exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+
+import pytest
+
+from mtp_megatron import cli
+from mtp_megatron.errors import DataError
+
+
+@pytest.fixture
+def subcommand(monkeypatch):
+    """Registers a subcommand `probe` whose `run` is given by the test."""
+
+    def register(run):
+        module = types.ModuleType("mtp_probe")
+        module.SUMMARY = "probe"
+        module.add_arguments = lambda parser: parser.add_argument("--value", type=int, default=0)
+        module.run = run
+        monkeypatch.setitem(sys.modules, "mtp_probe", module)
+        monkeypatch.setitem(cli.SUBCOMMANDS, "probe", cli.Subcommand("mtp_probe", "probe"))
+
+    return register
+
+
+def test_subcommand_gets_its_arguments_and_its_status_is_returned(subcommand):
+    subcommand(lambda args: args.value)
+    assert cli.main(["probe", "--value", "7"]) == 7
+
+
+def test_an_error_of_the_package_is_printed_without_a_traceback(subcommand, capsys):
+    def fail(args):
+        raise DataError("data/train.bin: truncated. Preprocess again.")
+
+    subcommand(fail)
+    assert cli.main(["probe"]) == 2
+    assert capsys.readouterr().err == "error: data/train.bin: truncated. Preprocess again.\n"
+
+
+def test_any_other_error_keeps_its_traceback(subcommand):
+    def fail(args):
+        raise ZeroDivisionError
+
+    subcommand(fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["probe"])
+
+
+def test_interrupt_is_130(subcommand):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    subcommand(interrupt)
+    assert cli.main(["probe"]) == 130
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"]])
+def test_help_lists_every_subcommand(argv, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(argv)
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    for name, row in cli.SUBCOMMANDS.items():
+        assert name in out
+        assert row.summary in out
+
+
+def test_unknown_subcommand_is_refused_with_the_valid_ones(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["trian"])
+    assert exit_.value.code == 2
+    err = capsys.readouterr().err
+    assert "trian" in err
+    assert "train" in err.replace("trian", "")
+
+
+@pytest.mark.parametrize("name", list(cli.SUBCOMMANDS))
+def test_every_subcommand_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([name, "--help"])
+    assert exit_.value.code == 0
+    assert f"mtp-megatron {name}" in capsys.readouterr().out
+
+
+def test_importing_the_package_and_its_command_line_imports_nothing_heavy():
+    code = "import sys, mtp_megatron.cli; print(sorted({m.partition('.')[0] for m in sys.modules}))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for heavy in ("torch", "megatron", "numpy", "matplotlib", "transformers", "pydantic"):
+        assert f"'{heavy}'" not in out
+
+
+def test_version_and_module_entry_point_agree(capsys):
+    out = subprocess.run(
+        [sys.executable, "-m", "mtp_megatron", "--version"], capture_output=True, text=True, check=True
+    ).stdout
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == out
+
+
+@pytest.mark.parametrize(
+    "argv", [["r", "--value", "7", "a=1"], ["--value", "7", "r", "a=1"], ["r", "a=1", "--value=7"]]
+)
+def test_options_may_stand_among_the_positional_arguments(subcommand, argv):
+    seen = []
+    subcommand(lambda args: seen.append((args.recipe, args.overrides, args.value)) or 0)
+    module = sys.modules["mtp_probe"]
+    add_value = module.add_arguments
+
+    def add_arguments(parser):
+        add_value(parser)
+        parser.add_argument("recipe", nargs="?")
+        parser.add_argument("overrides", nargs="*")
+
+    module.add_arguments = add_arguments
+    assert cli.main(["probe", *argv]) == 0
+    assert seen == [("r", ["a=1"], 7)]

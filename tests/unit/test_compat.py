@@ -1,0 +1,310 @@
+"""compat: what it replaces and restores, what it refuses and says, what it builds."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mtp_megatron import compat
+from mtp_megatron.compat import cpu, fallbacks, packages, versions
+from mtp_megatron.compat.packages import State
+from mtp_megatron.compat.versions import EnvironmentUnsupported
+
+no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a CUDA device")
+ROOT = Path(__file__).parents[2]
+
+
+def run(code: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run Python in a new process, with `path` in front of the other packages."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(str(p) for p in (path, ROOT) if p)}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+
+
+def replaced() -> dict[tuple[str, str], Any]:
+    """What every row of the tables finds in its owner's own namespace right now."""
+    found = {}
+    for row in (*cpu.TORCH, *cpu.MEGATRON, *fallbacks.ALL):
+        module, _, name = row.owner.rpartition(".")
+        owner = importlib.import_module(row.owner) if row.owner in sys.modules else getattr(sys.modules[module], name)
+        found[row.owner, row.name] = vars(owner).get(row.name, "inherited")
+    return found
+
+
+@pytest.fixture
+def bare() -> Iterator[None]:
+    """Megatron imported, nothing replaced; prepared again afterwards."""
+    compat.prepare()
+    fallbacks.uninstall()
+    cpu.uninstall()
+    yield
+    compat.prepare()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in front of all others on the import path."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def package(folder: Path, name: str, *parts: str, code: str = "") -> None:
+    for part in ("", *parts):
+        (folder / name / part).mkdir(parents=True, exist_ok=True)
+        (folder / name / part / "__init__.py").write_text(code)
+
+
+def test_import_is_cheap() -> None:
+    result = run("import sys, mtp_megatron.compat; print({'torch', 'megatron'} & set(sys.modules))")
+    assert result.stdout.strip() == "set()", result.stderr
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="frobnicate"):
+        compat.frobnicate  # noqa: B018
+
+
+@pytest.mark.parametrize("name", compat.__all__)
+def test_public_names_are_no_modules(name: str) -> None:
+    """A submodule of the same name would take the function's place once imported."""
+    assert not (Path(compat.__file__).parent / f"{name}.py").exists()
+    assert not isinstance(getattr(compat, name), type(os))
+
+
+class TestStandIns:
+    pytestmark = no_cuda
+
+    def test_install_is_idempotent_and_uninstall_restores_everything(self, bare: None) -> None:
+        before, modules = replaced(), set(sys.modules)
+        assert cpu.install()
+        once = replaced()
+        assert cpu.install()
+        assert replaced() == once
+        changed = {key for key, value in once.items() if value is not before[key]}
+        assert changed == {(row.owner, row.name) for row in (*cpu.TORCH, *cpu.MEGATRON)}
+        cpu.uninstall()
+        assert replaced() == before
+        assert set(sys.modules) == modules
+        cpu.uninstall()  # nothing left to do
+
+    def test_prepare_repairs_and_can_be_undone(self, bare: None) -> None:
+        before = replaced()
+        compat.prepare()
+        assert all(value is not before[key] for key, value in replaced().items())
+        fallbacks.uninstall()
+        cpu.uninstall()
+        assert replaced() == before
+
+    def test_no_op_with_cuda(self, bare: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = replaced()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert not cpu.install()
+        assert not cpu.installed()
+        assert replaced() == before
+
+    def test_failure_in_the_middle_leaves_nothing_replaced(self, bare: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        missing = cpu.Replacement("megatron.core.utils", "no_such_name", lambda original: original, "")
+        monkeypatch.setattr(cpu, "MEGATRON", (*cpu.MEGATRON, missing))
+        before = replaced()
+        with pytest.raises(AttributeError, match="no_such_name"):
+            cpu.install()
+        assert replaced() == before
+
+    def test_tensors(self) -> None:
+        compat.prepare()
+        for made in (torch.zeros(2, device="cuda"), torch.tensor([1], device="cuda:0"), torch.ones(2).cuda()):
+            assert made.device == torch.device("cpu")
+        assert torch.empty(2, device="meta").device.type == "meta"
+        assert torch.zeros(1, device=torch.cuda.current_device()).device.type == "cpu"
+        assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
+        assert torch.zeros(1, dtype=torch.bfloat16).type() == "torch.cuda.BFloat16Tensor"
+        assert torch.zeros(1).type(torch.float64).dtype == torch.float64
+        module = torch.nn.Linear(1, 1)
+        assert module.cuda() is module
+
+    def test_seeds_and_states_reach_the_generator(self) -> None:
+        compat.prepare()
+        torch.cuda.manual_seed(5)
+        state = torch.cuda.get_rng_state()
+        first = torch.rand(3)
+        torch.cuda.set_rng_state(state)
+        assert torch.equal(torch.rand(3), first)
+        assert torch.equal(torch.Generator().manual_seed(5).get_state(), state)
+
+    def test_packages_for_gpus_are_hidden_from_megatron(self, tmp_path: Path) -> None:
+        for name in ("transformer_engine", "apex"):
+            parts = (
+                ("pytorch",) if name == "transformer_engine" else ("multi_tensor_apply", "normalization", "optimizers")
+            )
+            package(tmp_path, name, *parts, code="raise RuntimeError('imported')")
+        (tmp_path / "amp_C.py").write_text("raise RuntimeError('imported')")
+        code = """
+from mtp_megatron import compat
+compat.prepare()
+from megatron.core import optimizer
+from mtp_megatron.compat import cpu, packages
+print(optimizer.USING_PYTORCH_OPTIMIZER, packages.apex(False).state.name, packages.transformer_engine(False).state.name)
+cpu.uninstall()
+import apex
+"""
+        result = run(code, tmp_path)
+        assert result.stdout.split() == ["True", "IDLE", "IDLE"], result.stderr
+        assert "RuntimeError: imported" in result.stderr  # visible again
+
+
+class TestVersions:
+    def version(self, folder: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+        (folder / "package_info.py").write_text(f"__version__ = {version!r}\n")
+        monkeypatch.setattr(versions, "megatron_core_folder", lambda: folder)
+
+    def test_installed(self) -> None:
+        assert compat.MCORE_VERSION in versions.SUPPORTED
+        assert versions.installed_version("megatron-core") == compat.MCORE_VERSION
+
+    @pytest.mark.parametrize("version", ["0.16.0", "0.16.0rc1", "0.20.0", "0.20.0rc0", "1.0.0"])
+    def test_unsupported(self, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.version(tmp_path, monkeypatch, version)
+        with pytest.raises(EnvironmentUnsupported, match=rf"megatron-core {version} .*pip install") as error:
+            versions.require_megatron_core()
+        assert str(tmp_path) in str(error.value)
+
+    @pytest.mark.parametrize("version", ["0.16.1", "0.17.0rc2", "0.19.2", "0.19.2+local"])
+    def test_supported(self, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.version(tmp_path, monkeypatch, version)
+        assert str(versions.require_megatron_core()) == version
+
+    def test_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(versions, "megatron_core_folder", lambda: None)
+        with pytest.raises(EnvironmentUnsupported, match=r"not installed.*pip install"):
+            versions.require_megatron_core()
+
+    def test_a_checkout_on_the_path_counts_not_the_metadata(self, tmp_path: Path) -> None:
+        package(tmp_path, "megatron/core")
+        (tmp_path / "megatron/core/package_info.py").write_text("__version__ = '0.14.0'\n")
+        result = run("from mtp_megatron import compat; compat.prepare()", tmp_path)
+        assert f"megatron-core 0.14.0 ({tmp_path}/megatron/core) is not supported" in result.stderr
+
+
+class TestPackages:
+    def test_apex_of_pypi_is_named(self, folder: Path) -> None:
+        package(folder, "apex", "lib")
+        assert packages.apex(cuda=True).state is State.WRONG
+        with pytest.raises(EnvironmentUnsupported, match="not NVIDIA's Apex; run: pip uninstall apex") as error:
+            packages.require_no_wrong_package(cuda=True)
+        assert str(folder / "apex") in str(error.value)
+
+    def test_apex_without_extensions_is_named(self, folder: Path) -> None:
+        package(folder, "apex", "multi_tensor_apply", "normalization", "optimizers")
+        with pytest.raises(EnvironmentUnsupported, match="no CUDA extensions"):
+            packages.require_no_wrong_package(cuda=True)
+
+    def test_right_apex(self, folder: Path) -> None:
+        package(folder, "apex", "multi_tensor_apply", "normalization", "optimizers")
+        (folder / "amp_C.py").write_text("")
+        assert packages.apex(cuda=True).state is State.USABLE
+        assert packages.apex(cuda=False).state is State.IDLE
+        packages.require_no_wrong_package(cuda=True)
+
+    def test_transformer_engine_without_its_torch_part(self, folder: Path) -> None:
+        package(folder, "transformer_engine", "common")
+        with pytest.raises(EnvironmentUnsupported, match="PyTorch part"):
+            packages.require_no_wrong_package(cuda=True)
+
+    def test_wrong_apex_stops_prepare_and_the_report_says_so(self, tmp_path: Path) -> None:
+        package(tmp_path, "apex", "lib")
+        result = run("from mtp_megatron import compat; compat.prepare()", tmp_path)
+        assert "EnvironmentUnsupported: apex cannot be used" in result.stderr
+        result = run("import sys; from mtp_megatron.compat.__main__ import main; sys.exit(main())", tmp_path)
+        assert result.returncode == 2
+        assert "to run at all: apex cannot be used" in result.stdout
+        assert "Traceback" not in result.stderr
+
+
+class TestReport:
+    def report(self, *options: str) -> str:
+        command = [sys.executable, "-m", "mtp_megatron.compat", *options]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    def test_says_what_is_found_and_used(self) -> None:
+        report = self.report()
+        for expected in (
+            str(compat.MCORE_VERSION),
+            torch.__version__,
+            compat.backend(),
+            "gradient_accumulation_fusion",
+        ):
+            assert expected in report
+
+    @no_cuda
+    def test_verbose_gives_every_reason(self) -> None:
+        report = self.report("--verbose")
+        for row in (*cpu.TORCH, *cpu.MEGATRON, *fallbacks.ALL):
+            assert f"{row.owner}.{row.name}: {row.why}" in report
+
+
+class TestSpecs:
+    def config(self, **overrides: Any) -> Any:
+        compat.prepare()
+        from megatron.core.transformer import TransformerConfig
+
+        settings = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "normalization": "RMSNorm"}
+        return TransformerConfig(**{**settings, "use_cpu_initialization": True, **compat.fusions(), **overrides})
+
+    def test_layer_is_megatrons_own(self) -> None:
+        parts = compat.layer_spec(self.config()).submodules
+        assert parts.self_attention.submodules.linear_qkv.__name__ == "ColumnParallelLinear"
+        assert parts.input_layernorm.__name__ == "WrappedTorchNorm"
+        assert parts.sharded_state_dict_keys_map["input_layernorm."] == "self_attention.linear_qkv.layer_norm_"
+
+    @pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
+    @pytest.mark.parametrize("sequence_parallel", [False, True])
+    def test_norm(self, normalization: str, sequence_parallel: bool) -> None:
+        size = {"tensor_model_parallel_size": 2} if sequence_parallel else {}
+        config = self.config(normalization=normalization, sequence_parallel=sequence_parallel, **size)
+        norm = compat.norm_class(config)(config=config, hidden_size=8, eps=1e-3)
+        assert isinstance(norm, getattr(torch.nn, normalization))
+        assert norm.eps == 1e-3
+        assert config.sequence_parallel is sequence_parallel
+        assert {parameter.sequence_parallel for parameter in norm.parameters()} == {sequence_parallel}
+
+    @no_cuda
+    def test_transformer_engine_is_refused_without_a_device(self) -> None:
+        with pytest.raises(EnvironmentUnsupported, match="Transformer Engine was asked for"):
+            compat.layer_spec(self.config(), transformer_engine=True)
+
+    def test_fusions_are_settings_of_megatron(self) -> None:
+        config = self.config()
+        assert set(compat.fusions()) <= {field.name for field in fields(config)}
+        if not torch.cuda.is_available():
+            assert not any(compat.fusions().values())
+
+
+@no_cuda
+def test_device_and_backend() -> None:
+    assert compat.device() == torch.device("cpu")
+    assert compat.backend() == "gloo"
+
+
+@no_cuda
+def test_stand_ins_leave_device_contexts_alone() -> None:
+    """In a fresh process: torch remembers the constructors that it sees first."""
+    code = """
+import torch
+from mtp_megatron.compat import cpu
+assert cpu.install()
+with torch.device("meta"):
+    made = [torch.empty(2), torch.zeros(2), torch.ones(2), torch.tensor([1.0])]
+assert [tensor.device.type for tensor in made] == ["meta"] * 4, made
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,105 @@
+"""The corpus: a stable order, documents kept apart, nothing dropped without being counted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mtp_megatron.data.corpus import Corpus, Tally, find_sources, standard_library
+from mtp_megatron.errors import ConfigError, DataError
+
+
+def write(folder, **files):
+    for name, content in files.items():
+        path = folder / name.replace("__", "/").replace("_dot_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def names(sources):
+    return [source.name for source in sources]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "code"
+    write(root, b_dot_py="b", a__z_dot_py="z", a__y_dot_md="y", c_dot_bin="c", _dot_hidden_dot_py="no", noext="no")
+    write(root, _dot_git__x_dot_py="no", a____pycache___dot_py="kept")
+    return root
+
+
+def test_folders_are_searched_recursively_in_a_stable_order(folder):
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "x.py").write_text("no")
+    found = names(find_sources([folder]))
+    assert found == sorted(found)
+    assert {"code/b.py", "code/a/z.py", "code/a/y.md"} <= set(found)
+    assert not [name for name in found if "hidden" in name or ".git" in name or name.startswith("code/__pycache__")]
+
+
+def test_extensions_filter_folders_but_not_files_given_by_name(folder):
+    assert names(find_sources([folder], [".MD"])) == ["code/a/y.md"]
+    assert names(find_sources([folder / "c.bin", folder], [".md"])) == ["c.bin", "code/a/y.md"]
+
+
+def test_a_file_reachable_twice_is_one_document(folder):
+    once = find_sources([folder])
+    assert len(find_sources([folder, folder / "b.py", folder / "a"])) == len(once)
+
+
+def test_nothing_found_names_what_is_there(folder):
+    with pytest.raises(DataError, match=r"no file with the extension \.rs; found .*1 x \.bin.*--extensions"):
+        find_sources([folder], [".rs"])
+    with pytest.raises(DataError, match="nowhere: no such file"):
+        find_sources([folder / "nowhere"])
+    with pytest.raises(ConfigError, match=r"--extensions='py'"):
+        find_sources([folder], ["py"])
+
+
+def test_rejected_and_empty_documents_are_counted(tmp_path):
+    write(tmp_path, a_dot_py="fine\r\n\ttext", b_dot_py=b"caf\xe9", c_dot_py="", d_dot_py="\ufeffmark")
+    tally = Tally()
+    documents = list(Corpus(find_sources([tmp_path])).documents(tally))
+    assert [document.text for document in documents] == ["fine\r\n\ttext", "\ufeffmark"]
+    assert tally.empty == 1
+    assert [str(item) for item in tally.rejected] == [f"{tmp_path.name}/b.py: not UTF-8 (byte 0xe9 at offset 3)"]
+
+
+def test_json_lines_give_one_document_each(tmp_path):
+    lines = [
+        json.dumps({"text": "one\nline"}),
+        "",
+        "{broken",
+        json.dumps({"other": "x"}),
+        json.dumps(["text"]),
+        json.dumps({"text": "\ud800"}),
+        json.dumps({"text": ""}),
+        json.dumps({"text": "zwei ü"}, ensure_ascii=False),
+    ]
+    path = tmp_path / "d.jsonl"
+    path.write_text("\n".join(lines), "utf-8")
+    tally = Tally()
+    documents = list(Corpus(find_sources([path])).documents(tally))
+    assert [(d.name, d.text) for d in documents] == [("d.jsonl:1", "one\nline"), ("d.jsonl:8", "zwei ü")]
+    assert [item.name for item in tally.rejected] == ["d.jsonl:3", "d.jsonl:4", "d.jsonl:5", "d.jsonl:6"]
+    assert tally.empty == 1
+    assert [d.text for d in Corpus(find_sources([path]), json_key="other").documents()] == ["x"]
+
+
+def test_max_documents_takes_the_first_ones(folder):
+    sources = find_sources([folder])
+    everything = [d.name for d in Corpus(sources).documents()]
+    assert [d.name for d in Corpus(sources, max_documents=2).documents()] == everything[:2]
+
+
+def test_the_default_corpus_is_the_standard_library():
+    sources = find_sources([])
+    found = names(sources)
+    assert found == sorted(found)
+    assert f"{standard_library().name}/abc.py" in found
+    assert sum(source.path.stat().st_size for source in sources) > 8e6
+    assert not [n for n in found if {"site-packages", "test", "tests", "idle_test"} & set(n.split("/"))]
+    assert not [n for n in found if "_sysconfigdata" in n]
+    if (standard_library() / "test").is_dir():
+        assert len(find_sources([], with_tests=True)) > len(sources)

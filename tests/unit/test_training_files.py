@@ -1,0 +1,184 @@
+"""Checkpoint folders without tensors, metrics.jsonl, and requests to stop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from mtp_megatron.errors import CheckpointError
+from mtp_megatron.training import checkpoint_files as files
+from mtp_megatron.training.evaluation import Evaluation
+from mtp_megatron.training.recipe_io import parse_recipe
+from mtp_megatron.training.run_folder import RunFolder
+from mtp_megatron.training.run_log import RunLog, drop_later_lines, read_metrics
+from mtp_megatron.training.signals import stop_on_signal
+from mtp_megatron.training.step import StepFigures
+from tests.training_runs import tiny_tree
+
+
+def save(checkpoints: Path, step: int, content: str = "weights") -> Path:
+    temporary = files.prepare_temporary(checkpoints, step)
+    (temporary / ".metadata").write_text("index")
+    (temporary / "__0_0.distcp").write_text(content)
+    return files.publish(checkpoints, step)
+
+
+def test_a_published_checkpoint_is_the_latest(tmp_path: Path) -> None:
+    assert files.latest_complete(tmp_path / "none") is None
+    save(tmp_path, 100)
+    folder = save(tmp_path, 200)
+    assert folder.name == "iter_0000200"
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "200"
+    assert files.latest_complete(tmp_path) == folder
+    assert files.step_of(folder) == 200
+    assert sorted(os.listdir(tmp_path)) == ["iter_0000100", "iter_0000200", "latest_checkpointed_iteration.txt"]
+
+
+def test_an_unfinished_save_is_invisible_and_cleared_by_the_next(tmp_path: Path) -> None:
+    save(tmp_path, 100)
+    (files.prepare_temporary(tmp_path, 200) / "__0_0.distcp").write_text("half")
+    assert files.latest_complete(tmp_path) == tmp_path / "iter_0000100"
+    save(tmp_path, 300)
+    assert not (tmp_path / "iter_0000200.tmp").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda folder: (folder / "__0_0.distcp").write_text("w"), "__0_0.distcp has 1 bytes instead of 7"),
+        (lambda folder: (folder / ".metadata").unlink(), ".metadata is missing"),
+        (lambda folder: (folder / "files.json").unlink(), "not finished"),
+        (lambda folder: (folder / "files.json").write_text("{"), "damaged"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_and_named(
+    damage: object, says: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, 100)
+    damage(save(tmp_path, 200))  # type: ignore[operator]
+    with caplog.at_level(logging.WARNING):
+        assert files.latest_complete(tmp_path) == tmp_path / "iter_0000100"
+    assert says in caplog.text
+    assert "iter_0000200" in caplog.text
+    with pytest.raises(CheckpointError, match="Name another checkpoint"):
+        files.find_checkpoint(tmp_path / "iter_0000200")
+
+
+def test_only_damaged_checkpoints_are_an_error_not_a_fresh_start(tmp_path: Path) -> None:
+    (save(tmp_path, 100) / ".metadata").unlink()
+    with pytest.raises(CheckpointError, match=r"no usable checkpoint.*start from step 0"):
+        files.latest_complete(tmp_path)
+
+
+def test_a_checkpoint_is_found_from_its_run_its_folder_or_itself(tmp_path: Path) -> None:
+    folder = save(tmp_path / "checkpoints", 7)
+    for path in (tmp_path, tmp_path / "checkpoints", folder):
+        assert files.find_checkpoint(path) == folder
+    for path in (tmp_path / "absent", tmp_path / "checkpoints" / "iter_0000009"):
+        with pytest.raises(CheckpointError):
+            files.find_checkpoint(path)
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    save(tmp_path, 100, "old")
+    folder = save(tmp_path, 100, "newer")
+    assert (folder / "__0_0.distcp").read_text() == "newer"
+    assert files.problem_of(folder) is None
+
+
+def test_pruning_keeps_the_latest(tmp_path: Path) -> None:
+    for step in (9, 10, 100):
+        save(tmp_path, step)
+    files.prune(tmp_path, None)
+    assert list(files.list_iterations(tmp_path)) == [9, 10, 100]
+    files.prune(tmp_path, 2)
+    assert list(files.list_iterations(tmp_path)) == [10, 100]
+
+
+def test_differences_name_nested_fields() -> None:
+    there = {"model": {"n": 1, "h": 2}, "gone": 1}
+    here = {"model": {"n": 1, "h": 3}, "new": 2}
+    assert list(files.differences(there, here)) == [
+        "model.h is 2 there and 3 here",
+        "gone is 1 there and None here",
+        "new is None there and 2 here",
+    ]
+
+
+def test_a_missing_description_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="missing, so what the checkpoint holds is unknown"):
+        files.read_mtp_config(tmp_path)
+    (tmp_path / "mtp_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="damaged"):
+        files.read_mtp_config(tmp_path)
+
+
+def test_metrics_after_the_resumed_step_are_dropped_and_a_cut_line_is_survived(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"kind": "train", "step": step}) + "\n" for step in (1, 2, 3)) + '{"kind": "tr')
+    drop_later_lines(path, 2)
+    assert [record["step"] for record in read_metrics(path)] == [1, 2]
+    assert path.read_text().endswith("\n")
+    drop_later_lines(tmp_path / "new" / "metrics.jsonl", 0)
+    assert read_metrics(tmp_path / "new" / "metrics.jsonl") == []
+
+
+def figures(loss: float) -> StepFigures:
+    return StepFigures(loss, [loss, 2 * loss], [0.5, 0.25], tokens=32, grad_norm=1.5, lr=1e-3)
+
+
+def test_the_log_writes_lines_points_and_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = parse_recipe(
+        tiny_tree(tmp_path, tmp_path / "run", heads__n=2, train__log_interval=2, run__tensorboard=True)
+    )
+    folder = RunFolder(tmp_path / "run")
+    with RunLog(folder, recipe, start_step=0, enabled=True) as log:
+        for step in range(1, 5):
+            log.step(step, figures(step + 0.5))
+        log.evaluation(4, Evaluation(3.0, [1.0, 2.0], [0.5, 0.25], tokens_per_forward=1.75))
+    with RunLog(folder, recipe, start_step=0, enabled=False) as silent:
+        silent.step(1, figures(9.0))
+    records = read_metrics(folder.metrics)
+    assert [(record["kind"], record["step"]) for record in records] == [("train", 2), ("train", 4), ("valid", 4)]
+    assert records[0]["head_loss"] == [2.5, 5.0]
+    assert records[0]["tokens"] == 2 * recipe.train.global_batch_size * recipe.train_seq_length
+    assert records[0]["tokens_per_second"] > 0
+    assert records[2]["tokens_per_forward"] == 1.75
+    events = EventAccumulator(str(folder.tensorboard))
+    events.Reload()
+    assert {
+        *("train/loss", "train/grad_norm", "train/lr", "train/tokens_per_second"),
+        *("train_loss/head_1", "train_loss/head_2", "train_accuracy/head_1", "train_accuracy/head_2"),
+        *("valid/loss", "valid/tokens_per_forward", "valid_loss/head_1", "valid_accuracy/head_2"),
+    } <= set(events.Tags()["scalars"])
+    assert [(point.step, point.value) for point in events.Scalars("train_loss/head_2")] == [(2, 5.0), (4, 9.0)]
+    said = capsys.readouterr().err
+    assert "step 2/8  loss 2.5000  heads 2.500 5.000" in said
+    assert "tokens/s" in said
+    assert "tokens per forward 1.75" in said
+
+
+def test_nan_is_null_in_metrics(tmp_path: Path) -> None:
+    """A head that a curriculum leaves out has no loss, and NaN is no JSON."""
+    recipe = parse_recipe(tiny_tree(tmp_path, tmp_path / "run", train__log_interval=1))
+    with RunLog(RunFolder(tmp_path / "run"), recipe, start_step=0, enabled=True) as log:
+        log.step(1, StepFigures(1.0, [1.0, math.nan], [0.5, math.nan], tokens=1, grad_norm=1.0, lr=0.1))
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["head_loss"] == [1.0, None]
+
+
+def test_signals_are_noted_inside_and_left_alone_outside() -> None:
+    former = signal.getsignal(signal.SIGTERM)
+    with stop_on_signal() as stop:
+        assert not stop
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop
+        assert stop.signal is signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == former
