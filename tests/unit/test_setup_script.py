@@ -94,7 +94,7 @@ def test_the_constraints_are_within_the_ranges_of_pyproject():
 
     from packaging.requirements import Requirement
 
-    paths = sorted((ROOT / "tools").glob("constraints-cpu-py*.txt"))  # constraints-serving.txt is vLLM's own environment
+    paths = sorted((ROOT / "tools").glob("constraints-cpu-py*.txt"))
     assert len(paths) == 2
     for path in paths:
         pins = dict(line.split("==") for line in path.read_text().split())
