@@ -51,7 +51,7 @@ def test_chunked_prefill_prefix_caching_and_mixed_batches(bundle, simulations, v
     runs = [
         EngineRun("chunked", speculative, {**chunked, "enable_prefix_caching": False}),
         # The second round finds every prompt's blocks in the cache, written by the first.
-        EngineRun("cached", speculative, {**EAGER, "enable_prefix_caching": True, "block_size": 16}, rounds=2),
+        EngineRun("cached", speculative, {**EAGER, "enable_prefix_caching": True, "block_size": 32}, rounds=2),
     ]
     rounds = run_vllm(
         vllm_python,
