@@ -68,10 +68,27 @@ def test_chunked_prefill_prefix_caching_and_mixed_batches(bundle, simulations, v
         assert (made.drafts, made.accepted) == (expected.drafts, expected.accepted)
 
 
+def test_tensor_parallel(bundle, simulations, vllm_python, context):
+    """Two workers, each with half of the attention heads (one key/value head, held by both)."""
+    options = {**EAGER, "tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    (made,) = run_vllm(
+        vllm_python,
+        bundle,
+        [simulation.prompt for simulation in simulations],
+        [EngineRun("tp2", speculative_config(bundle, HEADS_FOLDER, 3), options)],
+        max_new_tokens=NEW_TOKENS,
+        context=context,
+        quiet=True,
+    )["tp2"]
+    expected = total(simulations, 3)
+    assert made.tokens == [simulation.text for simulation in simulations]
+    assert (made.drafts, made.accepted) == (expected.drafts, expected.accepted)
+
+
 def test_tied_embeddings_and_bf16(tmp_path, vllm_python):
     """Tied: exact in fp32. bf16: two programs round differently, so most drafts must agree, not all."""
     config = dataclasses.replace(CONFIG, tied=True)
-    export = write_export(tmp_path / "export", trained_weights(tied=True), config)
+    export = write_export(tmp_path / "export", trained_weights(config), config)
     tied = write_bundle(export, tmp_path / "bundle", progress=False).output
     model = HeadsLlama.load(open_export(tied))
     made = [simulate(model, [1 + number, 2 * number], NEW_TOKENS) for number in range(12)]
