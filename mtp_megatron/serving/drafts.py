@@ -125,6 +125,7 @@ def _mtp_heads(llama: dict[str, Any], export: dict[str, Any], keys: Collection[s
         "architectures": [ARCHITECTURE],
         "num_hidden_layers": heads,
         "num_mtp_heads": heads,
+        "mtp_layers": llama["model_type"],
         "mask_token_id": MASK_TOKEN_ID,
         "eagle_aux_hidden_state_layer_ids": [export["num_trunk_layers"]],
         "num_aux_hidden_states": 1,

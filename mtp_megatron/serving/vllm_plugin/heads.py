@@ -35,7 +35,8 @@ _STACKED = {
 
 def _layer(config: Any, target: VllmConfig, prefix: str) -> nn.Module:
     """vLLM's own layer of the model's family; a head is a layer as the trunk's are."""
-    family = {"qwen2": Qwen2DecoderLayer, "qwen3": Qwen3DecoderLayer}.get(config.model_type)
+    # Not model_type: vLLM wraps a draft's configuration in one of its own.
+    family = {"qwen2": Qwen2DecoderLayer, "qwen3": Qwen3DecoderLayer}.get(config.mtp_layers)
     if family is None:  # Llama, and Mistral without its window
         return LlamaDecoderLayer(target, prefix=prefix, config=config)
     return family(config, target.cache_config, target.quant_config, prefix)
