@@ -1,5 +1,5 @@
-"""The recipes in the paper's sizes: each is accepted at every world size that its comment names, and the comment's numbers
-(parameters, layouts, memory) are what the model's code gives."""
+"""The recipes in the paper's sizes: each is accepted at every world size that its comment names, and the comment's
+numbers (parameters, layouts, memory) are what the model's code gives."""
 
 from __future__ import annotations
 
