@@ -40,5 +40,8 @@ options=(
 [[ -n "${LOCAL_ADDR:-}" ]] && options+=(--local-addr "$LOCAL_ADDR")
 [[ -n "${RDZV_CONF:-}" ]] && options+=(--rdzv-conf "$RDZV_CONF")
 
+# torch 2.13 keeps one store of the ranks for all rounds of the rendezvous: after a restart ranks may find addresses of the
+# round before, and a node that comes back waits for an address that nobody publishes again. This gives each round its own.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec "${PYTHON:-python}" -m torch.distributed.run "${options[@]}" -m mtp_megatron.train "$@"
