@@ -158,3 +158,13 @@ def test_a_world_that_does_not_fit_is_refused() -> None:
     recipe = load_recipe(FOLDER / "paper_13b.yaml")
     with pytest.raises(ConfigError, match="multiple of 8 ranks"):
         check_recipe(recipe, world_size=12, tokenizer_vocab_size=32000)
+
+
+def test_the_readme_of_the_examples_says_the_same(sizes: dict[str, Counter[str]]) -> None:
+    text = (FOLDER.parent / "torchrun" / "README.md").read_text()
+    rows = dict(re.findall(r"^\| \[`(paper_\w+\.yaml)`\].*?\| \d+ \+ \d+ \| ([\d,]+) \|", text, re.MULTILINE))
+    assert {name: int(count.replace(",", "")) for name, count in rows.items()} == {
+        name: sizes[name].total() for name in RECIPES
+    }
+    for path in re.findall(r"examples/\S+?\.(?:sh|sbatch|yaml)", text):
+        assert (FOLDER.parents[1] / path).is_file(), path
