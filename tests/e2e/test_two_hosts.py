@@ -22,7 +22,7 @@ from tests.training_runs import make_data, metrics, tiny_tree, train_body
 
 ROOT = Path(__file__).parents[2]
 STEPS = 30
-LIMIT = 100.0  # seconds that any wait may take
+LIMIT = 200.0  # seconds that any wait may take; a busy machine needs many times what an idle one does
 PORT = 29400
 
 
