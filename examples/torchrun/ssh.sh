@@ -24,9 +24,11 @@ done
 command="echo mtp-pid \$\$; cd $(printf %q "$checkout") && exec env $(printf '%q ' "${settings[@]}" bash examples/torchrun/node.sh "$@")"
 
 scratch="$(mktemp -d)"
+# shellcheck disable=SC2329 # trap calls it
 stop() {
   for host in "${hosts[@]}"; do
     pid="$(cat "$scratch/$host.pid" 2>/dev/null || true)"
+    # shellcheck disable=SC2029 # the number is known here
     [[ -n "$pid" ]] && ssh "$host" "kill -TERM $pid" </dev/null || true
   done
 }
