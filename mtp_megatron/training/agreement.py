@@ -174,6 +174,8 @@ def _exchange(store: dist.Store | None, name: str, world_size: int, minutes: flo
 
 
 def _through_group(text: str) -> list[str]:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(compat.device())  # NCCL sends from the current device
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, text)
     return told
