@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,9 @@ def job_store(recipe: Recipe) -> dist.Store | None:
     if dist.is_initialized() or "RANK" not in os.environ:
         return None
     timeout = timedelta(minutes=recipe.train.timeout_minutes)
+    store: dist.Store
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-    return store  # type: ignore[no-any-return]
+    return store
 
 
 def preflight_together(recipe: Recipe, world_size: int, store: dist.Store | None) -> Plan:
@@ -171,7 +173,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
 def _exchange(store: dist.Store | None, name: str, world_size: int, minutes: float) -> Exchange:
     if store is None:
         return _through_group
-    return lambda text: through_store(store, name, _rank(), world_size, text, timedelta(minutes=minutes))
+    return partial(through_store, store, name, _rank(), world_size, timeout=timedelta(minutes=minutes))
 
 
 def _through_group(text: str) -> list[str]:
