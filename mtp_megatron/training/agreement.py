@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 
 from mtp_megatron import __version__, compat
 from mtp_megatron.errors import ConfigError, MTPError
@@ -57,18 +59,18 @@ class Statement:
     facts: dict[str, Any]
 
 
-def job_store(recipe: Recipe) -> dist.Store | None:
+def job_store(recipe: Recipe) -> Store | None:
     """The key-value store of the launcher, through which the ranks meet; None for a process alone, or where a process
     group exists already."""
     if dist.is_initialized() or "RANK" not in os.environ:
         return None
     timeout = timedelta(minutes=recipe.train.timeout_minutes)
-    store: dist.Store
-    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    store: Store
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
     return store
 
 
-def preflight_together(recipe: Recipe, world_size: int, store: dist.Store | None) -> Plan:
+def preflight_together(recipe: Recipe, world_size: int, store: Store | None) -> Plan:
     """:func:`.preflight.preflight` on every rank; collective.
 
     Raises:
@@ -170,7 +172,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _exchange(store: dist.Store | None, name: str, world_size: int, minutes: float) -> Exchange:
+def _exchange(store: Store | None, name: str, world_size: int, minutes: float) -> Exchange:
     if store is None:
         return _through_group
     return partial(through_store, store, name, _rank(), world_size, timeout=timedelta(minutes=minutes))
@@ -184,7 +186,7 @@ def _through_group(text: str) -> list[str]:
     return told
 
 
-def through_store(store: dist.Store, name: str, rank: int, world_size: int, text: str, timeout: timedelta) -> list[str]:
+def through_store(store: Store, name: str, rank: int, world_size: int, text: str, timeout: timedelta) -> list[str]:
     """Every rank's text, by rank.
 
     Raises:

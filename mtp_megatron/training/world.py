@@ -11,7 +11,7 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, Store
 
 from mtp_megatron import compat
 from mtp_megatron.errors import ConfigError
@@ -26,7 +26,7 @@ def launched_world_size() -> int:
 
 
 @contextmanager
-def model_parallel_world(recipe: Recipe, store: dist.Store | None = None) -> Iterator[None]:
+def model_parallel_world(recipe: Recipe, store: Store | None = None) -> Iterator[None]:
     """Join the job: process group, model parallel groups, seeds; leave it again at the end.
 
     The process group comes from the environment that torchrun sets, or is this process alone; one that exists already
