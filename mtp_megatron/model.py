@@ -234,6 +234,7 @@ def build_model(
     """
     compat.prepare()
     _check(config, vocab_size, padded_vocab_size)
+    compat.take_load_balancing_loss()  # what an earlier model of this process left, perhaps of other layers
     model = MTPGPTModel(
         config=config,
         transformer_layer_spec=compat.trunk_block_spec(config, vp_stage, transformer_engine=transformer_engine),

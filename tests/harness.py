@@ -90,12 +90,15 @@ def run_world(
 
 
 @contextlib.contextmanager
-def parallel(tp: int = 1, pp: int = 1, vp: int | None = None, cp: int = 1, seed: int = 1234) -> Iterator[None]:
+def parallel(
+    tp: int = 1, pp: int = 1, vp: int | None = None, cp: int = 1, ep: int = 1, seed: int = 1234
+) -> Iterator[None]:
     """Initialise Megatron's model parallel groups and its RNG states on this rank, and destroy both at the end.
 
     Args:
         tp, pp, cp: sizes of tensor, pipeline and context parallelism; data parallelism takes the rest of the world.
         vp: virtual pipeline stages per rank.
+        ep: size of expert parallelism, among the ranks of a pipeline stage.
         seed: of the default RNG state, which is the same on all ranks; the model parallel state differs by TP rank.
     """
     import torch
@@ -110,6 +113,8 @@ def parallel(tp: int = 1, pp: int = 1, vp: int | None = None, cp: int = 1, seed:
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vp,
         context_parallel_size=cp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=1,
     )
     try:
         torch.manual_seed(seed)
