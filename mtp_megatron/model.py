@@ -233,7 +233,7 @@ def build_model(
         ConfigError: a setting of ``config`` that the heads cannot work with.
     """
     compat.prepare()
-    _check(config, vocab_size, padded_vocab_size)
+    check_config(config, vocab_size, padded_vocab_size)
     compat.take_load_balancing_loss()  # what an earlier model of this process left, perhaps of other layers
     model = MTPGPTModel(
         config=config,
@@ -282,7 +282,12 @@ def freeze(model: torch.nn.Module, heads: HeadsConfig) -> None:
         parameter.requires_grad_(learns)
 
 
-def _check(config: TransformerConfig, vocab_size: int, padded_vocab_size: int) -> None:
+def check_config(config: TransformerConfig, vocab_size: int, padded_vocab_size: int) -> None:
+    """Refuse settings of ``config`` that the heads cannot work with.
+
+    Raises:
+        ConfigError: names the field.
+    """
     tensor = config.tensor_model_parallel_size
     if padded_vocab_size < vocab_size or padded_vocab_size % tensor:
         raise ConfigError(

@@ -196,9 +196,7 @@ def swiglu(parameters: Mapping[str, Tensor], prefix: str, x: Tensor) -> Tensor:
     return (F.silu(gate) * up) @ parameters[f"{prefix}linear_fc2.weight"].T
 
 
-def experts(
-    parameters: Mapping[str, Tensor], config: ReferenceConfig, prefix: str, x: Tensor
-) -> tuple[Tensor, Tensor]:
+def experts(parameters: Mapping[str, Tensor], config: ReferenceConfig, prefix: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """Mixture of experts ``[b, s, h]`` -> ``[b, s, h]``, and its load-balancing loss ``[]`` (arXiv 2101.03961, eq. 4).
 
     Every expert sees every token; the weight of those that a token was not sent to is 0.
@@ -207,7 +205,9 @@ def experts(
     probabilities = logits.softmax(-1)
     chosen = torch.zeros_like(logits).scatter(-1, logits.topk(config.moe_top_k).indices, 1.0)
     # Over the chosen ones; a single one keeps its probability, or the router would learn nothing.
-    weights = logits.masked_fill(chosen == 0, -torch.inf).softmax(-1) if config.moe_top_k > 1 else probabilities * chosen
+    weights = (
+        logits.masked_fill(chosen == 0, -torch.inf).softmax(-1) if config.moe_top_k > 1 else probabilities * chosen
+    )
     outputs = [swiglu(parameters, f"{prefix}experts.{expert}.", x) for expert in range(logits.shape[-1])]
     mixed = sum((weights[..., e, None] * output for e, output in enumerate(outputs)), torch.zeros_like(x))
     share = chosen.mean((0, 1)) / config.moe_top_k

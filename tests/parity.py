@@ -51,6 +51,7 @@ class Case:
     overlap: bool = False
     per_token_loss: bool = True
     layout: str | None = None
+    pattern: str | None = None  # of a HybridModel in place of a GPTModel
     loss_scale: float = 1.0
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -207,7 +208,7 @@ def build_chunks(case: Case, parameters: dict[str, torch.Tensor]) -> tuple[Any, 
     from mtp_megatron.model import build_model
 
     settings: dict[str, Any] = {
-        "num_layers": case.num_trunk_layers,
+        "num_layers": case.num_trunk_layers * (2 if case.pattern else 1),  # attention and MLP are a layer each there
         "sequence_parallel": case.sequence_parallel,
         "params_dtype": case.dtype,
         "pipeline_dtype": case.dtype,
@@ -224,7 +225,12 @@ def build_chunks(case: Case, parameters: dict[str, torch.Tensor]) -> tuple[Any, 
     chunks = []
     for stage in range(case.vp) if case.vp else [None]:
         where = {} if stage is None else {"ignore_virtual": False, "vp_stage": stage}
-        model = build_model(
+        build: Callable[..., Any] = build_model
+        if case.pattern is not None:
+            from mtp_megatron.hybrid import build_hybrid_model
+
+            build = functools.partial(build_hybrid_model, pattern=case.pattern)
+        model = build(
             config,
             case.heads_config,
             vocab_size=case.vocab_size,
@@ -260,10 +266,13 @@ class Shard:
 
 def named_shards(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, tuple[slice, ...], Shard]]:
     """Reference name, place in the whole tensor, and data of every parameter shard of this rank."""
+    hybrid = hasattr(chunks[0], "hybrid_layer_pattern")
     for tensor in sharded_tensors(chunks):
         offsets, sizes = list(tensor.global_offset), list(tensor.local_shape)
         shape = list(tensor.global_shape)
         name = reference_name(tensor.key)
+        if hybrid:
+            name = re.sub(r"(?<=^decoder\.layers\.)\d+", lambda number: str(int(number[0]) // 2), name)
         # Axes in front of the tensor's own: its layer, then its expert.
         for axis in ("decoder.layers.", "mlp.experts.")[: tensor.prepend_axis_num]:
             name = name.replace(axis, f"{axis}{offsets.pop(0)}.")

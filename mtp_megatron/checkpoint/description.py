@@ -62,8 +62,8 @@ def describe(checkpoint: MegatronCheckpoint) -> ModelDescription:
     experts = raw["model"].get("num_experts") if isinstance(raw.get("model"), dict) else None
     if experts is not None:
         raise CheckpointError(
-            f"{path}: model.num_experts={experts}: a trunk with experts (mixture of experts) has no counterpart among "
-            "the layouts that are written here, which are all dense Llama. Train with model.num_experts=null to convert."
+            f"{path}: model.num_experts={experts}: a trunk with experts (mixture of experts) has no counterpart in "
+            "the layouts that are written here, all of a dense Llama. Train with model.num_experts=null to convert."
         )
     try:
         tokenizer = _tokenizer(checkpoint.folder, raw)
