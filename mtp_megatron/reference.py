@@ -136,7 +136,7 @@ def reference_loss(
 def trunk(
     parameters: Mapping[str, Tensor], config: ReferenceConfig, tokens: Tensor, balance: list[Tensor] | None = None
 ) -> Tensor:
-    """``[b, s]`` tokens -> z ``[b, s, h]``, without a final norm; ``balance`` takes the layers' load-balancing losses."""
+    """``[b, s]`` tokens -> z ``[b, s, h]``, without a final norm; ``balance`` takes each layer's load balancing."""
     x = F.embedding(tokens, parameters["embedding.word_embeddings.weight"])
     for index in range(config.num_trunk_layers):
         x = transformer_layer(parameters, config, f"decoder.layers.{index}.", x, balance)
@@ -205,9 +205,8 @@ def experts(parameters: Mapping[str, Tensor], config: ReferenceConfig, prefix: s
     probabilities = logits.softmax(-1)
     chosen = torch.zeros_like(logits).scatter(-1, logits.topk(config.moe_top_k).indices, 1.0)
     # Over the chosen ones; a single one keeps its probability, or the router would learn nothing.
-    weights = (
-        logits.masked_fill(chosen == 0, -torch.inf).softmax(-1) if config.moe_top_k > 1 else probabilities * chosen
-    )
+    several = config.moe_top_k > 1
+    weights = logits.masked_fill(chosen == 0, -torch.inf).softmax(-1) if several else probabilities * chosen
     outputs = [swiglu(parameters, f"{prefix}experts.{expert}.", x) for expert in range(logits.shape[-1])]
     mixed = sum((weights[..., e, None] * output for e, output in enumerate(outputs)), torch.zeros_like(x))
     share = chosen.mean((0, 1)) / config.moe_top_k

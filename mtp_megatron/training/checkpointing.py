@@ -80,8 +80,8 @@ def load_checkpoint(recipe: Recipe, trainable: Trainable, folder: Path) -> int:
     there, here = saved.get("expert", 1), recipe.parallel.expert
     if (there == 1) != (here == 1):
         raise CheckpointError(
-            f"{folder}: saved with parallel.expert={there}, which cannot be resumed with {here}: shared experts have an "
-            "optimizer of their own. Resume with parallel.expert "
+            f"{folder}: saved with parallel.expert={there}, which cannot be resumed with {here}: shared experts have "
+            "an optimizer of their own. Resume with parallel.expert "
             + ("= 1" if there == 1 else "> 1")
             + ", or start another run from the weights (run.load)."
         )

@@ -1,4 +1,4 @@
-"""A trunk with experts (mixture of experts) under dense heads: every layout against the oracle, load balancing included.
+"""A trunk with experts under dense heads: every layout against the oracle, load balancing included.
 
 Not covered here: Transformer Engine's grouped matrix multiplications, GPUs.
 """
@@ -130,5 +130,5 @@ def test_a_trunk_with_experts_is_not_exported(single: Path, tmp_path: Path) -> N
 
 def test_a_dense_checkpoint_does_not_pass_for_one_with_experts(data: Path, single: Path, tmp_path: Path) -> None:
     tree = tiny_tree(data, tmp_path / "run", run__load=str(single))
-    with pytest.raises(RuntimeError, match="model.num_experts is 2 there and None here"):
+    with pytest.raises(RuntimeError, match=r"model.num_experts is 2 there and None here"):
         run_world(train_body, 1, tree)

@@ -1,4 +1,4 @@
-"""A checkpoint written with one megatron-core is resumed with the other, in both directions, and training goes on alike.
+"""A checkpoint of one megatron-core is resumed with the other, in both directions, and training goes on alike.
 
 The other version lives in another environment with another Python, which tools/test.sh makes (`.venv-py312`).
 """
@@ -6,6 +6,7 @@ The other version lives in another environment with another Python, which tools/
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,9 +58,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_other_environment_has_another_megatron_core() -> None:
     """Control: the tests below compare two versions, not one with itself."""
-    version = in_the_other("mtp_megatron.compat")
-    assert f"megatron-core                 {compat.MCORE_VERSION} " not in version
-    assert "megatron-core                 0.1" in version
+    found = re.search(r"megatron-core +(\S+) in ", in_the_other("mtp_megatron.compat"))
+    assert found is not None
+    assert found[1] != str(compat.MCORE_VERSION)
 
 
 @pytest.mark.parametrize("distributed", [False, True])
