@@ -13,7 +13,8 @@ from mtp_megatron import compat
 from mtp_megatron.compat.hybrid import hybrid_stack_spec, require_hybrid_model
 from mtp_megatron.config import HeadsConfig
 from mtp_megatron.errors import ConfigError
-from mtp_megatron.model import FutureHeads, check_config, freeze
+from mtp_megatron.model import FutureHeads, freeze
+from mtp_megatron.model_checks import check_config, check_forward
 
 compat.prepare()
 require_hybrid_model()
@@ -43,27 +44,21 @@ class MTPHybridModel(FutureHeads, HybridModel):
         runtime_gather_output: bool | None = None,
         packed_seq_params: Any = None,
     ) -> Any:
-        z = self._trunk_output(input_ids, position_ids, attention_mask, packed_seq_params)
+        check_forward(packed_seq_params)
+        z = self._trunk_output(input_ids, position_ids, attention_mask)
         if not self.post_process:
             return z
-        length = self.rotary_pos_emb.get_rotary_seq_len(None, None, z, self.config, packed_seq_params)
-        layer_kwargs: dict[str, Any] = {
-            "attention_mask": attention_mask,
-            "rotary_pos_emb": self.rotary_pos_emb(length, packed_seq=packed_seq_params is not None),
-        }
-        if packed_seq_params is not None:
-            layer_kwargs["packed_seq_params"] = packed_seq_params
+        length = self.rotary_pos_emb.get_rotary_seq_len(None, None, z, self.config)
+        layer_kwargs = {"attention_mask": attention_mask, "rotary_pos_emb": self.rotary_pos_emb(length)}
         if labels is None:
             return self.next_token_logits(z, layer_kwargs, runtime_gather_output)
         return self.future_heads_loss(z, labels, layer_kwargs, predictions=self.keep_predictions)
 
-    def _trunk_output(
-        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None, packed_seq_params: Any
-    ) -> Tensor:
+    def _trunk_output(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """``[s, b, h]``. Upstream's forward has no hook before its output, but returns early on a stage without one."""
         post_process, self.post_process = self.post_process, False
         try:
-            z: Tensor = super().forward(input_ids, position_ids, attention_mask, packed_seq_params=packed_seq_params)
+            z: Tensor = super().forward(input_ids, position_ids, attention_mask)
         finally:
             self.post_process = post_process
         return z

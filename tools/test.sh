@@ -12,6 +12,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 main=.venv second=.venv-py312
+# What runs on both: everything that drives megatron-core (schedules, layouts, optimizers, checkpoints, conversion) and
+# the training command. Left to the main lane: units that need torch at most, and the long runs of the quickstart and the
+# README, which go through the same commands again.
+shared=(tests/distributed tests/unit/test_compat.py tests/e2e/test_export.py tests/e2e/test_train_robustness.py)
 if (($#)); then default_lanes=main; else default_lanes="py312 main"; fi
 lanes=" ${MTP_LANES:-$default_lanes} "
 [[ "$lanes" =~ ^\ +((main|py312)\ +)+$ ]] || { echo "error: MTP_LANES='${MTP_LANES}' may name main and py312" >&2; exit 2; }
