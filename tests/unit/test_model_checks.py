@@ -1,4 +1,4 @@
-"""What of Megatron's the heads cannot work with is refused by name, before a model is built, and the report lists it."""
+"""What of Megatron's the heads cannot work with is refused by name before a model is built; the report lists it."""
 
 from __future__ import annotations
 
