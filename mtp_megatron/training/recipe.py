@@ -7,6 +7,7 @@ involve several settings, the world or the data are :mod:`mtp_megatron.training.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -198,6 +199,11 @@ class Recipe(Section):
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of the model: TP x PP x CP."""
         return self.parallel.tensor * self.parallel.pipeline * self.parallel.context
+
+    @property
+    def smallest_world(self) -> int:
+        """Fewest ranks that a job can have: whole copies of the model, and EP ranks on every stage."""
+        return self.parallel.pipeline * math.lcm(self.parallel.tensor * self.parallel.context, self.parallel.expert)
 
     @property
     def train_seq_length(self) -> int:

@@ -29,6 +29,20 @@ def test_good_recipes_pass_resolved() -> None:
 
 
 @pytest.mark.parametrize(
+    ("world", "overrides"),
+    [
+        (2, {"parallel__expert": 2}),
+        (2, {"parallel__expert": 2, **TP2}),
+        (4, {"parallel__expert": 4, **TP2}),
+        (4, {"parallel__expert": 2, "parallel__pipeline": 2}),
+    ],
+)
+def test_the_command_starts_as_many_processes_as_the_layout_takes(world: int, overrides: dict[str, Any]) -> None:
+    recipe = checked(world, model__num_experts=4, **overrides)
+    assert recipe.smallest_world == world
+
+
+@pytest.mark.parametrize(
     ("field", "says", "world", "overrides"),
     [
         ("parallel.expert", "no experts", 2, {"parallel__expert": 2}),
