@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mtp_megatron import compat
+from mtp_megatron.compat.checkpoints import load_strategies
 from mtp_megatron.data.manifest import Manifest
 from mtp_megatron.data.tokenizer import MODEL_FILE
 from mtp_megatron.errors import CheckpointError
@@ -144,7 +145,7 @@ def read_state(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder))
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder), **load_strategies())
     except (CheckpointingException, CheckpointException, OSError, EOFError, pickle.UnpicklingError, KeyError) as error:
         raise CheckpointError(
             f"{folder}: cannot be read ({error}). Name or restore another checkpoint of the run."

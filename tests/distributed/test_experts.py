@@ -72,9 +72,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def single(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process from drawn weights: every expert parallel size draws the same ones."""
+    """One process, from drawn weights."""
     run = tmp_path_factory.mktemp("runs") / "single"
     run_world(train_body, 1, tiny_tree(data, run, **SETTINGS))
+    return run
+
+
+@pytest.fixture(scope="module")
+def loaded(data: Path, single: Path) -> Path:
+    """One process, from the weights that `single` ended with."""
+    run = single.parent / "loaded"
+    run_world(train_body, 1, tiny_tree(data, run, **SETTINGS, run__load=str(single)))
     return run
 
 
@@ -88,10 +96,13 @@ def single(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=str,
 )
 def test_a_run_goes_like_one_process_and_resumes_there(
-    world: int, layout: dict[str, Any], data: Path, single: Path, tmp_path: Path
+    world: int, layout: dict[str, Any], data: Path, single: Path, loaded: Path, tmp_path: Path
 ) -> None:
+    """Without pipeline stages, which draw differently, from drawn weights: any expert parallel size draws the same."""
     run = tmp_path / "run"
     settings = {**SETTINGS, **layout}
+    if "parallel__pipeline" in layout:
+        settings["run__load"], single = str(single), loaded
     run_world(train_body, world, tiny_tree(data, run, **settings))
     assert largest_difference(metrics(run), metrics(single)) < 1e-5
     assert largest_difference(metrics(run, "valid"), metrics(single, "valid")) < 1e-5
