@@ -17,6 +17,7 @@ from mtp_megatron.head_pass import MegatronHeadPass
 from mtp_megatron.heads import HeadLayers, IdentityHead, PostNormHead, build_heads
 from mtp_megatron.joint import joint_loss
 from mtp_megatron.loss import VocabShard
+from mtp_megatron.model_checks import check_config, check_forward
 from mtp_megatron.rope import RopeScaling
 from mtp_megatron.sequential import HeadReport, run_heads
 
@@ -183,6 +184,10 @@ class MTPGPTModel(FutureHeads, GPTModel):
     keep_predictions = False
     """Set to True around an evaluation to get every head's predictions in its report."""
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        check_forward(kwargs.get("packed_seq_params"))
+        return super().forward(*args, **kwargs)
+
     def _postprocess(self, hidden_states: Tensor, **kwargs: Any) -> Any:
         if not self.post_process:
             return hidden_states
@@ -191,7 +196,6 @@ class MTPGPTModel(FutureHeads, GPTModel):
             "rotary_pos_emb",
             "rotary_pos_cos",
             "rotary_pos_sin",
-            "packed_seq_params",
             "sequence_len_offset",
             "inference_context",
         )
@@ -233,7 +237,8 @@ def build_model(
         ConfigError: a setting of ``config`` that the heads cannot work with.
     """
     compat.prepare()
-    _check(config, vocab_size, padded_vocab_size)
+    check_config(config, vocab_size, padded_vocab_size)
+    compat.take_load_balancing_loss()  # what an earlier model of this process left, perhaps of other layers
     model = MTPGPTModel(
         config=config,
         transformer_layer_spec=compat.trunk_block_spec(config, vp_stage, transformer_engine=transformer_engine),
@@ -279,28 +284,3 @@ def freeze(model: torch.nn.Module, heads: HeadsConfig) -> None:
         else:
             learns = room == "unembedding_heads" or (room == "heads" and not rest.startswith("0."))
         parameter.requires_grad_(learns)
-
-
-def _check(config: TransformerConfig, vocab_size: int, padded_vocab_size: int) -> None:
-    tensor = config.tensor_model_parallel_size
-    if padded_vocab_size < vocab_size or padded_vocab_size % tensor:
-        raise ConfigError(
-            "padded_vocab_size",
-            padded_vocab_size,
-            f"must be at least vocab_size={vocab_size} and divisible by tensor parallel size {tensor}",
-            f"Use {-(-vocab_size // tensor) * tensor}",
-        )
-    if config.mtp_num_layers:
-        raise ConfigError(
-            "mtp_num_layers",
-            config.mtp_num_layers,
-            "megatron-core's own multi-token prediction cannot be combined with these heads",
-            "Leave it unset and choose heads.n",
-        )
-    if getattr(config, "defer_embedding_wgrad_compute", False):
-        raise ConfigError(
-            "defer_embedding_wgrad_compute",
-            True,
-            "the heads compute the unembedding's gradient themselves",
-            "Turn it off",
-        )

@@ -25,6 +25,9 @@ class ReferenceConfig:
         num_trunk_layers: layers of the trunk, heads not counted.
         ffn_hidden_size: width between the MLP's two matrices.
         norm_epsilon: added to the mean square.
+        num_experts: MLPs of each trunk layer, of which every token goes through ``moe_top_k``; None: one MLP. Heads
+            have one MLP always.
+        moe_aux_loss: weight of the trunk's load-balancing loss, per token of the microbatch.
     """
 
     num_trunk_layers: int
@@ -37,6 +40,10 @@ class ReferenceConfig:
     norm_epsilon: float = 1e-5
     rotary_base: float = 10000.0
     tied_embeddings: bool = False
+    num_experts: int | None = None
+    moe_top_k: int = 2
+    moe_ffn_hidden_size: int = 0
+    moe_aux_loss: float = 0.0
 
     @property
     def head_size(self) -> int:
@@ -48,7 +55,8 @@ class ReferenceResult:
     """What the oracle found. ``total`` ``[]`` carries the graph; the rest is detached.
 
     Attributes:
-        total: weighted sum over heads of the loss sums (not divided by a token count).
+        total: weighted sum over heads of the loss sums (not divided by a token count), with experts also the weighted
+            load-balancing loss times the number of tokens.
         loss_sum: ``[n]``. correct: ``[n]`` int64. tokens: ``[n]`` int64 valid targets.
         logits: ``[n, b, s, V]``.
     """
@@ -74,7 +82,13 @@ def parameter_shapes(config: ReferenceConfig) -> dict[str, tuple[int, ...]]:
     }
     shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (v, h), "final_norm.weight": (h,)}
     for index in range(config.num_trunk_layers):
-        shapes.update({f"decoder.layers.{index}.{name}": shape for name, shape in layer.items()})
+        trunk_layer = {name: shape for name, shape in layer.items() if config.num_experts is None or "fc" not in name}
+        if config.num_experts is not None:
+            trunk_layer["mlp.router.weight"] = (config.num_experts, h)
+        for expert in range(config.num_experts or 0):
+            trunk_layer[f"mlp.experts.{expert}.linear_fc1.weight"] = (2 * config.moe_ffn_hidden_size, h)
+            trunk_layer[f"mlp.experts.{expert}.linear_fc2.weight"] = (h, config.moe_ffn_hidden_size)
+        shapes.update({f"decoder.layers.{index}.{name}": shape for name, shape in trunk_layer.items()})
     for index in range(config.heads.n):
         if config.heads.kind == "transformer":
             shapes.update({f"heads.{index}.{name}": shape for name, shape in layer.items()})
@@ -97,7 +111,8 @@ def reference_loss(
     Args:
         tokens: ``[b, s]``. targets: ``[n, b, s]``, -100 where there is none.
     """
-    z = trunk(parameters, config, tokens)
+    balance: list[Tensor] = []
+    z = trunk(parameters, config, tokens, balance)
     outputs = head_outputs(parameters, config, z)
     logits = torch.stack([unembed(parameters, config, head, output) for head, output in enumerate(outputs)])
     losses = torch.stack(
@@ -108,8 +123,9 @@ def reference_loss(
     )
     weights = torch.tensor(config.heads.base_weights(), dtype=losses.dtype, device=losses.device)
     valid = targets != -100
+    balancing = sum(balance, torch.zeros((), dtype=losses.dtype)) * config.moe_aux_loss * tokens.numel()
     return ReferenceResult(
-        total=(weights * losses).sum(),
+        total=(weights * losses).sum() + balancing,
         loss_sum=losses.detach(),
         correct=((logits.argmax(-1) == targets) & valid).sum(dim=(1, 2)),
         tokens=valid.sum(dim=(1, 2)),
@@ -117,11 +133,13 @@ def reference_loss(
     )
 
 
-def trunk(parameters: Mapping[str, Tensor], config: ReferenceConfig, tokens: Tensor) -> Tensor:
-    """``[b, s]`` tokens -> z ``[b, s, h]``, without a final norm."""
+def trunk(
+    parameters: Mapping[str, Tensor], config: ReferenceConfig, tokens: Tensor, balance: list[Tensor] | None = None
+) -> Tensor:
+    """``[b, s]`` tokens -> z ``[b, s, h]``, without a final norm; ``balance`` takes each layer's load balancing."""
     x = F.embedding(tokens, parameters["embedding.word_embeddings.weight"])
     for index in range(config.num_trunk_layers):
-        x = transformer_layer(parameters, config, f"decoder.layers.{index}.", x)
+        x = transformer_layer(parameters, config, f"decoder.layers.{index}.", x, balance)
     return x
 
 
@@ -154,13 +172,45 @@ def unembed(parameters: Mapping[str, Tensor], config: ReferenceConfig, head: int
     return x @ parameters[name].T
 
 
-def transformer_layer(parameters: Mapping[str, Tensor], config: ReferenceConfig, prefix: str, x: Tensor) -> Tensor:
+def transformer_layer(
+    parameters: Mapping[str, Tensor],
+    config: ReferenceConfig,
+    prefix: str,
+    x: Tensor,
+    balance: list[Tensor] | None = None,
+) -> Tensor:
     """Pre-norm transformer layer, ``[b, s, h]`` -> ``[b, s, h]``."""
     normed = rms_norm(x, parameters[f"{prefix}input_layernorm.weight"], config.norm_epsilon)
     x = x + attention(parameters, config, f"{prefix}self_attention.", normed)
     normed = rms_norm(x, parameters[f"{prefix}pre_mlp_layernorm.weight"], config.norm_epsilon)
-    gate, up = (normed @ parameters[f"{prefix}mlp.linear_fc1.weight"].T).chunk(2, dim=-1)
-    return x + (F.silu(gate) * up) @ parameters[f"{prefix}mlp.linear_fc2.weight"].T
+    if f"{prefix}mlp.router.weight" in parameters:
+        mixed, loss = experts(parameters, config, f"{prefix}mlp.", normed)
+        if balance is not None:
+            balance.append(loss)
+        return x + mixed
+    return x + swiglu(parameters, f"{prefix}mlp.", normed)
+
+
+def swiglu(parameters: Mapping[str, Tensor], prefix: str, x: Tensor) -> Tensor:
+    gate, up = (x @ parameters[f"{prefix}linear_fc1.weight"].T).chunk(2, dim=-1)
+    return (F.silu(gate) * up) @ parameters[f"{prefix}linear_fc2.weight"].T
+
+
+def experts(parameters: Mapping[str, Tensor], config: ReferenceConfig, prefix: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mixture of experts ``[b, s, h]`` -> ``[b, s, h]``, and its load-balancing loss ``[]`` (arXiv 2101.03961, eq. 4).
+
+    Every expert sees every token; the weight of those that a token was not sent to is 0.
+    """
+    logits = x @ parameters[f"{prefix}router.weight"].T
+    probabilities = logits.softmax(-1)
+    chosen = torch.zeros_like(logits).scatter(-1, logits.topk(config.moe_top_k).indices, 1.0)
+    # Over the chosen ones; a single one keeps its probability, or the router would learn nothing.
+    several = config.moe_top_k > 1
+    weights = logits.masked_fill(chosen == 0, -torch.inf).softmax(-1) if several else probabilities * chosen
+    outputs = [swiglu(parameters, f"{prefix}experts.{expert}.", x) for expert in range(logits.shape[-1])]
+    mixed = sum((weights[..., e, None] * output for e, output in enumerate(outputs)), torch.zeros_like(x))
+    share = chosen.mean((0, 1)) / config.moe_top_k
+    return mixed, logits.shape[-1] * (share * probabilities.mean((0, 1))).sum()
 
 
 def attention(parameters: Mapping[str, Tensor], config: ReferenceConfig, prefix: str, x: Tensor) -> Tensor:

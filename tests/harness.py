@@ -34,6 +34,7 @@ from typing import Any
 from tests.harness_worker import Outcome, Task, Worker
 
 GRACE = 3.0  # seconds that the other ranks get, after a first error, to report theirs
+THREADS = 300  # of one worker between two worlds, above which the workers are replaced
 CLEANING = 60.0  # seconds to clean up after a body; only a rank stuck in destroying its process groups needs longer
 
 _pools: dict[str, list[Worker]] = {}
@@ -80,6 +81,8 @@ def run_world(
         outcomes = _run(workers, task, timeout)
         until = time.monotonic() + CLEANING
         reusable = not fresh and all(not o.lost and w.ready(until) for o, w in zip(outcomes, workers, strict=True))
+        # Caches of megatron-core keep process groups alive, each with threads of gloo that go on polling.
+        reusable = reusable and all(w.threads() <= THREADS for w in workers)
     finally:
         if not reusable:  # also when this process was interrupted
             _kill(workers if fresh else _pools.pop(kind))
@@ -90,12 +93,15 @@ def run_world(
 
 
 @contextlib.contextmanager
-def parallel(tp: int = 1, pp: int = 1, vp: int | None = None, cp: int = 1, seed: int = 1234) -> Iterator[None]:
+def parallel(
+    tp: int = 1, pp: int = 1, vp: int | None = None, cp: int = 1, ep: int = 1, seed: int = 1234
+) -> Iterator[None]:
     """Initialise Megatron's model parallel groups and its RNG states on this rank, and destroy both at the end.
 
     Args:
         tp, pp, cp: sizes of tensor, pipeline and context parallelism; data parallelism takes the rest of the world.
         vp: virtual pipeline stages per rank.
+        ep: size of expert parallelism, among the ranks of a pipeline stage.
         seed: of the default RNG state, which is the same on all ranks; the model parallel state differs by TP rank.
     """
     import torch
@@ -110,6 +116,8 @@ def parallel(tp: int = 1, pp: int = 1, vp: int | None = None, cp: int = 1, seed:
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vp,
         context_parallel_size=cp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=1,
     )
     try:
         torch.manual_seed(seed)

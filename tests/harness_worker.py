@@ -98,6 +98,13 @@ class Worker:
                 return bool(self.connection.recv() == READY)
         return False
 
+    def threads(self) -> int:
+        """Threads of the process; 0 where the system does not tell."""
+        try:
+            return len(os.listdir(f"/proc/{self.process.pid}/task"))
+        except OSError:
+            return 0
+
     def signal(self, number: int) -> None:
         if self.process.pid is not None:
             os.kill(self.process.pid, number)

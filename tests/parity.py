@@ -17,18 +17,26 @@ from tests.harness import parallel, run_world
 from tests.models import sharded_tensors, tiny_config
 
 EOD = 0
+EXPERT_WIDTH = 48  # of an expert's MLP; a head's is 64
 HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A layout, a model and its data. `world` must be a multiple of tp * pp * cp; the rest is data parallel."""
+    """A layout, a model and its data. `world` must be a multiple of tp * pp * cp; the rest is data parallel.
+
+    `ep` of a stage's ranks share the trunk's `experts`.
+    """
 
     world: int = 1
     tp: int = 1
     pp: int = 1
     vp: int | None = None
     cp: int = 1
+    ep: int = 1
+    experts: int | None = None
+    top_k: int = 2
+    aux_loss: float = 0.0
     sequence_parallel: bool = False
     dtype: torch.dtype = torch.float32
     heads: dict[str, Any] = field(default_factory=lambda: {"n": 3})
@@ -43,6 +51,7 @@ class Case:
     overlap: bool = False
     per_token_loss: bool = True
     layout: str | None = None
+    pattern: str | None = None  # of a HybridModel in place of a GPTModel
     loss_scale: float = 1.0
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -60,7 +69,29 @@ class Case:
             vocab_size=self.vocab_size,
             heads=self.heads_config,
             tied_embeddings=self.tied,
+            num_experts=self.experts,
+            moe_top_k=self.top_k,
+            moe_ffn_hidden_size=EXPERT_WIDTH,
+            moe_aux_loss=self.aux_loss,
         )
+
+    def expert_settings(self) -> dict[str, Any]:
+        """Fields of TransformerConfig, as `training.build` sets them."""
+        if self.experts is None:
+            return {}
+        from mtp_megatron import compat
+
+        return {
+            "num_moe_experts": self.experts,
+            "moe_router_topk": self.top_k,
+            "moe_router_pre_softmax": self.top_k == 1,
+            "moe_router_load_balancing_type": "aux_loss",
+            "moe_aux_loss_coeff": compat.aux_loss_coefficient(self.aux_loss, tensor=self.tp, context=self.cp),
+            "moe_ffn_hidden_size": EXPERT_WIDTH,
+            "moe_token_dispatcher_type": "alltoall",
+            "expert_model_parallel_size": self.ep,
+            "expert_tensor_parallel_size": 1,
+        }
 
 
 @dataclass
@@ -177,7 +208,7 @@ def build_chunks(case: Case, parameters: dict[str, torch.Tensor]) -> tuple[Any, 
     from mtp_megatron.model import build_model
 
     settings: dict[str, Any] = {
-        "num_layers": case.num_trunk_layers,
+        "num_layers": case.num_trunk_layers * (2 if case.pattern else 1),  # attention and MLP are a layer each there
         "sequence_parallel": case.sequence_parallel,
         "params_dtype": case.dtype,
         "pipeline_dtype": case.dtype,
@@ -187,13 +218,19 @@ def build_chunks(case: Case, parameters: dict[str, torch.Tensor]) -> tuple[Any, 
         "attention_softmax_in_fp32": case.dtype != torch.float64,
         "calculate_per_token_loss": case.per_token_loss,
         **({"pipeline_model_parallel_layout": case.layout} if case.layout else {}),
+        **case.expert_settings(),
         **case.config,
     }
     config = tiny_config(**settings)
     chunks = []
     for stage in range(case.vp) if case.vp else [None]:
         where = {} if stage is None else {"ignore_virtual": False, "vp_stage": stage}
-        model = build_model(
+        build: Callable[..., Any] = build_model
+        if case.pattern is not None:
+            from mtp_megatron.hybrid import build_hybrid_model
+
+            build = functools.partial(build_hybrid_model, pattern=case.pattern)
+        model = build(
             config,
             case.heads_config,
             vocab_size=case.vocab_size,
@@ -229,20 +266,24 @@ class Shard:
 
 def named_shards(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, tuple[slice, ...], Shard]]:
     """Reference name, place in the whole tensor, and data of every parameter shard of this rank."""
+    hybrid = hasattr(chunks[0], "hybrid_layer_pattern")
     for tensor in sharded_tensors(chunks):
         offsets, sizes = list(tensor.global_offset), list(tensor.local_shape)
         shape = list(tensor.global_shape)
         name = reference_name(tensor.key)
-        if tensor.prepend_axis_num:
-            layer = offsets.pop(0)
+        if hybrid:
+            name = re.sub(r"(?<=^decoder\.layers\.)\d+", lambda number: str(int(number[0]) // 2), name)
+        # Axes in front of the tensor's own: its layer, then its expert.
+        for axis in ("decoder.layers.", "mlp.experts.")[: tensor.prepend_axis_num]:
+            name = name.replace(axis, f"{axis}{offsets.pop(0)}.")
             shape.pop(0)
-            name = name.replace("decoder.layers.", f"decoder.layers.{layer}.")
         index = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
         yield name, index, Shard(tensor.data, tuple(shape))
 
 
 def reference_name(key: str) -> str:
     """Checkpoint key -> name of the reference's parameter (norms are stored under Transformer Engine's names)."""
+    key = key.replace("mlp.experts.experts.", "mlp.experts.")
     key = re.sub(r"self_attention\.linear_qkv\.layer_norm_weight$", "input_layernorm.weight", key)
     return re.sub(r"mlp\.linear_fc1\.layer_norm_weight$", "pre_mlp_layernorm.weight", key)
 
@@ -269,7 +310,7 @@ def forward_step(case: Case, sink: list, iterator: Iterator, chunk: torch.nn.Mod
 def step_body(
     rank: int, world: int, case: Case, parameters: dict, batches: list[Batch], mutate: Callable | None
 ) -> dict[str, Any]:
-    with parallel(case.tp, case.pp, case.vp, case.cp):
+    with parallel(case.tp, case.pp, case.vp, case.cp, case.ep):
         from megatron.core import parallel_state as ps
         from megatron.core.distributed import finalize_model_grads
 

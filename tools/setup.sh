@@ -3,12 +3,13 @@
 #
 # Environment:
 #   PYTHON               the interpreter to build on (default: the first of python3.11, python3.12, python3 that fits)
+#   MTP_VENV             the folder to make instead of .venv, for an environment beside it
 #   MTP_TORCH_INDEX_URL  a package index for torch alone, for example one with CPU builds (default: pip's own settings)
 #   MTP_SETUP_FORCE=1    install again although nothing changed
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-venv=.venv
+venv="${MTP_VENV:-.venv}"
 stamp="$venv/.mtp-setup"
 
 say() { printf '[setup] %s\n' "$*" >&2; }
@@ -49,7 +50,7 @@ has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/nu
 
 # One set-up at a time; a second one waits for the first and then finds the work done.
 if command -v flock >/dev/null; then
-  exec 9>.venv.lock
+  exec 9>"$venv.lock"
   flock 9
 fi
 

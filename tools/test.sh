@@ -1,25 +1,91 @@
 #!/usr/bin/env bash
 # Sets up the environment, checks style and types, runs the tests. Arguments go to pytest:
-#   bash tools/test.sh                     everything
-#   bash tools/test.sh tests/unit -k loss  some of it
+#   bash tools/test.sh                     everything, on every lane that this machine has
+#   bash tools/test.sh tests/unit -k loss  some of it, on the main lane
 # Skipped tests are listed with their reason; pytest's summary is the last line.
+#
+# Lanes:
+#   main   all tests, in .venv: Python 3.11 and the oldest supported megatron-core, or what tools/setup.sh picks
+#   py312  the tests that touch megatron-core, in .venv-py312: Python 3.12 and the newest supported megatron-core
+# MTP_LANES=main leaves the second one out; MTP_LANES=py312 runs it alone, with pytest's arguments if there are any.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-bash tools/setup.sh
+main=.venv second=.venv-py312
+# What runs on both: everything that drives megatron-core (schedules, layouts, optimizers, checkpoints, conversion) and
+# the training command. Left to the main lane: units that need torch at most, and the long runs of the quickstart and the
+# README, which go through the same commands again.
+shared=(tests/distributed tests/unit/test_compat.py tests/e2e/test_export.py tests/e2e/test_train_robustness.py)
+if (($#)); then default_lanes=main; else default_lanes="py312 main"; fi
+lanes=" ${MTP_LANES:-$default_lanes} "
+[[ "$lanes" =~ ^\ +((main|py312)\ +)+$ ]] || { echo "error: MTP_LANES='${MTP_LANES}' may name main and py312" >&2; exit 2; }
+
+# A Python 3.12 that really runs (a shim of pyenv may exist and refuse), on PATH or among pyenv's versions.
+find_py312() {
+  local candidate
+  for candidate in $(type -aP python3.12 || true) "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python; do
+    if [[ "$("$candidate" -c 'import ensurepip, sys, venv; print(*sys.version_info[:2])' 2>/dev/null)" == "3 12" ]]; then
+      echo "$candidate"
+      return
+    fi
+  done
+}
+
+if [[ "$lanes" == *" main "* ]]; then
+  bash tools/setup.sh
+fi
+if [[ "$lanes" == *" py312 "* ]]; then
+  python312=$(find_py312)
+  if [[ "$lanes" == *" main "* && "$($main/bin/python -c 'import sys; print(*sys.version_info[:2])')" == "3 12" ]]; then
+    echo "== lane py312: left out, the main lane has Python 3.12 already"
+    lanes=" main "
+  elif [[ -n "$python312" ]]; then
+    MTP_VENV=$second PYTHON=$python312 bash tools/setup.sh
+  elif [[ "$lanes" == *" main "* ]]; then
+    echo "== lane py312: left out, no Python 3.12 found on PATH or in ${PYENV_ROOT:-$HOME/.pyenv}/versions"
+    lanes=" main "
+  else
+    echo "error: MTP_LANES=py312, but no Python 3.12 found on PATH or in ${PYENV_ROOT:-$HOME/.pyenv}/versions" >&2
+    exit 2
+  fi
+fi
 # vLLM, in an environment of its own (2.5 GB, once), when its tests may be among those to run and it has a wheel for this
 # machine. Without it they are skipped with the reason; MTP_SERVING=1 asks for it.
 if [[ "${MTP_SERVING:-0}" == 1 && "$(uname -sm)" == "Linux x86_64" && ($# == 0 || "$*" == *serving*) ]]; then
   bash tools/setup_serving.sh
 fi
-# shellcheck source=/dev/null
-source .venv/bin/activate
 
 # Worlds of several processes share the cores: one thread each is the fastest and the most reproducible.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-echo "== ruff check" && ruff check .
-echo "== ruff format" && ruff format --check .
-echo "== mypy" && mypy mtp_megatron
-echo "== pytest"
-exec python -m pytest -rs "$@"
+# in_lane ENVIRONMENT COMMAND...: run it with that environment activated, and no other.
+in_lane() (
+  # shellcheck source=/dev/null
+  source "$1/bin/activate"
+  shift
+  exec "$@"
+)
+
+if [[ "$lanes" == *" main "* ]]; then
+  echo "== ruff check" && in_lane $main ruff check .
+  echo "== ruff format" && in_lane $main ruff format --check .
+  echo "== mypy" && in_lane $main mypy mtp_megatron
+fi
+
+status=0 failed=""
+if [[ "$lanes" == *" py312 "* ]]; then
+  echo "== pytest, lane py312"
+  if (($#)); then selection=("$@"); else selection=("${shared[@]}"); fi
+  output=$(mktemp)
+  trap 'rm -f "$output"' EXIT
+  in_lane $second python -m pytest -rs "${selection[@]}" | tee "$output" || { status=1; failed=$(tail -n 1 "$output"); }
+fi
+if [[ "$lanes" == *" main "* ]]; then
+  echo "== pytest"
+  in_lane $main python -m pytest -rs "$@" || status=1
+  if [[ -n "$failed" ]]; then
+    echo "== lane py312 failed; its summary:"
+    echo "$failed"
+  fi
+fi
+exit $status

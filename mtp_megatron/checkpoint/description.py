@@ -59,6 +59,12 @@ def describe(checkpoint: MegatronCheckpoint) -> ModelDescription:
     """
     path = checkpoint.folder / CONFIG
     raw = read_mtp_config(checkpoint.folder)
+    experts = raw["model"].get("num_experts") if isinstance(raw.get("model"), dict) else None
+    if experts is not None:
+        raise CheckpointError(
+            f"{path}: model.num_experts={experts}: a trunk with experts (mixture of experts) has no counterpart in "
+            "the layouts that are written here, all of a dense Llama. Train with model.num_experts=null to convert."
+        )
     try:
         tokenizer = _tokenizer(checkpoint.folder, raw)
         description = from_raw(raw, tokenizer)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mtp_megatron.compat.devices import backend, device, prepare
+    from mtp_megatron.compat.experts import aux_loss_coefficient, take_load_balancing_loss
     from mtp_megatron.compat.kernels import fusions
     from mtp_megatron.compat.specs import layer_spec, norm_class, trunk_block_spec
     from mtp_megatron.compat.versions import MCORE_VERSION
@@ -25,23 +26,27 @@ if TYPE_CHECKING:
 # name -> module that defines it, imported at first use
 _LAZY = {
     "MCORE_VERSION": "mtp_megatron.compat.versions",
+    "aux_loss_coefficient": "mtp_megatron.compat.experts",
     "backend": "mtp_megatron.compat.devices",
     "device": "mtp_megatron.compat.devices",
     "fusions": "mtp_megatron.compat.kernels",
     "prepare": "mtp_megatron.compat.devices",
     "layer_spec": "mtp_megatron.compat.specs",
     "norm_class": "mtp_megatron.compat.specs",
+    "take_load_balancing_loss": "mtp_megatron.compat.experts",
     "trunk_block_spec": "mtp_megatron.compat.specs",
 }
 
 __all__ = [
     "MCORE_VERSION",
+    "aux_loss_coefficient",
     "backend",
     "device",
     "fusions",
     "layer_spec",
     "norm_class",
     "prepare",
+    "take_load_balancing_loss",
     "trunk_block_spec",
 ]
 

@@ -7,6 +7,7 @@ whose kernels need a GPU. `uninstall()` puts everything back. With a CUDA device
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
@@ -19,20 +20,23 @@ import torch
 from torch.utils import _device
 
 from mtp_megatron.compat import packages
+from mtp_megatron.compat.experts import draw_every_expert
 from mtp_megatron.compat.patching import Replacement, replace
 
 CPU = torch.device("cpu")
 
 
 class NullStream:
-    """A stream on a device that has none: every operation has already happened."""
+    """A stream, or an event on it, on a device that has none: every operation has already happened."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
 
     def wait_stream(self, stream: object) -> None: ...
 
     def wait_event(self, event: object) -> None: ...
 
     def record_event(self, event: object = None) -> object:
-        return event
+        return self if event is None else event
 
     def synchronize(self) -> None: ...
 
@@ -91,10 +95,20 @@ def _manual_seed(original: Any) -> Callable[[int], None]:
     return manual_seed
 
 
+def _counts_as_numpy(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    return move
+
+
 TORCH: tuple[Replacement, ...] = (
     Replacement("torch.cuda", "current_device", _returns(CPU), "raises; megatron passes the result on as `device=`"),
     Replacement("torch.cuda", "synchronize", _returns(None), "raises; called around pipeline communication"),
     Replacement("torch.cuda", "current_stream", _returns(NullStream()), "raises; 0.19 reduces gradients on it"),
+    Replacement("torch.cuda", "Stream", lambda original: NullStream, "raises; expert layers make one to copy counts"),
+    Replacement("torch.cuda", "stream", lambda original: contextlib.nullcontext, "raises for a stream that is none"),
     Replacement("torch.cuda", "manual_seed", _manual_seed, "waits for CUDA to start: seeds are lost silently"),
     Replacement(
         "torch.cuda", "get_rng_state", _get_state, "raises; the RNG tracker and checkpoints save states with it"
@@ -123,6 +137,18 @@ MEGATRON: tuple[Replacement, ...] = (
         "_set_cuda_rng_state",
         _set_state,
         "waits for CUDA to start: forked regions and recompute draw wrong dropout silently",
+    ),
+    Replacement(
+        "megatron.core.transformer.moe.experts.SequentialMLP",
+        "__init__",
+        draw_every_expert,
+        "experts of different ranks start with the same weights",
+    ),
+    Replacement(
+        "megatron.core.transformer.moe.token_dispatcher",
+        "maybe_move_tensor_to_cpu",
+        _counts_as_numpy,
+        "leaves counts that are on the CPU already as tensors, which all-to-all does not take",
     ),
 )
 

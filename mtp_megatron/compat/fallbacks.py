@@ -88,7 +88,14 @@ TORCH_ADAM: tuple[Replacement, ...] = (
     ),
     Replacement(_OPTIMIZER, "_set_main_param_and_optimizer_states", _set_states, "KeyError: 'step'"),
 )
-ALL = (NORM, *TORCH_ADAM)
+ROUTER = Replacement(
+    "megatron.core.transformer.moe.moe_utils",
+    "te_general_gemm",
+    lambda original: None,
+    "NameError in the routers of expert layers: before 0.19 the name exists only with Transformer Engine",
+    missing=True,
+)
+ALL = (NORM, *TORCH_ADAM, ROUTER)
 
 _undo: list[Callable[[], None]] = []
 
@@ -98,16 +105,25 @@ def installed() -> bool:
     return bool(_undo)
 
 
+def needed() -> tuple[Replacement, ...]:
+    """Those of the repairs that this environment needs."""
+    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.transformer.moe import moe_utils
+
+    rows = [NORM]
+    if not distrib_optimizer.HAVE_APEX_OR_TE:
+        rows += TORCH_ADAM
+    if not hasattr(moe_utils, ROUTER.name):
+        rows.append(ROUTER)
+    return tuple(rows)
+
+
 def install() -> None:
     """Apply the repairs that this environment needs; a second call does nothing."""
     if installed():
         return
-    from megatron.core.optimizer import distrib_optimizer
-
-    replace(NORM, _undo)
-    if not distrib_optimizer.HAVE_APEX_OR_TE:
-        for row in TORCH_ADAM:
-            replace(row, _undo)
+    for row in needed():
+        replace(row, _undo)
 
 
 def uninstall() -> None:

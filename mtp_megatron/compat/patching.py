@@ -19,12 +19,14 @@ class Replacement:
         name: the attribute.
         make: maps the original to its stand-in.
         why: what goes wrong without it.
+        missing: the attribute is not there, and should be; `make` gets None.
     """
 
     owner: str
     name: str
     make: Callable[[Any], Any]
     why: str
+    missing: bool = False
 
 
 def _resolve(path: str) -> Any:
@@ -40,5 +42,5 @@ def replace(row: Replacement, undo: list[Callable[[], None]]) -> None:
     """Apply one row and append to `undo` the call that reverts it."""
     owner = _resolve(row.owner)
     own = vars(owner).get(row.name, _MISSING)  # methods inherited from TensorBase must be restored by deletion
-    setattr(owner, row.name, row.make(getattr(owner, row.name)))
+    setattr(owner, row.name, row.make(None if row.missing else getattr(owner, row.name)))
     undo.append(lambda: delattr(owner, row.name) if own is _MISSING else setattr(owner, row.name, own))

@@ -12,6 +12,14 @@ from mtp_megatron.compat import cpu, devices, fallbacks, packages, versions
 from mtp_megatron.compat.kernels import FUSIONS
 from mtp_megatron.compat.packages import State
 
+# What mtp_megatron.model_checks refuses on every machine.
+ALWAYS_REFUSED = (
+    "CUDA graphs (cuda_graph_impl): the heads run inside the backward pass",
+    "FP8 and FP4 (fp8, fp4): megatron-core's context covers the trunk's layers, not the heads'",
+    "packed sequences (packed_seq_params): targets are [n, batch, sequence]",
+    "megatron-core's own multi-token prediction (mtp_num_layers) beside these heads",
+)
+
 
 def _row(name: str, text: object) -> str:
     return f"  {name:<30}{text}"
@@ -29,6 +37,11 @@ def _megatron() -> str:
         return f"{versions.require_megatron_core()} in {versions.megatron_core_folder()}"
     except versions.EnvironmentUnsupported as error:
         return str(error)
+
+
+def _weight_gradient() -> str:
+    fused = next(fusion for fusion in FUSIONS if fusion.setting == "gradient_accumulation_fusion")
+    return "added to main_grad by the loss itself" if fused.available else "summed in fp32, then handed to autograd"
 
 
 def _optimizer(cuda: bool) -> str:
@@ -54,8 +67,26 @@ def refusals() -> list[str]:
     """What is refused on this machine, and why."""
     refused = [f"to run at all: {problem}" for problem in problems()]
     if packages.transformer_engine(torch.cuda.is_available()).state is not State.USABLE:
-        refused.append("Transformer Engine's layers and FP8: they need Transformer Engine and a CUDA device")
-    return refused
+        refused.append("Transformer Engine's layers (transformer_engine): they need it and a CUDA device")
+    found = versions.megatron_core_version()
+    if found is not None and found in versions.SUPPORTED and found.release < (0, 19):
+        refused.append("HybridModel (mtp_megatron.hybrid): it needs megatron-core 0.19")
+    return [*refused, *ALWAYS_REFUSED]
+
+
+def _cuda() -> str:
+    if torch.version.cuda is None:
+        return "torch is built without CUDA"
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "not used"
+    return f"torch is built for {torch.version.cuda}, NCCL {nccl}"
+
+
+def _training_loop() -> str:
+    """Where Megatron-LM's own loop would come from: the wheel of 0.19 ships it, earlier ones do not."""
+    folder = versions.megatron_core_folder()
+    if folder is None or not (folder.parent / "training").is_dir():
+        return "missing: the wheel ships it from 0.19 on, before that use a checkout of Megatron-LM"
+    return str(folder.parent / "training")
 
 
 def lines(verbose: bool = False) -> Iterable[str]:
@@ -65,7 +96,9 @@ def lines(verbose: bool = False) -> Iterable[str]:
     yield _row("python", f"{platform.python_version()} on {platform.platform()}")
     yield _row("device", _device())
     yield _row("torch", torch.__version__)
+    yield _row("CUDA", _cuda())
     yield _row("megatron-core", _megatron())
+    yield _row("megatron.training", _training_loop())
     for package in (packages.transformer_engine(cuda), packages.apex(cuda), packages.deepspeed()):
         yield _row(package.name, package)
     yield "uses"
@@ -73,6 +106,7 @@ def lines(verbose: bool = False) -> Iterable[str]:
     yield _row("optimizer", _optimizer(cuda))
     for fusion in FUSIONS:
         yield _row(fusion.setting, "on" if fusion.available else f"off: needs {fusion.needs}")
+    yield _row("unembedding's weight gradient", _weight_gradient())
     stand_ins = () if cuda else (*cpu.TORCH, *cpu.MEGATRON)
     yield _row("stand-ins for CUDA", f"{len(stand_ins)} (--verbose lists them)" if stand_ins else "none")
     yield "refuses"

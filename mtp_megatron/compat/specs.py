@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ def _prepare(transformer_engine: bool) -> None:
 
 
 def layer_spec(config: TransformerConfig, *, transformer_engine: bool = False) -> ModuleSpec:
-    """Spec of one dense transformer layer as the trunk has them.
+    """Spec of one dense transformer layer; where the trunk has experts, a layer without them.
 
     Args:
         config: decides the norm (`config.normalization`), query/key norms and latent attention.
@@ -32,8 +33,10 @@ def layer_spec(config: TransformerConfig, *, transformer_engine: bool = False) -
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
 
     # Signatures of the functions for single layers differ between versions; that of the list is the same since 0.16.
+    dense = copy.copy(config)
+    dense.moe_layer_freq = [0] * config.num_layers
     specs: list[ModuleSpec] = get_gpt_decoder_layer_specs(
-        config, use_transformer_engine=transformer_engine, normalization=config.normalization
+        dense, use_transformer_engine=transformer_engine, normalization=config.normalization
     )
     if not transformer_engine:
         _support_context_parallelism(config, specs)

@@ -14,7 +14,8 @@ from mtp_megatron.training import checkpoint_files as files
 from mtp_megatron.training.recipe import ModelSection, Recipe, padded_vocab_size
 
 _ROPE_NUMBERS = ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_context")
-_YOUNGER = ("head_size", "qkv_bias", "qk_norm", "rope_scaling", *_ROPE_NUMBERS)
+_EXPERTS = ("num_experts", "moe_top_k", "moe_ffn_hidden_size")
+_YOUNGER = ("head_size", "qkv_bias", "qk_norm", "rope_scaling", *_ROPE_NUMBERS, *_EXPERTS)
 # Of mtp_config.json: what decides which tensors a model has. The rest may differ between training and use.
 _ARCHITECTURE = {
     "model": (
@@ -83,6 +84,8 @@ def _architecture(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
             model[key] = ModelSection.model_fields[key].default
     if model["head_size"] is None and model["hidden_size"] and model["num_attention_heads"]:
         model["head_size"] = model["hidden_size"] // model["num_attention_heads"]
+    if model["num_experts"] is None:
+        model["moe_top_k"] = None
     if model["rope_scaling"] is None:
         for key in _ROPE_NUMBERS:
             model[key] = None

@@ -109,9 +109,33 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         batch_p2p_comm=not interleaved,
         # Freed while gloo still reads it, the interleaved schedule's output reaches the next stage as garbage.
         deallocate_pipeline_outputs=compat.device().type == "cuda",
+        **_experts(recipe),
         **recompute,
         **compat.fusions(),
     )
+
+
+def _experts(recipe: Recipe) -> dict[str, Any]:
+    """Settings of TransformerConfig for a trunk with experts; none for a dense one."""
+    model, parallel = recipe.model, recipe.parallel
+    if model.num_experts is None:
+        return {}
+    coefficient = compat.aux_loss_coefficient(model.moe_aux_loss, tensor=parallel.tensor, context=parallel.context)
+    return {
+        "num_moe_experts": model.num_experts,
+        "moe_router_topk": model.moe_top_k,
+        # Softmax over one chosen expert alone would always be 1, and its router would learn nothing.
+        "moe_router_pre_softmax": model.moe_top_k == 1,
+        "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+        "moe_router_load_balancing_type": "aux_loss" if model.moe_aux_loss else "none",
+        "moe_aux_loss_coeff": coefficient,
+        # Probabilities of experts in bf16 would send tokens elsewhere than the same weights in fp32 do.
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_model_parallel_size": parallel.expert,
+        # Experts are whole on their ranks: fewer and larger multiplications, and gloo gathers no uneven shares.
+        "expert_tensor_parallel_size": 1,
+    }
 
 
 def rope_scaling(model: ModelSection) -> RopeScaling | None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mtp_megatron import compat
+from mtp_megatron.compat.checkpoints import load_strategies
 from mtp_megatron.data.manifest import Manifest
 from mtp_megatron.data.tokenizer import MODEL_FILE
 from mtp_megatron.errors import CheckpointError
@@ -73,10 +74,18 @@ def load_checkpoint(recipe: Recipe, trainable: Trainable, folder: Path) -> int:
     shows in dropout alone.
 
     Raises:
-        CheckpointError: another architecture, or files that cannot be read.
+        CheckpointError: another architecture, expert parallel on one side only, or files that cannot be read.
     """
     check_architecture(folder, recipe)
     saved = files.read_mtp_config(folder).get("parallel", {})
+    there, here = saved.get("expert", 1), recipe.parallel.expert
+    if (there == 1) != (here == 1):
+        raise CheckpointError(
+            f"{folder}: saved with parallel.expert={there}, which cannot be resumed with {here}: shared experts have "
+            "an optimizer of their own. Resume with parallel.expert "
+            + ("= 1" if there == 1 else "> 1")
+            + ", or start another run from the weights (run.load)."
+        )
     same_grid = all(saved.get(key) == getattr(recipe.parallel, key) for key in ("tensor", "pipeline"))
     state = model_state(trainable)
     state["optimizer"] = trainable.optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata())
@@ -95,8 +104,10 @@ def load_checkpoint(recipe: Recipe, trainable: Trainable, folder: Path) -> int:
 
 def _add_step(optimizer_state: dict[str, Any], step: int) -> None:
     """Record Adam's step also where this stage trains nothing: rank 0 writes it for all, and may be such a stage."""
-    inner = optimizer_state.get("optimizer", optimizer_state)  # one level deeper where fp32 masters are kept
-    inner["state"].setdefault("common_step", torch.tensor(float(step)))
+    parts = optimizer_state.values() if 0 in optimizer_state else [optimizer_state]  # experts have an optimizer
+    for part in parts:
+        inner = part.get("optimizer", part)  # one level deeper where fp32 masters are kept
+        inner["state"].setdefault("common_step", torch.tensor(float(step)))
 
 
 def latest_checkpoint(checkpoints: Path) -> Path | None:
@@ -134,7 +145,7 @@ def read_state(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder))
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder), **load_strategies())
     except (CheckpointingException, CheckpointException, OSError, EOFError, pickle.UnpicklingError, KeyError) as error:
         raise CheckpointError(
             f"{folder}: cannot be read ({error}). Name or restore another checkpoint of the run."
@@ -146,12 +157,17 @@ def count_parameters(trainable: Trainable) -> int:
     """Parameters of the whole model, embeddings included; collective."""
     from megatron.core import parallel_state, tensor_parallel
 
-    local = sum(
-        parameter.numel()
-        for model in trainable.models
-        for parameter in model.parameters()
-        if tensor_parallel.param_is_not_tensor_parallel_duplicate(parameter) and not getattr(parameter, "shared", False)
-    )
-    total = torch.tensor(local, dtype=torch.int64, device=compat.device())
+    dense = experts = 0
+    for model in trainable.models:
+        for parameter in model.parameters():
+            if not getattr(parameter, "allreduce", True):
+                experts += parameter.numel()
+            elif tensor_parallel.param_is_not_tensor_parallel_duplicate(parameter) and not getattr(
+                parameter, "shared", False
+            ):
+                dense += parameter.numel()
+    total = torch.tensor([dense, experts], dtype=torch.int64, device=compat.device())
     dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
-    return int(total)
+    # A stage's experts lie on EP ranks, and each of its tensor parallel ranks has counted those that it holds.
+    shares = parallel_state.get_expert_model_parallel_world_size()
+    return int(total[0] + total[1] * shares // parallel_state.get_tensor_model_parallel_world_size())

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", help="YAML file with the sections below")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     parser.add_argument(
-        "--nproc", type=int, metavar="N", help="processes to start here (default: what one copy of the model takes)"
+        "--nproc", type=int, metavar="N", help="processes to start here (default: the fewest that the layout takes)"
     )
     parser.add_argument("--print-recipe", action="store_true", help="print the whole recipe and exit")
     parser.add_argument("--describe", action="store_true", help="print every key with type, default, meaning and exit")
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         from mtp_megatron.train import run_rank
 
         return run_rank(recipe)
-    processes = args.nproc or recipe.model_parallel_size
+    processes = args.nproc or recipe.smallest_world
     # Checked here once, so that a mistake is reported once and before any rank is started.
     from mtp_megatron.training.preflight import preflight
 

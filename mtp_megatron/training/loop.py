@@ -129,10 +129,11 @@ class _Session:
     def _announce(self, log: RunLog) -> None:
         parallel, model = self.recipe.parallel, self.recipe.model
         copies = data_parallel_size(self.recipe, self.plan.world_size)
+        shared = f", experts over {parallel.expert} ranks" if model.num_experts else ""
         parameters = count_parameters(self.trainable)
         log.message(
             f"{parameters:,} parameters: {model.num_trunk_layers} trunk layers, {self.recipe.heads.n} heads, "
-            f"vocabulary {model.vocab_size}; TP {parallel.tensor} x PP {parallel.pipeline} x DP {copies} on "
+            f"vocabulary {model.vocab_size}; TP {parallel.tensor} x PP {parallel.pipeline} x DP {copies}{shared} on "
             f"{compat.device().type}, {self.recipe.train.precision}; {self.origin}; run folder {self.folder.path}"
         )
         if self.step >= self.recipe.train.steps:

@@ -7,6 +7,7 @@ involve several settings, the world or the data are :mod:`mtp_megatron.training.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -64,6 +65,16 @@ class ModelSection(Section):
         default=4.0, gt=0, description="llama3: more turns than this in rope_original_context are not lowered"
     )
     rope_original_context: int = Field(default=8192, ge=1, description="llama3: positions before the scaling")
+    num_experts: int | None = Field(
+        default=None, ge=2, description="experts of each trunk layer (mixture of experts); null: dense; heads are dense"
+    )
+    moe_top_k: int = Field(default=2, ge=1, description="experts that each token is sent to")
+    moe_ffn_hidden_size: int | None = Field(
+        default=None, ge=1, description="width of an expert's SwiGLU; null: ffn_hidden_size, the heads' width"
+    )
+    moe_aux_loss: float = Field(
+        default=0.01, ge=0, description="weight of the routers' load-balancing loss beside the heads' loss; 0: none"
+    )
     hidden_dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on each residual branch")
     attention_dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on attention probabilities")
     init_method_std: float = Field(default=0.02, gt=0, description="standard deviation of initial weights")
@@ -84,6 +95,9 @@ class ParallelSection(Section):
     )
     context: int = Field(
         default=1, ge=1, description="context parallel size (CP): each rank holds a share of every sequence"
+    )
+    expert: int = Field(
+        default=1, ge=1, description="expert parallel size (EP): ranks of a stage that share model.num_experts"
     )
     sequence_parallel: bool = Field(
         default=False, description="shard norms and residuals along the sequence; needs tensor > 1"
@@ -187,6 +201,11 @@ class Recipe(Section):
         return self.parallel.tensor * self.parallel.pipeline * self.parallel.context
 
     @property
+    def smallest_world(self) -> int:
+        """Fewest ranks that a job can have: whole copies of the model, and EP ranks on every stage."""
+        return self.parallel.pipeline * math.lcm(self.parallel.tensor * self.parallel.context, self.parallel.expert)
+
+    @property
     def train_seq_length(self) -> int:
         """Tokens of one training sequence, ``s``."""
         return self.train.seq_length or self.model.seq_length
@@ -206,6 +225,7 @@ class Recipe(Section):
                     update={
                         "num_query_groups": model.num_query_groups or model.num_attention_heads,
                         "ffn_hidden_size": ffn,
+                        "moe_ffn_hidden_size": (model.moe_ffn_hidden_size or ffn) if model.num_experts else None,
                         "vocab_size": model.vocab_size or vocab_size,
                     }
                 ),

@@ -11,7 +11,7 @@ import torch
 
 def sharded_rng_state() -> Any:
     """This rank's generators as one cell of a ``[pp, tp]`` grid; data parallel ranks draw alike, so one copy is
-    enough."""
+    enough. (That of the experts' initial weights differs, and is not drawn from later.)"""
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 

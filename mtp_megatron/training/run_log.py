@@ -73,6 +73,7 @@ class RunLog:
         now = time.perf_counter()
         speed = (step - self._last_step) * self._tokens_per_step / max(now - self._last_time - self._paused, 1e-9)
         self._last_time, self._last_step, self._paused = now, step, 0.0
+        balance = {} if self._recipe.model.num_experts is None else {"load_balancing_loss": figures.load_balancing_loss}
         self._line(
             kind="train",
             step=step,
@@ -83,8 +84,10 @@ class RunLog:
             lr=figures.lr,
             tokens_per_second=round(speed, 1),
             tokens=step * self._tokens_per_step,
+            **balance,
         )
         scalars = {"train/loss": figures.loss, "train/grad_norm": figures.grad_norm, "train/lr": figures.lr}
+        scalars |= {f"train/{name}": value for name, value in balance.items()}
         self._scalars(step, scalars | {"train/tokens_per_second": speed})
         self._per_head(step, "train", figures.head_loss, figures.head_accuracy)
         if self._bar is not None:

@@ -41,6 +41,8 @@ class StepFigures:
         grad_norm: global gradient norm before clipping; NaN in evaluation.
         lr: learning rate of the step; NaN in evaluation.
         stop: whether any rank was asked to stop.
+        load_balancing_loss: of the routers of a trunk with experts, mean over layers and microbatches, without its
+            weight: 1 for even loads, ``num_experts`` at most; NaN without experts and in evaluation.
     """
 
     loss: float
@@ -50,6 +52,7 @@ class StepFigures:
     grad_norm: float = math.nan
     lr: float = math.nan
     stop: bool = False
+    load_balancing_loss: float = math.nan
 
 
 def train_step(
@@ -101,6 +104,7 @@ def train_step(
         grad_norm=grad_norm,
         lr=trainable.scheduler.get_lr({}),  # not the optimizer's: a stage that trains nothing has no parameter groups
         stop=sums[-1] > 0,
+        load_balancing_loss=_load_balancing_loss(recipe, num_microbatches),
     )
 
 
@@ -159,6 +163,18 @@ def sum_over_world(local: Sequence[Tensor], width: int, flag: bool = False) -> l
     dist.all_reduce(total)
     result: list[float] = total.tolist()
     return result
+
+
+def _load_balancing_loss(recipe: Recipe, num_microbatches: int) -> float:
+    """Mean over trunk layers and the global batch's microbatches; collective where there are experts."""
+    from megatron.core import parallel_state
+
+    if recipe.model.num_experts is None or not recipe.model.moe_aux_loss:
+        return math.nan
+    total = compat.take_load_balancing_loss().to(compat.device())
+    dist.all_reduce(total)  # over stages and replicas, and over ranks that hold a share of each sequence
+    copies = num_microbatches * parallel_state.get_data_parallel_world_size()
+    return float(total) / (copies * recipe.model.num_trunk_layers)
 
 
 def _figures(sums: Sequence[float], weights: Sequence[float]) -> StepFigures:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.training.recipe import Recipe, padded_vocab_size
+from mtp_megatron.training.validate_experts import check_experts
 
 
 def check_recipe(recipe: Recipe, *, world_size: int, tokenizer_vocab_size: int) -> Recipe:
@@ -28,6 +29,7 @@ def check_recipe(recipe: Recipe, *, world_size: int, tokenizer_vocab_size: int) 
     _check_batches(recipe, world_size)
     _check_schedule(recipe)
     _check_frozen_stages(recipe)
+    check_experts(recipe, world_size)
     return recipe
 
 

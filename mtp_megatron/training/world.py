@@ -60,6 +60,8 @@ def model_parallel_world(recipe: Recipe, store: Store | None = None) -> Iterator
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
         distributed_timeout_minutes=recipe.train.timeout_minutes,
     )
     try:

@@ -102,10 +102,11 @@ def test_recompute_repeats_the_masks_and_leaves_the_streams_where_they_were() ->
 
 
 def test_without_the_stand_in_replicated_activations_diverge() -> None:
-    """Control: nothing raises, but ranks drop different parts of what must be the same on all of them."""
+    """Control: nothing raises, but ranks drop different parts of what must be the same on all of them, or (0.19) the
+    same parts of what each has for itself."""
     assert "_set_cuda_rng_state" in {row.name for row in cpu.MEGATRON}
     first, second = run_world(_without_setting_states, 2)
-    assert not torch.equal(first[:, 0], second[:, 0])
+    assert not torch.equal(first[:, 0], second[:, 0]) or torch.equal(first[:, 1], second[:, 1])
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

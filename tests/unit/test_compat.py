@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
 from mtp_megatron import compat
-from mtp_megatron.compat import cpu, fallbacks, packages, versions
+from mtp_megatron.compat import cpu, fallbacks, kernels, packages, report, versions
 from mtp_megatron.compat.packages import State
 from mtp_megatron.compat.versions import EnvironmentUnsupported
 
@@ -97,8 +98,10 @@ class TestStandIns:
 
     def test_prepare_repairs_and_can_be_undone(self, bare: None) -> None:
         before = replaced()
+        cpu.install()
+        needed = {(row.owner, row.name) for row in (*cpu.TORCH, *cpu.MEGATRON, *fallbacks.needed())}
         compat.prepare()
-        assert all(value is not before[key] for key, value in replaced().items())
+        assert {key for key, value in replaced().items() if value is not before[key]} == needed
         fallbacks.uninstall()
         cpu.uninstall()
         assert replaced() == before
@@ -167,7 +170,7 @@ class TestVersions:
 
     def test_installed(self) -> None:
         assert compat.MCORE_VERSION in versions.SUPPORTED
-        assert versions.installed_version("megatron-core") == compat.MCORE_VERSION
+        assert str(versions.installed_version("megatron-core")) == compat.MCORE_VERSION.public  # 0.19.2+0b3f9e7
 
     @pytest.mark.parametrize("version", ["0.16.0", "0.16.0rc1", "0.20.0", "0.20.0rc0", "1.0.0"])
     def test_unsupported(self, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,6 +232,12 @@ class TestPackages:
 
 
 class TestReport:
+    PARTS = (
+        *("python", "device", "torch", "CUDA", "megatron-core", "megatron.training"),
+        *("transformer-engine", "apex", "deepspeed", "layers", "optimizer", "stand-ins for CUDA"),
+        "unembedding's weight gradient",
+    )
+
     def report(self, *options: str) -> str:
         command = [sys.executable, "-m", "mtp_megatron.compat", *options]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -244,6 +253,22 @@ class TestReport:
             "gradient_accumulation_fusion",
         ):
             assert expected in report
+
+    def test_names_everything_that_a_bug_report_needs(self) -> None:
+        rows = {line.split("  ")[1] for line in self.report().splitlines() if line.startswith("  ")}
+        wanted = {f"{part}" for part in (*self.PARTS, *(fusion.setting for fusion in kernels.FUSIONS))}
+        assert {name for name in wanted if not any(row.startswith(name) for row in rows)} == set()
+
+    def test_says_what_the_version_lacks(self) -> None:
+        old = compat.MCORE_VERSION.release < (0, 19)
+        report = self.report()
+        assert ("HybridModel (mtp_megatron.hybrid): it needs megatron-core 0.19" in report) == old
+        assert ("megatron.training             missing" in report) == old
+
+    @pytest.mark.parametrize("version", ["0.16.1", "0.19.2+local"])
+    def test_refusals_follow_the_version(self, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(versions, "megatron_core_version", lambda: Version(version))
+        assert any("HybridModel" in line for line in report.refusals()) == (version == "0.16.1")
 
     @no_cuda
     def test_verbose_gives_every_reason(self) -> None:

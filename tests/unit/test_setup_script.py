@@ -29,7 +29,9 @@ def checkout(tmp_path):
 
 def setup(checkout: Path, **env: str) -> subprocess.CompletedProcess[str]:
     bash = shutil.which("bash")
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHON", "MTP_SETUP_FORCE")} | env
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("PYTHON", "MTP_SETUP_FORCE", "MTP_VENV")
+    } | env
     return subprocess.run([bash, "tools/setup.sh"], cwd=checkout, env=environment, capture_output=True, text=True)
 
 
@@ -64,10 +66,11 @@ def test_a_shim_that_refuses_to_run_is_passed_over(checkout):
     assert f"no usable Python 3.11 or 3.12 found; {shim} is not usable" in result.stderr
 
 
-def test_a_finished_environment_is_left_alone(checkout):
+@pytest.mark.parametrize("folder", [".venv", ".venv-beside"])
+def test_a_finished_environment_is_left_alone(checkout, folder):
     tried = checkout / "tried"
     python = executable(
-        checkout / ".venv/bin/python", f'case "$1$2" in -mpip) touch {tried}; exit 1;; esac; echo {VERSION}'
+        checkout / folder / "bin/python", f'case "$1$2" in -mpip) touch {tried}; exit 1;; esac; echo {VERSION}'
     )
     constraints = checkout / f"tools/constraints-cpu-py{VERSION.replace('.', '')}.txt"
     parts = [checkout / "pyproject.toml", constraints, checkout / "tools/setup.sh"]
@@ -76,7 +79,7 @@ def test_a_finished_environment_is_left_alone(checkout):
     # Without a GPU; where nvidia-smi lists one, the other stamp is the right one.
     for device in ("cpu", "gpu"):
         stamp.write_text(f"{digest}-{VERSION}-{device}\n")
-        if setup(checkout).returncode == 0:
+        if setup(checkout, MTP_VENV=folder).returncode == 0:
             break
     else:
         pytest.fail("a matching stamp did not end the set-up")
@@ -84,9 +87,10 @@ def test_a_finished_environment_is_left_alone(checkout):
     stamp.write_text("of another pyproject.toml")
     (checkout / "sleep").mkdir()
     executable(checkout / "sleep" / "sleep", "exit 0")
-    result = setup(checkout, PATH=f"{checkout / 'sleep'}{os.pathsep}{os.environ['PATH']}")
+    result = setup(checkout, MTP_VENV=folder, PATH=f"{checkout / 'sleep'}{os.pathsep}{os.environ['PATH']}")
     assert tried.exists(), "a stale stamp must lead to an installation"
     assert "failed three times" in result.stderr
+    assert {entry.name for entry in checkout.glob(".venv*")} == {folder, f"{folder}.lock"}
 
 
 def test_the_constraints_are_within_the_ranges_of_pyproject():

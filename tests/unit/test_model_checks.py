@@ -1,0 +1,66 @@
+"""What of Megatron's the heads cannot work with is refused by name before a model is built; the report lists it."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mtp_megatron import compat
+from mtp_megatron.compat.report import ALWAYS_REFUSED
+from mtp_megatron.config import HeadsConfig
+from mtp_megatron.errors import ConfigError
+from mtp_megatron.model_checks import check_config, check_forward
+
+REFUSED: dict[str, Any] = {
+    "cuda_graph_impl": "local",
+    "fp8": "hybrid",
+    "fp4": "e2m1",
+    "mtp_num_layers": 1,
+    "defer_embedding_wgrad_compute": True,
+}
+
+
+def config_with(**settings: Any) -> Any:
+    compat.prepare()
+    from megatron.core.transformer import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=2, hidden_size=32, num_attention_heads=4, use_cpu_initialization=True, **compat.fusions()
+    )
+    for name, value in settings.items():
+        setattr(config, name, value)  # the constructor wants Transformer Engine for some of them
+    return config
+
+
+def test_plain_settings_pass() -> None:
+    check_config(config_with(), 61, 64)
+    check_forward(None)
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_a_setting_is_refused_by_name(field: str) -> None:
+    from mtp_megatron.model import build_model
+
+    config = config_with(**{field: REFUSED[field]})
+    with pytest.raises(ConfigError) as caught:  # no parallel state is up: nothing can have been built
+        build_model(config, HeadsConfig(), vocab_size=61, padded_vocab_size=64, max_sequence_length=8)
+    assert caught.value.field == field
+    assert caught.value.value == REFUSED[field]
+    assert caught.value.remedy
+
+
+def test_packed_sequences_are_refused_by_name() -> None:
+    from mtp_megatron.model import MTPGPTModel
+
+    with pytest.raises(ConfigError, match="packed_seq_params"):
+        MTPGPTModel.forward(SimpleNamespace(), None, None, None, packed_seq_params=object())  # type: ignore[arg-type]
+
+
+def test_the_report_names_what_is_refused() -> None:
+    named = {
+        name for line in ALWAYS_REFUSED for names in re.findall(r"\(([\w, ]+)\)", line) for name in names.split(", ")
+    }
+    assert named == {*REFUSED, "packed_seq_params"} - {"defer_embedding_wgrad_compute"}
