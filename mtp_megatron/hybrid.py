@@ -31,6 +31,7 @@ class MTPHybridModel(FutureHeads, HybridModel):
     ``forward`` takes and returns what :class:`mtp_megatron.model.MTPGPTModel`'s does.
     """
 
+    post_process: bool  # upstream's
     keep_predictions = False
     """Set to True around an evaluation to get every head's predictions in its report."""
 

@@ -1,4 +1,4 @@
-"""Distributed checkpoints across megatron-core's versions: 0.19 reads older ones, here older ones read those of 0.19."""
+"""Distributed checkpoints across versions of megatron-core: 0.19 reads older ones, older ones here those of 0.19."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load as load_torch_dist
 
 
 def load_strategies() -> dict[str, Any]:
@@ -34,8 +36,7 @@ def _common_strategy() -> type[Any] | None:
                 return super().load_common(checkpoint_dir)
             key = ShardedObject("common_state", None, (1,), (0,)).unique_key
             state: dict[str, Any] = {key: io.BytesIO()}
-            reader = torch.distributed.checkpoint.FileSystemReader(checkpoint_dir)
-            torch.distributed.checkpoint.load(state, storage_reader=reader, no_dist=True)
+            load_torch_dist(state, storage_reader=FileSystemReader(checkpoint_dir), no_dist=True)
             loaded = state[key]
             if isinstance(loaded, io.BytesIO):
                 loaded.seek(0)

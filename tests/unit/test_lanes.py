@@ -42,6 +42,7 @@ def checkout(tmp_path: Path) -> Path:
     (tmp_path / "tools").mkdir()
     shutil.copy(ROOT / "tools/test.sh", tmp_path / "tools")
     executable(tmp_path / "tools/setup.sh", 'echo "${MTP_VENV:-.venv} ${PYTHON:-}" >>"$(dirname "$0")/calls"')
+    executable(tmp_path / "tools/setup_serving.sh", 'echo serving >>"$(dirname "$0")/calls"')
     executable(tmp_path / "pyenv/versions/3.12.1/bin/python", 'echo "3 12"')
     environment(tmp_path, ".venv", "3 11", "7 passed in 2 s")
     environment(tmp_path, ".venv-py312", "3 12", "5 passed in 1 s")
@@ -53,7 +54,7 @@ def run(checkout: Path, *arguments: str, **env: str) -> subprocess.CompletedProc
     return subprocess.run(
         ["bash", "tools/test.sh", *arguments],
         cwd=checkout,
-        env={**kept, "PATH": "/usr/bin:/bin", "PYENV_ROOT": str(checkout / "pyenv"), **env},
+        env={**kept, "MTP_SERVING": "0", "PATH": "/usr/bin:/bin", "PYENV_ROOT": str(checkout / "pyenv"), **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -121,3 +122,12 @@ def test_an_unknown_lane_is_refused(checkout: Path) -> None:
     result = run(checkout, MTP_LANES="main py313")
     assert result.returncode == 2
     assert "MTP_LANES='main py313' may name main and py312" in result.stdout
+
+
+@pytest.mark.skipif(os.uname().sysname != "Linux" or os.uname().machine != "x86_64", reason="vLLM has no wheel here")
+@pytest.mark.parametrize(
+    ("arguments", "wanted"), [((), True), (("tests/serving",), True), (("tests/unit",), False)], ids=str
+)
+def test_vllm_is_set_up_where_its_tests_may_run(checkout: Path, arguments: tuple[str, ...], wanted: bool) -> None:
+    assert run(checkout, *arguments, MTP_SERVING="1").returncode == 0
+    assert ("serving" in (checkout / "tools/calls").read_text().split()) == wanted
