@@ -26,8 +26,9 @@ ON_CPU = """--transformer-impl local --distributed-backend gloo --use-cpu-initia
     --no-bias-dropout-fusion"""
 MODEL = """--num-layers 4 --hidden-size 32 --num-attention-heads 4 --group-query-attention --num-query-groups 2
     --ffn-hidden-size 64 --seq-length 32 --max-position-embeddings 32 --position-embedding-type rope
-    --normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
-    --tokenizer-type NullTokenizer --vocab-size 63 --null-tokenizer-eod-id 0 --make-vocab-size-divisible-by 8"""
+    --normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights
+    --hidden-dropout 0 --attention-dropout 0 --make-vocab-size-divisible-by 8
+    --tokenizer-type NullTokenizer --vocab-size 63 --null-tokenizer-eod-id 0"""
 TRAINING = """--micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --lr-decay-style constant --log-interval 1
     --eval-interval 1000 --eval-iters 0 --num-workers 0"""
 
