@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,29 +17,33 @@ from mtp_megatron.cli import main
 from mtp_megatron.serving.export import open_export
 from mtp_megatron.serving.llama import HeadsLlama
 from tests.harness import parallel, run_world
-from tests.megatron_lm import flags, needs_megatron_lm, scalars, train
+from tests.megatron_lm import needs_megatron_lm, scalars, train
 
 pytestmark = needs_megatron_lm
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADS, VOCAB, SAVED, STEPS = 3, 63, 2, 4
 TOKENS = torch.randint(0, VOCAB, (32,), generator=torch.Generator().manual_seed(3))
-RUN = flags(
-    *("--mtp-heads", HEADS, "--mock-data", "--train-iters", STEPS, "--eval-interval", SAVED, "--eval-iters", 1),
-    *("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable", "--split", "90,9,1"),
-)
+
+
+def documented() -> list[str]:
+    """The arguments of the example's README, for a machine without CUDA."""
+    text = (ROOT / "examples" / "megatron_lm" / "README.md").read_text()
+    (block,) = (part for part in text.split("```") if part.startswith("bash\ntorchrun"))
+    words = shlex.split(block.removeprefix("bash").replace("\\\n", " "))
+    script = words.index("examples/megatron_lm/pretrain_mtp.py")
+    assert words[:script] == ["torchrun", "--standalone", "--nproc-per-node", "4"]
+    return words[script + 1 :]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four processes: ``checkpoints`` and ``tensorboard`` in the folder."""
+    """The README's run of four processes: ``checkpoints`` and ``tensorboard`` in the folder."""
     folder = tmp_path_factory.mktemp("run")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    layout = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--sequence-parallel"]
-    saving = ["--save", str(folder / "checkpoints"), "--save-interval", str(SAVED)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     example = str(ROOT / "examples" / "megatron_lm" / "pretrain_mtp.py")
     result = subprocess.run(
-        [*command, example, *RUN, *layout, *saving, "--tensorboard-dir", str(folder / "tensorboard")],
+        [*launcher, example, *(word.replace("runs/lm", str(folder)) for word in documented())],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
         capture_output=True,
         text=True,
@@ -53,7 +58,10 @@ def test_it_resumes_exactly_at_another_layout(trained: Path, tmp_path: Path) -> 
     checkpoints = tmp_path / "checkpoints"
     shutil.copytree(trained / "checkpoints" / f"iter_{SAVED:07d}", checkpoints / f"iter_{SAVED:07d}")
     (checkpoints / "latest_checkpointed_iteration.txt").write_text(str(SAVED))
-    argv = [*RUN, "--load", str(checkpoints), "--tensorboard-dir", str(tmp_path / "tensorboard")]
+    argv = [word.replace("runs/lm", str(tmp_path)) for word in documented() if word != "--sequence-parallel"]
+    argv += ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1", "--load", str(checkpoints)]
+    save = argv.index("--save")
+    del argv[save : save + 2]
     assert run_world(train, 1, argv) == [0]
     before, after = scalars(trained / "tensorboard"), scalars(tmp_path / "tensorboard")
     for name in ("lm loss", *(f"head {i} loss" for i in range(2, HEADS + 1))):
