@@ -156,6 +156,14 @@ def check_args(args: argparse.Namespace) -> HeadsConfig:
             f"attention masks are not cut for --context-parallel-size {args.context_parallel_size}",
             "Drop one of the two",
         )
+    if heads.trainable != "all" and args.use_distributed_optimizer and args.pipeline_model_parallel_size > 1:
+        raise ConfigError(
+            "--mtp-trainable",
+            heads.trainable,
+            "the first of --pipeline-model-parallel-size stages then train nothing, and megatron-core's distributed "
+            "optimizer cannot be saved on such a stage",
+            "Drop --use-distributed-optimizer, or train on one stage",
+        )
     if args.seq_length is not None and heads.n > args.seq_length:
         raise ConfigError(
             "--mtp-heads", heads.n, f"--seq-length {args.seq_length} holds no target that far ahead", "Ask for fewer"

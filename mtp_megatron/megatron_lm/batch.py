@@ -24,7 +24,7 @@ class Batch:
     Attributes:
         tokens: ``[b, s/cp]`` input ids.
         position_ids: ``[b, s/cp]``.
-        targets: ``[n, b, s/cp]`` (:func:`mtp_megatron.targets.future_targets`).
+        targets: ``[n, b, s/cp]`` (:func:`mtp_megatron.targets.future_targets`), where the heads are.
         attention_mask: ``[b, 1, s, s]`` bool with ``--reset-attention-mask``, else None: causal.
     """
 
@@ -40,8 +40,11 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None, heads: HeadsCon
     Targets are built from the whole sequence before it is cut.
     """
     where: dict[str, Any] = {} if vp_stage is None else {"ignore_virtual": False, "vp_stage": vp_stage}
-    ends = (parallel_state.is_pipeline_first_stage(**where), parallel_state.is_pipeline_last_stage(**where))
-    if not any(ends):
+    embeds, owns_heads = (
+        parallel_state.is_pipeline_first_stage(**where),
+        parallel_state.is_pipeline_last_stage(**where),
+    )
+    if not embeds and not owns_heads:
         return Batch()
     args = get_args()
     data: dict[str, Tensor] = {}
@@ -58,11 +61,12 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None, heads: HeadsCon
     mask = None
     if args.reset_attention_mask:
         mask = tensor_parallel.broadcast_data(["attention_mask"], data, torch.bool)["attention_mask"]
-    documents = None
-    if heads.documents == "separate":
-        documents = document_ends_from_tokens(batch["tokens"], get_tokenizer().eod)
-    targets = future_targets(batch["labels"], heads.n, loss_mask=batch["loss_mask"], document_ends=documents)
     size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
-    return Batch(
-        *(context_shard(values, size, rank) for values in (batch["tokens"], batch["position_ids"], targets)), mask
-    )
+    targets = None
+    if owns_heads:
+        separate = heads.documents == "separate"
+        ends = document_ends_from_tokens(batch["tokens"], get_tokenizer().eod) if separate else None
+        targets = future_targets(batch["labels"], heads.n, loss_mask=batch["loss_mask"], document_ends=ends)
+        targets = context_shard(targets, size, rank)
+    tokens, positions = (context_shard(batch[name], size, rank) for name in ("tokens", "position_ids"))
+    return Batch(tokens, positions, targets, mask)

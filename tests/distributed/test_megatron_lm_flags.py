@@ -62,6 +62,19 @@ def test_other_weights_would_be_noticed(base: dict[str, dict[int, float]], tmp_p
     assert abs(found["head 2 loss"][3] - base["head 2 loss"][3]) > 1e-3
 
 
+def test_tied_embeddings_on_two_stages(tmp_path: Path) -> None:
+    parameters = make_parameters(replace(CASE, heads={"n": 3}, tied=True))
+    found = []
+    for stages in (1, 2):
+        folder = tmp_path / str(stages)
+        argv = flags(*COMMON, "--tensorboard-dir", folder, "--pipeline-model-parallel-size", stages)
+        argv.remove("--untie-embeddings-and-output-weights")
+        run_world(train_filled, stages, argv, parameters)
+        found.append(scalars(folder))
+    for name in LOSSES:
+        assert found[1][name] == pytest.approx(found[0][name], abs=1e-5)
+
+
 def test_curriculum_and_batch_size_rampup(tmp_path: Path) -> None:
     """Heads join by Megatron-LM's iteration; the batch size grows as asked for."""
     argv = flags(

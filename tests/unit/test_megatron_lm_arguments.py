@@ -19,6 +19,8 @@ HOST = {
     "position_embedding_type": "rope",
     "transformer_impl": "local",
     "context_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "use_distributed_optimizer": False,
     "reset_attention_mask": False,
     "seq_length": 32,
     "eod_mask_loss": False,
@@ -94,6 +96,13 @@ def test_masks_are_not_cut_for_context_parallelism() -> None:
     check_args(parse("--mtp-heads", "2", reset_attention_mask=True))
     with pytest.raises(ConfigError, match="--reset-attention-mask"):
         check_args(parse("--mtp-heads", "2", reset_attention_mask=True, context_parallel_size=2))
+
+
+def test_stages_that_train_nothing() -> None:
+    sharded = {"use_distributed_optimizer": True, "pipeline_model_parallel_size": 2}
+    check_args(parse("--mtp-heads", "2", **sharded))
+    with pytest.raises(ConfigError, match="--mtp-trainable='heads'"):
+        check_args(parse("--mtp-heads", "2", "--mtp-trainable", "heads", **sharded))
 
 
 @needs_megatron_lm
