@@ -84,7 +84,8 @@ def megatron_logits(rank: int, world_size: int, checkpoint: str) -> Tensor:
             tiny_config(), HeadsConfig(n=HEADS), vocab_size=64, padded_vocab_size=64, max_sequence_length=32
         )
         metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-        model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(metadata=metadata), checkpoint))
+        loaded = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=metadata)}, checkpoint)
+        model.load_state_dict(loaded["model"])
         kept: list[tuple[Tensor, dict]] = []
         model.next_token_logits = lambda z, kwargs, gather=None: kept.append((z, kwargs))
         with torch.no_grad():
