@@ -42,7 +42,7 @@ def flags(*more: object, model: str = MODEL) -> list[str]:
 
 
 class Samples(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """Random documents, some labels masked out, most of all in every third; sample ``i`` is the same at each reading."""
+    """Random documents, labels masked out in two of three; sample ``i`` is the same whenever it is read."""
 
     def __len__(self) -> int:
         return 1000
@@ -86,11 +86,13 @@ def command_line(rank: int, world_size: int, argv: Sequence[str]) -> Iterator[No
     finally:
         sys.argv = before
         from megatron.training import get_tensorboard_writer
+        from megatron.training.global_vars import unset_global_variables
         from megatron.training.training import destroy_global_state
 
         if writer := get_tensorboard_writer():
             writer.close()
         destroy_global_state()
+        unset_global_variables()
         megatron_lm.undo()
         cpu.uninstall()
 

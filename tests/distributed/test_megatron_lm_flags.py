@@ -75,12 +75,13 @@ def test_tied_embeddings_on_two_stages(tmp_path: Path) -> None:
         assert found[1][name] == pytest.approx(found[0][name], abs=1e-5)
 
 
-def test_curriculum_and_batch_size_rampup(tmp_path: Path) -> None:
+def test_curriculum_and_growing_batches(tmp_path: Path) -> None:
     """Heads join by Megatron-LM's iteration; the batch size grows as asked for."""
-    argv = flags(
-        *("--mtp-heads", 3, "--mtp-curriculum-steps", 3, "--train-samples", 28, "--rampup-batch-size", 4, 4, 12),
-        *("--global-batch-size", 8, "--tensorboard-dir", tmp_path),
-    )
+    # 12 samples of 32 tokens in batches of 4, then batches of 8 (0.19 reads --rampup-batch-size and does nothing with it)
+    schedule = ("--step-batch-size-schedule", "0:4 384:8", "--mtp-heads", 3, "--mtp-curriculum-steps", 3)
+    argv = flags(*schedule, "--train-iters", 5, "--tensorboard-dir", tmp_path)
+    given = argv.index("--global-batch-size")
+    del argv[given : given + 2]
     run_world(train_filled, 1, argv, PARAMETERS)
     found = scalars(tmp_path)
     assert list(found["batch-size"].values()) == [4, 4, 4, 8, 8]
