@@ -77,7 +77,7 @@ def test_tied_embeddings_on_two_stages(tmp_path: Path) -> None:
 
 def test_curriculum_and_growing_batches(tmp_path: Path) -> None:
     """Heads join by Megatron-LM's iteration; the batch size grows as asked for."""
-    # 12 samples of 32 tokens in batches of 4, then batches of 8 (0.19 reads --rampup-batch-size and does nothing with it)
+    # 12 samples of 32 tokens in batches of 4, then of 8; 0.19 takes --rampup-batch-size and does nothing with it
     schedule = ("--step-batch-size-schedule", "0:4 384:8", "--mtp-heads", 3, "--mtp-curriculum-steps", 3)
     argv = flags(*schedule, "--train-iters", 5, "--tensorboard-dir", tmp_path)
     given = argv.index("--global-batch-size")
