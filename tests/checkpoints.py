@@ -44,6 +44,28 @@ SHAPE = ModelShape(
     tied_embeddings=False,
 )
 
+# What Megatron-LM says about SHAPE's trunk and head 1 as a plain GPT.
+MEGATRON_LM_ARGUMENTS: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "group_query_attention": True,
+    "num_query_groups": 2,
+    "ffn_hidden_size": 48,
+    "max_position_embeddings": 64,
+    "rotary_base": 10000,
+    "norm_epsilon": 1e-5,
+    "init_method_std": 0.02,
+    "untie_embeddings_and_output_weights": True,
+    "kv_channels": 8,
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "position_embedding_type": "rope",
+    "add_bias_linear": False,
+    "params_dtype": torch.float32,
+    "vocab_size": 257,
+}
+
 
 def random_tensors(
     shape: ModelShape = SHAPE, *, dtype: torch.dtype = torch.float32, seed: int = 0
@@ -82,9 +104,12 @@ def tensor_parallel_cuts(key: str, tensor: Tensor) -> Sequence[int]:
 
 
 def write_torch_dist(
-    folder: Path, tensors: dict[str, Tensor], cuts: Callable[[str, Tensor], Sequence[int]] = tensor_parallel_cuts
+    folder: Path,
+    tensors: dict[str, Tensor],
+    cuts: Callable[[str, Tensor], Sequence[int]] = tensor_parallel_cuts,
+    objects: dict[str, Any] | None = None,
 ) -> None:
-    """Write the tensors as torch.distributed.checkpoint would, in two data files, with an object that is no tensor."""
+    """Write the tensors as torch.distributed.checkpoint would, in two data files, with objects that are no tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     described: dict[str, Any] = {"decoder.layers.mlp.linear_fc1._extra_state/shard_0_1": BytesStorageMetadata()}
     storage: dict[MetadataIndex, _StorageInfo] = {}
@@ -103,6 +128,12 @@ def write_torch_dist(
             chunks.append(ChunkStorageMetadata(offsets, sizes))
             storage[MetadataIndex(key, offsets)] = _StorageInfo(Path(file.name).name, start, file.tell() - start)
         described[key] = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), tensor.shape, chunks)
+    for key, value in (objects or {}).items():
+        start = files[0].tell()
+        torch.save(value, files[0])
+        described[key] = BytesStorageMetadata()
+        info = _StorageInfo(Path(files[0].name).name, start, files[0].tell() - start)
+        storage[MetadataIndex(key)] = info
     for file in files:
         file.close()
     metadata = Metadata(described, storage_data=storage, storage_meta=StorageMeta(folder, save_id=str(folder)))

@@ -68,17 +68,12 @@ def describe(checkpoint: MegatronCheckpoint) -> ModelDescription:
     try:
         tokenizer = _tokenizer(checkpoint.folder, raw)
         description = from_raw(raw, tokenizer)
-        heads = raw["heads"]
-        different = [f"heads.{key}={heads[key]}" for key, value in _EXPORTABLE_HEADS.items() if heads[key] != value]
+        different = _not_exportable(raw["heads"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path}: incomplete or of another version ({error!r}). Give a checkpoint that `mtp-megatron` wrote."
         ) from error
-    if different:
-        raise CheckpointError(
-            f"{path}: {', '.join(different)} cannot be written in another layout. Train with "
-            f"{', '.join(f'heads.{key}={value}' for key, value in _EXPORTABLE_HEADS.items())} to convert."
-        )
+    _refuse(different, path)
     if description.shape.vocab_size < tokenizer.vocab_size:
         raise CheckpointError(
             f"{path}: vocab_size={description.shape.vocab_size} is below its tokenizer's {tokenizer.vocab_size}. "
@@ -86,6 +81,18 @@ def describe(checkpoint: MegatronCheckpoint) -> ModelDescription:
         )
     check_shapes(checkpoint, description.shape, CONFIG)
     return description
+
+
+def _not_exportable(heads: dict[str, Any]) -> list[str]:
+    return [f"heads.{key}={heads[key]}" for key, value in _EXPORTABLE_HEADS.items() if heads[key] != value]
+
+
+def _refuse(different: list[str], path: Path) -> None:
+    if different:
+        raise CheckpointError(
+            f"{path}: {', '.join(different)} cannot be written in another layout. Train with "
+            f"{', '.join(f'heads.{key}={value}' for key, value in _EXPORTABLE_HEADS.items())} to convert."
+        )
 
 
 def from_raw(raw: dict[str, Any], tokenizer: Tokenizer) -> ModelDescription:
@@ -139,7 +146,14 @@ def rope_scaling_of(model: dict[str, Any]) -> RopeScaling | None:
 
 
 def describe_foreign(
-    source: str, model: dict[str, Any], *, tokenizer: Tokenizer, precision: str, heads: dict[str, Any], where: Path
+    source: str,
+    model: dict[str, Any],
+    *,
+    tokenizer: Tokenizer,
+    precision: str,
+    heads: dict[str, Any],
+    where: Path,
+    step: int = 0,
 ) -> ModelDescription:
     """The description of a model from elsewhere.
 
@@ -150,9 +164,10 @@ def describe_foreign(
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``: the type of its tensors.
         heads: settings of the recipe's section ``heads``.
         where: the file that the settings come from, for messages.
+        step: optimizer steps taken.
 
     Raises:
-        CheckpointError: settings that describe no model of this package.
+        CheckpointError: settings that describe no model of this package, or heads that no other layout can hold.
     """
     try:
         section = ModelSection.model_validate(model)
@@ -165,11 +180,13 @@ def describe_foreign(
     if section.vocab_size is None:
         raise ValueError("model.vocab_size is not known")
     padded = -(-section.vocab_size // section.vocab_padding) * section.vocab_padding
+    described = HeadsConfig.parse(heads).model_dump(mode="json")
+    _refuse(_not_exportable(described), where)
     raw = {
         "format": 1,
-        "step": 0,
+        "step": step,
         "model": section.model_dump(mode="json"),
-        "heads": HeadsConfig.parse(heads).model_dump(mode="json"),
+        "heads": described,
         "vocab_size": section.vocab_size,
         "padded_vocab_size": padded,
         "tokenizer": tokenizer_entry(tokenizer),

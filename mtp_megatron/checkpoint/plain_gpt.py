@@ -1,16 +1,13 @@
-"""Plain GPT checkpoints of megatron-core and Megatron-LM (``torch_dist``): their last layer becomes head 1.
+"""Checkpoints of megatron-core and Megatron-LM (``torch_dist``) that are not of this package's own training.
 
-Such a checkpoint says what model it holds in the arguments that Megatron-LM pickles into ``common.pt``. They are read
-with an unpickler that makes an inert record of every object, so nothing in the file is run. A checkpoint without them
-is described by a recipe.
+A plain GPT's last layer becomes head 1; what :mod:`mtp_megatron.megatron_lm` trained has its heads already. Such a
+checkpoint says what model it holds in the arguments that Megatron-LM stores (:mod:`.megatron_args`); one without
+them is described by a recipe.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +16,16 @@ from torch import Tensor
 from mtp_megatron.checkpoint.carried_tokenizer import CarriedTokenizer
 from mtp_megatron.checkpoint.description import ModelDescription, describe_foreign
 from mtp_megatron.checkpoint.hf_reader import PRECISIONS
+from mtp_megatron.checkpoint.megatron_args import StoredArguments, read_arguments
 from mtp_megatron.checkpoint.megatron_reader import MegatronCheckpoint
 from mtp_megatron.checkpoint.source import TensorSource, check_shapes
 from mtp_megatron.checkpoint.torch_dist import METADATA
 from mtp_megatron.errors import CheckpointError
 from mtp_megatron.training.checkpoint_files import CONFIG, SIZES, TRACKER, iteration_folder
 
-COMMON = "common.pt"
 _EMBEDDING = "embedding.word_embeddings.weight"
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_HEAD = re.compile(r"heads\.(\d+)\.")
 # Arguments of Megatron-LM under which a model is another one: the values that mean nothing.
 _INERT: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",),
@@ -43,7 +41,7 @@ _INERT: dict[str, tuple[Any, ...]] = {
     "window_size": (None,),
     "apply_layernorm_1p": (False, None),
 }
-_SAME_NAME = ("hidden_size", "num_attention_heads", "ffn_hidden_size", "rotary_base", "norm_epsilon", "init_method_std")
+_SAME_NAME = ("hidden_size", "num_attention_heads", "ffn_hidden_size", "rotary_base", "init_method_std")
 
 
 def plain_folder(path: Path) -> Path | None:
@@ -59,18 +57,24 @@ def plain_folder(path: Path) -> Path | None:
 
 
 class PlainGPT:
-    """A plain GPT's tensors under this package's keys: the last layer is ``heads.0``."""
+    """A GPT's tensors under this package's keys: the last layer is ``heads.0``, unless it has heads of its own.
+
+    Attributes:
+        num_layers: layers of the GPT, or of the trunk where there are heads.
+        num_heads: heads of its own.
+    """
 
     def __init__(self, checkpoint: MegatronCheckpoint) -> None:
         self.folder, self.fingerprint = checkpoint.folder, checkpoint.fingerprint
         self._checkpoint = checkpoint
         numbers = [int(match[1]) for key in checkpoint.keys() if (match := _LAYER.fullmatch(key))]  # noqa: SIM118
         self.num_layers = max(numbers, default=-1) + 1
+        self.num_heads = len({match[1] for key in checkpoint.keys() if (match := _HEAD.match(key))})  # noqa: SIM118
         self._origins = {self._renamed(key): key for key in checkpoint.keys()}  # noqa: SIM118
 
     def _renamed(self, key: str) -> str:
         match = _LAYER.fullmatch(key)
-        if match and int(match[1]) == self.num_layers - 1:
+        if match and int(match[1]) == self.num_layers - 1 and not self.num_heads:
             return f"heads.0.{match[2]}"
         return "final_norm.weight" if key == "decoder.final_layernorm.weight" else key
 
@@ -88,29 +92,40 @@ class PlainGPT:
 
 
 def open_plain(folder: Path, model_recipe: str | Path | None) -> tuple[TensorSource, ModelDescription]:
-    """The model of a plain GPT checkpoint with head 1 alone.
+    """The model of a plain GPT checkpoint with head 1 alone, or of one that Megatron-LM trained with heads.
 
     Args:
         folder: from :func:`plain_folder`.
-        model_recipe: a recipe whose section ``model`` describes it; ``num_trunk_layers`` is one less than its layers.
+        model_recipe: a recipe whose section ``model`` describes it; ``num_trunk_layers`` is one less than the layers of
+            a plain GPT.
 
     Raises:
         CheckpointError: no description, another one than the tensors', or a model that this package has not.
         ConfigError: the recipe cannot be read.
     """
     source = PlainGPT(MegatronCheckpoint(folder))
-    if _EMBEDDING not in source.keys() or source.num_layers < 2:  # noqa: SIM118
+    trunk = source.num_layers if source.num_heads else source.num_layers - 1
+    if _EMBEDDING not in source.keys() or trunk < 1:  # noqa: SIM118
         raise CheckpointError(
             f"{folder}: no {_EMBEDDING}, or fewer than two layers: no GPT of Megatron whose last layer could become "
             "head 1. Give a GPT's distributed checkpoint."
         )
     embedding = source.meta(_EMBEDDING)
     rows = embedding.shape[0]
-    model = _from_recipe(model_recipe, rows) if model_recipe is not None else _from_arguments(folder, rows)
-    if model["num_trunk_layers"] != source.num_layers - 1:
+    heads: dict[str, Any] = {"n": max(source.num_heads, 1)}
+    step, where = 0, folder
+    if model_recipe is not None:
+        model = _from_recipe(model_recipe, rows)
+    else:
+        arguments = read_arguments(folder)
+        step, where = arguments.step, arguments.path
+        model = _from_arguments(arguments, rows, trunk - source.num_layers)
+        heads |= _heads_from_arguments(arguments)
+    if model["num_trunk_layers"] != trunk or heads["n"] != max(source.num_heads, 1):
         raise CheckpointError(
-            f"{folder}: has {source.num_layers} layers, and its description num_trunk_layers="
-            f"{model['num_trunk_layers']} and head 1. Describe it with num_trunk_layers={source.num_layers - 1}."
+            f"{folder}: has {source.num_layers} layers and {source.num_heads} heads, and its description "
+            f"num_trunk_layers={model['num_trunk_layers']} and {heads['n']} heads. Describe it with "
+            f"num_trunk_layers={trunk}."
         )
     padding = model.get("vocab_padding", 128)
     if -(-model["vocab_size"] // padding) * padding != rows:
@@ -120,8 +135,9 @@ def open_plain(folder: Path, model_recipe: str | Path | None) -> tuple[TensorSou
         model,
         tokenizer=CarriedTokenizer({}, vocab_size=model["vocab_size"], eod=-1, bos=None, name=str(folder)),
         precision=PRECISIONS.get(embedding.dtype, "fp32"),
-        heads={"n": 1},
-        where=folder / COMMON,
+        heads=heads,
+        where=where,
+        step=step,
     )
     check_shapes(source, description.shape, "its description")
     return source, description
@@ -134,10 +150,17 @@ def _from_recipe(path: str | Path, rows: int) -> dict[str, Any]:
     return model
 
 
-def _from_arguments(folder: Path, rows: int) -> dict[str, Any]:
-    """The recipe's section ``model`` from Megatron-LM's arguments."""
-    path = folder / COMMON
-    arguments = vars(_read_arguments(path))
+def _heads_from_arguments(arguments: StoredArguments) -> dict[str, Any]:
+    """The recipe's section ``heads``: what the model is, not how it was trained."""
+    names = {"n": "mtp_heads", "kind": "mtp_head_kind", "arrangement": "mtp_head_arrangement"}
+    names["unembedding"] = "mtp_unembedding"
+    given = {field: arguments.values.get(name) for field, name in names.items()}
+    return {field: value for field, value in given.items() if value is not None}
+
+
+def _from_arguments(stored: StoredArguments, rows: int, further_layers: int) -> dict[str, Any]:
+    """The recipe's section ``model`` from Megatron-LM's arguments; ``further_layers`` is added to its layers."""
+    path, arguments = stored.path, stored.values
     remedy = "Give --model RECIPE.yaml, a recipe whose section `model` describes it"
     for key, inert in _INERT.items():
         if key in arguments and arguments[key] not in inert:
@@ -145,10 +168,11 @@ def _from_arguments(folder: Path, rows: int) -> dict[str, Any]:
     try:
         heads = arguments["num_attention_heads"]
         model = {key: arguments[key] for key in _SAME_NAME} | {
-            "num_trunk_layers": arguments["num_layers"] - 1,
+            "norm_epsilon": arguments.get("norm_epsilon") or arguments["layernorm_epsilon"],  # renamed in 0.16
+            "num_trunk_layers": arguments["num_layers"] + further_layers,
             "num_query_groups": arguments["num_query_groups"] if arguments["group_query_attention"] else heads,
             "seq_length": arguments["max_position_embeddings"],
-            "vocab_size": min(arguments.get("vocab_size") or rows, rows),
+            "vocab_size": min(arguments.get("mtp_vocab_size") or arguments.get("vocab_size") or rows, rows),
             "tied_embeddings": not arguments["untie_embeddings_and_output_weights"],
             "head_size": arguments.get("kv_channels"),
             "qkv_bias": bool(arguments.get("add_qkv_bias")),
@@ -159,48 +183,3 @@ def _from_arguments(folder: Path, rows: int) -> dict[str, Any]:
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: holds no complete arguments of Megatron-LM ({error}). {remedy}.") from error
     return model
-
-
-class _Inert:
-    """Stands for any object of the pickle."""
-
-    def __init__(self, *arguments: Any, **settings: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update({str(key): value for key, value in state.items()})
-
-    def __setitem__(self, key: Any, value: Any) -> None: ...
-
-    def append(self, value: Any) -> None: ...
-
-    def __call__(self, *arguments: Any) -> _Inert:
-        return self
-
-
-class _InertUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        return _Inert
-
-    def persistent_load(self, pid: Any) -> Any:
-        return None
-
-
-def _read_arguments(path: Path) -> Any:
-    """Megatron-LM's ``args``; an object without attributes where there are none.
-
-    Raises:
-        CheckpointError: missing or damaged.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-            content = _InertUnpickler(io.BytesIO(archive.read(name))).load()
-        return content.get("args") or _Inert()
-    except (
-        *(OSError, zipfile.BadZipFile, StopIteration, pickle.UnpicklingError),
-        *(EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError),
-    ) as error:
-        raise CheckpointError(
-            f"{path}: missing or damaged ({error}). Copy the checkpoint again, or describe it with --model RECIPE.yaml."
-        ) from error

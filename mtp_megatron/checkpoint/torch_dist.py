@@ -67,6 +67,10 @@ class _ChunkRecord(_Record):
     sizes: tuple[int, ...]
 
 
+_WHOLE = _ChunkRecord()  # the box of an object that is no tensor
+_WHOLE.offsets = _WHOLE.sizes = ()
+
+
 class _StorageRecord(_Record):
     """_StorageInfo"""
 
@@ -150,6 +154,32 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
         ) from error
     _check_files(index)
     return index
+
+
+def read_object(folder: Path, key: str) -> bytes | None:
+    """What was stored under ``key`` and is no tensor, as the bytes that ``torch.save`` made; None if there is none.
+
+    Raises:
+        CheckpointError: ``.metadata`` or the data file is missing or damaged.
+    """
+    path = folder / METADATA
+    try:
+        with path.open("rb") as file:
+            storage = _MetadataUnpickler(file).load().storage_data
+        where = next((index for index in storage if index.fqn == key), None)
+        if where is None:
+            return None
+        chunk = _stored(_WHOLE, storage[where], folder)
+        with chunk.file.open("rb") as file:
+            file.seek(chunk.start)
+            content = file.read(chunk.length)
+    except (*_DAMAGED, OSError) as error:
+        raise CheckpointError(
+            f"{path}: damaged, {key} cannot be read ({error}). Copy the checkpoint again or give another one."
+        ) from error
+    if len(content) != chunk.length:
+        raise CheckpointError(f"{chunk.file}: truncated. Copy the checkpoint again or give another one.")
+    return content
 
 
 def _tensors(metadata: Any, folder: Path) -> dict[str, StoredTensor]:

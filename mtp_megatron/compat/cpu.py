@@ -7,10 +7,12 @@ whose kernels need a GPU. `uninstall()` puts everything back. With a CUDA device
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import importlib.util
 import logging
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -103,6 +105,24 @@ def _counts_as_numpy(original: Callable[..., Any]) -> Callable[..., Any]:
     return move
 
 
+def _local_ranks(original: Any) -> Callable[[], int]:
+    return lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _device_properties(original: Any) -> Callable[..., Any]:
+    """Of a GPU of compute capability 8.0, which asks for no workaround for older or newer ones."""
+    properties = types.SimpleNamespace(major=8, minor=0, name="cpu", total_memory=0, multi_processor_count=1)
+    return lambda *args, **kwargs: properties
+
+
+def _no_memory(original: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: collections.defaultdict(int)
+
+
+def _without_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.partial(original, allow_no_cuda=True)
+
+
 TORCH: tuple[Replacement, ...] = (
     Replacement("torch.cuda", "current_device", _returns(CPU), "raises; megatron passes the result on as `device=`"),
     Replacement("torch.cuda", "synchronize", _returns(None), "raises; called around pipeline communication"),
@@ -152,9 +172,34 @@ MEGATRON: tuple[Replacement, ...] = (
     ),
 )
 
+# What Megatron-LM's training loop (megatron.training) calls beside megatron-core. All of these raise without a device.
+TRAINING_LOOP: tuple[Replacement, ...] = (
+    Replacement("torch.cuda", "device_count", _local_ranks, "is 0: the loop then sets up no model parallelism"),
+    Replacement("torch.cuda", "set_device", _returns(None), "raises; each rank chooses its device"),
+    Replacement("torch.cuda", "get_device_properties", _device_properties, "raises; arguments depend on the GPU's age"),
+    Replacement("torch.cuda", "get_device_capability", _returns((8, 0)), "raises; asked for which fusions there are"),
+    Replacement("torch.cuda", "Stream", _returns(NullStream()), "raises; models are wrapped in DDP on a stream"),
+    Replacement("torch.cuda", "memory_stats", _no_memory, "raises; logged with the losses"),
+    Replacement("torch.cuda", "memory_allocated", _returns(0), "raises; logged after the first step"),
+    Replacement("torch.cuda", "max_memory_allocated", _returns(0), "raises; logged after the first step"),
+    Replacement("torch.cuda", "memory_reserved", _returns(0), "raises; logged after the first step"),
+    Replacement("torch.cuda", "max_memory_reserved", _returns(0), "raises; logged after the first step"),
+    Replacement("torch.cuda", "device_memory_used", _returns(0), "raises; logged after the first step"),
+    Replacement("torch.cuda", "reset_peak_memory_stats", _returns(None), "raises; called before evaluation"),
+    Replacement("megatron.training.training", "initialize_megatron", _without_cuda, "refuses to start without CUDA"),
+    Replacement(
+        "megatron.training.initialize", "_warmup_jit_function", _returns(None), "warms up kernels of the device"
+    ),
+)
+# Of releases before 0.18.
+FUSED_KERNELS = Replacement(
+    "megatron.legacy.fused_kernels", "load", _returns(None), "looks for the CUDA compiler at every start"
+)
+
 _PAGED_STASH = "megatron.core.transformer.moe.ops.paged_stash"
 _RNG_LOGGER = "megatron.core.tensor_parallel.random"
 _undo: list[Callable[[], None]] = []
+_training_loop = False
 
 
 def _not_about_cpu_rng(record: logging.LogRecord) -> bool:
@@ -209,6 +254,28 @@ def install() -> bool:
     logger.addFilter(_not_about_cpu_rng)
     _undo.append(lambda: logger.removeFilter(_not_about_cpu_rng))
     return True
+
+
+def _forget_training_loop() -> None:
+    global _training_loop
+    _training_loop = False
+
+
+def install_training_loop() -> None:
+    """Put the stand-ins for Megatron-LM's own loop in place too; does nothing with a CUDA device, or a second time."""
+    global _training_loop
+    if not install() or _training_loop:
+        return
+    _training_loop = True
+    _undo.append(_forget_training_loop)
+    torch_rows = [row for row in TRAINING_LOOP if row.owner == "torch.cuda"]
+    for row in torch_rows:  # first: megatron.training asks for the device while it is imported
+        replace(row, _undo)
+    if importlib.util.find_spec("megatron.legacy") is not None:
+        replace(FUSED_KERNELS, _undo)
+    for row in TRAINING_LOOP:
+        if row not in torch_rows:
+            replace(row, _undo)
 
 
 def uninstall() -> None:

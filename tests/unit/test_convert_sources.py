@@ -20,7 +20,14 @@ from mtp_megatron.checkpoint.convert import convert
 from mtp_megatron.checkpoint.kinds import detect, open_source
 from mtp_megatron.cli import main
 from mtp_megatron.errors import MTPError
-from tests.checkpoints import SHAPE, random_tensors, stack_trunk, write_checkpoint, write_torch_dist
+from tests.checkpoints import (
+    MEGATRON_LM_ARGUMENTS,
+    SHAPE,
+    random_tensors,
+    stack_trunk,
+    write_checkpoint,
+    write_torch_dist,
+)
 from tests.foreign_models import FAMILIES, PARAMS, hf_logits, meta_logits, tokenizer_model, write_hf, write_meta
 
 TOKENS = torch.randint(0, 257, (2, 20), generator=torch.Generator().manual_seed(3))
@@ -156,27 +163,7 @@ def plain_gpt(folder: Path, **changes: Any) -> dict[str, torch.Tensor]:
     plain = {key.replace("heads.0.", "decoder.layers.3."): value for key, value in tensors.items()}
     plain["decoder.final_layernorm.weight"] = plain.pop("final_norm.weight")
     write_torch_dist(folder, stack_trunk(plain))
-    arguments = {
-        "num_layers": 4,
-        "hidden_size": 32,
-        "num_attention_heads": 4,
-        "group_query_attention": True,
-        "num_query_groups": 2,
-        "ffn_hidden_size": 48,
-        "max_position_embeddings": 64,
-        "rotary_base": 10000,
-        "norm_epsilon": 1e-5,
-        "init_method_std": 0.02,
-        "untie_embeddings_and_output_weights": True,
-        "kv_channels": 8,
-        "normalization": "RMSNorm",
-        "swiglu": True,
-        "position_embedding_type": "rope",
-        "add_bias_linear": False,
-        "params_dtype": torch.float32,
-        "vocab_size": 257,
-    }
-    torch.save({"args": Namespace(**{**arguments, **changes}), "iteration": 5}, folder / "common.pt")
+    torch.save({"args": Namespace(**(MEGATRON_LM_ARGUMENTS | changes)), "iteration": 5}, folder / "common.pt")
     return tensors
 
 

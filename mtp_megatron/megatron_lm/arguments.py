@@ -1,0 +1,175 @@
+"""The heads' command line arguments beside Megatron-LM's own, and what of the latter cannot work with them.
+
+Needs no Megatron-LM: everything here reads an ``argparse`` parser or its result.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from mtp_megatron.config import HeadsConfig
+from mtp_megatron.errors import ConfigError
+
+GROUP = "multi-token prediction heads (mtp_megatron)"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One argument: ``name`` on the command line, ``field`` of :class:`HeadsConfig`, and argparse's settings."""
+
+    name: str
+    field: str
+    type: Callable[[str], Any] | None = None
+    nargs: str | None = None
+    help: str | None = None  # default: the field's description
+
+    @property
+    def dest(self) -> str:
+        return self.name.removeprefix("--").replace("-", "_")
+
+
+# Upstream's own names that begin alike (--mtp-num-layers, --mtp-loss-scaling-factor, ...) must not be among these, nor
+# may a dest be a field of TransformerConfig, which takes every argument of its fields' names.
+FLAGS = (
+    Flag("--mtp-heads", "n", int, help="number of heads; head i predicts the token i places ahead"),
+    Flag("--mtp-head-kind", "kind"),
+    Flag("--mtp-head-arrangement", "arrangement"),
+    Flag("--mtp-unembedding", "unembedding"),
+    Flag("--mtp-execution", "execution"),
+    Flag("--mtp-loss-weights", "loss_weights", float, "+"),
+    Flag("--mtp-loss-decay", "loss_decay", float),
+    Flag("--mtp-loss-chunk-tokens", "loss_chunk_tokens", int),
+    Flag("--mtp-curriculum-steps", "curriculum_steps", int),
+    Flag("--mtp-trainable", "trainable"),
+    Flag(
+        "--mtp-documents",
+        "documents",
+        help="separate: no target lies beyond its document's end; ignore: documents run together. Default: separate "
+        "with --eod-mask-loss, else ignore, so that head 1 learns what Megatron-LM's own loss would teach it",
+    ),
+)
+
+
+def add_mtp_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the heads' arguments; Megatron-LM's ``extra_args_provider``. All default to None, :class:`HeadsConfig`'s
+    default."""
+    group = parser.add_argument_group(GROUP)
+    for flag in FLAGS:
+        field = HeadsConfig.model_fields[flag.field]
+        text = flag.help or str(field.description)
+        if flag.help is None and field.default is not None:
+            text += f" (default: {field.default})"
+        settings: dict[str, Any] = {"type": flag.type} if flag.type else {"choices": _choices(field.annotation)}
+        if flag.nargs:
+            settings["nargs"] = flag.nargs
+        group.add_argument(flag.name, default=None, help=text.replace("%", "%%"), **settings)
+    return parser
+
+
+def heads_from_args(args: argparse.Namespace) -> HeadsConfig:
+    """The heads that the arguments ask for.
+
+    Raises:
+        ConfigError: no ``--mtp-heads``, or a value or combination that cannot work; named as on the command line.
+    """
+    if getattr(args, "mtp_heads", None) is None:
+        raise ConfigError("--mtp-heads", None, "no heads were asked for", "Give --mtp-heads 4, for example")
+    values = {flag.field: getattr(args, flag.dest, None) for flag in FLAGS}
+    values = {field: value for field, value in values.items() if value is not None}
+    values.setdefault("documents", "separate" if getattr(args, "eod_mask_loss", False) else "ignore")
+    try:
+        return HeadsConfig.parse(values, prefix="")
+    except ConfigError as error:
+        names = {flag.field: flag.name for flag in FLAGS}
+        field, *_ = error.field.split(".")
+        raise ConfigError(names.get(field, error.field), error.value, error.problem, error.remedy) from None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An argument of Megatron-LM that must keep one of the values ``fine`` with heads, and why."""
+
+    name: str
+    fine: tuple[Any, ...]
+    problem: str
+    remedy: str
+
+    @property
+    def dest(self) -> str:
+        return self.name.removeprefix("--").replace("-", "_")
+
+
+_OFF = (None, False)
+_DROP = "Drop it, or train without --mtp-heads"
+_OPTIMIZER = "Use --use-distributed-optimizer"
+REFUSALS = (
+    Refusal(
+        "--mtp-num-layers",
+        (None, 0),
+        "upstream's multi-token prediction cannot be combined with these heads",
+        _DROP,
+    ),
+    Refusal("--position-embedding-type", ("rope",), "the heads' layers need rotary positions", "Set it to rope"),
+    Refusal("--rotary-percent", (1.0,), "every channel is rotated", "Leave it at 1.0"),
+    Refusal("--rotary-seq-len-interpolation-factor", (None, 1), "positions are not interpolated", _DROP),
+    Refusal("--spec", (None,), "the heads bring the model's layer spec", _DROP),
+    Refusal("--heterogeneous-layers-config-path", (None,), "all layers of trunk and heads are alike", _DROP),
+    Refusal("--multi-latent-attention", _OFF, "the heads' layers are not tested with it", _DROP),
+    Refusal("--experimental-attention-variant", (None,), "the heads' layers are not tested with it", _DROP),
+    Refusal("--transformer-impl", ("local", "transformer_engine"), "it is for inference", "Set it to local"),
+    Refusal("--use-legacy-models", _OFF, "the heads need megatron-core's model", _DROP),
+    Refusal("--fp16-lm-cross-entropy", _OFF, "the heads' softmax is computed in fp32", _DROP),
+    Refusal("--defer-embedding-wgrad-compute", _OFF, "the heads compute the unembedding's gradient themselves", _DROP),
+    Refusal("--delay-wgrad-compute", _OFF, "the heads' weight gradients are complete when their backward is", _DROP),
+    Refusal("--overlap-moe-expert-parallel-comm", _OFF, "its schedule plan knows no heads", _DROP),
+    Refusal("--enable-cuda-graph", _OFF, "the heads run outside of any graph", _DROP),
+    Refusal("--external-cuda-graph", _OFF, "the heads run outside of any graph", _DROP),
+    Refusal("--cuda-graph-impl", (None, "none"), "the heads run outside of any graph", _DROP),
+    Refusal("--use-torch-fsdp2", _OFF, "the heads are not tested with sharded modules", _OPTIMIZER),
+    Refusal("--use-megatron-fsdp", _OFF, "the heads are not tested with sharded modules", _OPTIMIZER),
+    Refusal("--sft", _OFF, "packed sequences are not supported", _DROP),
+    Refusal("--hybrid-context-parallel", _OFF, "packed sequences are not supported", _DROP),
+    Refusal("--dataloader-inter-document-masking", _OFF, "packed sequences are not supported", _DROP),
+    Refusal("--logits-load-dir", (None,), "distillation from stored logits knows one head", _DROP),
+    Refusal("--logits-save-dir", (None,), "the heads' logits never exist as a whole", _DROP),
+)
+
+
+def check_args(args: argparse.Namespace) -> HeadsConfig:
+    """The heads, after a look at everything else that was asked for; arguments that this Megatron-LM lacks are skipped.
+
+    Raises:
+        ConfigError: names the first argument that cannot work, its value and the remedy.
+    """
+    heads = heads_from_args(args)
+    for refusal in REFUSALS:
+        value = getattr(args, refusal.dest, refusal.fine[0])
+        if value not in refusal.fine:
+            raise ConfigError(refusal.name, value, refusal.problem, refusal.remedy)
+    if args.context_parallel_size > 1 and args.reset_attention_mask:
+        raise ConfigError(
+            "--reset-attention-mask",
+            True,
+            f"attention masks are not cut for --context-parallel-size {args.context_parallel_size}",
+            "Drop one of the two",
+        )
+    if heads.trainable != "all" and args.use_distributed_optimizer and args.pipeline_model_parallel_size > 1:
+        raise ConfigError(
+            "--mtp-trainable",
+            heads.trainable,
+            "the first of --pipeline-model-parallel-size stages then train nothing, and megatron-core's distributed "
+            "optimizer cannot be saved on such a stage",
+            "Drop --use-distributed-optimizer, or train on one stage",
+        )
+    if args.seq_length is not None and heads.n > args.seq_length:
+        raise ConfigError(
+            "--mtp-heads", heads.n, f"--seq-length {args.seq_length} holds no target that far ahead", "Ask for fewer"
+        )
+    return heads
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    return tuple(get_args(annotation))

@@ -1,0 +1,194 @@
+"""tools/apply_patches.py on small git trees, and the patches themselves against the sources that are installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PATCHES = ROOT / "patches"
+
+
+def _load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("apply_patches", ROOT / "tools" / "apply_patches.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["apply_patches"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = _load()
+
+PACKAGE_INFO = "MAJOR = {}\nMINOR = {}\nPATCH = {}\nPRE_RELEASE = ''\nVERSION = (MAJOR, MINOR, PATCH, PRE_RELEASE)\n"
+SCRIPT = "".join(f"line {i}\n" for i in range(30))
+
+
+def git(tree: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    command = ["git", "-C", str(tree), *identity, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def write(tree: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text(text)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A checkout that states version 9.8.7."""
+    folder = tmp_path / "checkout"
+    write(folder, {"megatron/core/package_info.py": PACKAGE_INFO.format(9, 8, 7), "a.py": SCRIPT, "b.py": SCRIPT})
+    git(folder, "init", "-q")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", "as released")
+    return folder
+
+
+@pytest.fixture
+def patches(tree: Path, tmp_path: Path) -> Path:
+    """Two patches for it, each on a file of its own, and a release without a checkout."""
+    room = tmp_path / "patches"
+    for release, version in (("core_v9.8.7", "9.8.7"), ("core_v1.2.3", "1.2.3")):
+        write(room, {f"{release}/VERSION": version + "\n"})
+    for number, name in enumerate(("a.py", "b.py"), start=1):
+        (tree / name).write_text(SCRIPT.replace("line 12\n", "line 12, patched\n"))
+        write(room, {f"core_v9.8.7/000{number}-{name}.patch": "Why.\n\n" + git(tree, "diff")})
+        git(tree, "checkout", "-q", ".")
+    return room
+
+
+def run(tree: Path, patches: Path, **options: bool) -> str:
+    return str(tool.run(tree, **{"check": False, "revert": False, **options}, patches=patches))
+
+
+def contents(tree: Path) -> dict[str, str]:
+    return {name: (tree / name).read_text() for name in ("a.py", "b.py")}
+
+
+def test_apply_and_revert(tree: Path, patches: Path) -> None:
+    before = contents(tree)
+    assert "would apply: 0001-a.py.patch, 0002-b.py.patch" in run(tree, patches, check=True)
+    assert contents(tree) == before
+    assert "applied: 0001" in run(tree, patches)
+    assert all("line 12, patched" in text for text in contents(tree).values())
+    assert "already applied" in run(tree, patches), "a second time is no error"
+    assert "can be taken back" in run(tree, patches, check=True, revert=True)
+    assert "taken back" in run(tree, patches, revert=True)
+    assert contents(tree) == before
+    assert git(tree, "status", "--porcelain") == ""
+    assert "nothing to take back" in run(tree, patches, revert=True)
+
+
+def test_committed_patches_are_recognised(tree: Path, patches: Path) -> None:
+    run(tree, patches)
+    git(tree, "commit", "-qam", "with heads")
+    assert "already applied" in run(tree, patches)
+    assert "taken back" in run(tree, patches, revert=True)
+
+
+def test_a_tree_with_changes_of_its_own_is_refused(tree: Path, patches: Path) -> None:
+    (tree / "b.py").write_text(SCRIPT + "mine\n")
+    before = contents(tree)
+    with pytest.raises(tool.Refused, match=r"has changes of its own \(b\.py\)\. Commit or stash them"):
+        run(tree, patches)
+    assert contents(tree) == before
+    (tree / "b.py").write_text(SCRIPT)
+    (tree / "notes.txt").write_text("untracked files are nobody's business")
+    assert "applied" in run(tree, patches)
+
+
+def test_all_or_nothing_and_the_conflict_is_named(tree: Path, patches: Path) -> None:
+    (tree / "b.py").write_text(SCRIPT.replace("line 12\n", "line twelve\n"))
+    git(tree, "commit", "-qam", "another b.py")
+    before = contents(tree)
+    with pytest.raises(tool.Refused, match=r"0002-b\.py\.patch does not fit b\.py"):
+        run(tree, patches)
+    assert contents(tree) == before, "the first patch fits, and must not have been applied alone"
+
+
+def test_a_changed_line_cannot_be_taken_back(tree: Path, patches: Path) -> None:
+    run(tree, patches)
+    (tree / "a.py").write_text((tree / "a.py").read_text().replace("line 12, patched", "line 12, mine"))
+    before = contents(tree)
+    with pytest.raises(tool.Refused, match=r"0001-a\.py\.patch does not fit a\.py: changed since"):
+        run(tree, patches, revert=True)
+    assert contents(tree) == before
+
+
+def test_another_release_is_refused(tree: Path, patches: Path) -> None:
+    write(tree, {"megatron/core/package_info.py": PACKAGE_INFO.format(9, 9, 0)})
+    git(tree, "commit", "-qam", "newer")
+    with pytest.raises(tool.Refused, match=r"states version 9\.9\.0.*core_v1\.2\.3 .*core_v9\.8\.7"):
+        run(tree, patches)
+
+
+@pytest.mark.parametrize("missing", ["git", "package_info"])
+def test_what_is_no_checkout_is_refused(tree: Path, patches: Path, missing: str) -> None:
+    if missing == "git":  # inside of another repository, which git would find
+        git(tree, "init", "-q", ".")
+        inner = tree / "inner"
+        write(inner, {"megatron/core/package_info.py": PACKAGE_INFO.format(9, 8, 7)})
+        with pytest.raises(tool.Refused, match="not the top of a git checkout"):
+            run(inner, patches)
+    else:
+        (tree / "megatron/core/package_info.py").unlink()
+        with pytest.raises(tool.Refused, match=r"no megatron/core/package_info\.py in it"):
+            run(tree, patches)
+
+
+def test_the_command(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main([str(tree), "--check"]) == 2
+    assert "error: the checkout states version 9.8.7" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tool.main(["--help"])
+    assert "--revert" in capsys.readouterr().out
+
+
+def files_of(patch: Path) -> list[str]:
+    return [line.removeprefix("+++ b/") for line in patch.read_text().splitlines() if line.startswith("+++ ")]
+
+
+@pytest.mark.parametrize("release", sorted(folder.name for folder in PATCHES.iterdir() if folder.is_dir()))
+def test_the_ledger_names_every_patch_and_no_other(release: str) -> None:
+    ledger = (PATCHES / "README.md").read_text()
+    patches = tool.patches_for((PATCHES / release / "VERSION").read_text().strip())
+    assert [patch.parent.name for patch in patches] == [release] * len(patches)
+    assert patches
+    for patch in patches:
+        row = next(line for line in ledger.splitlines() if f"`{patch.stem}`" in line)
+        assert release in row
+        assert len(files_of(patch)) == 1, "one topic, one file"
+        assert patch.read_text().startswith("Subject: ")
+        assert "megatron_lm" in patch.read_text() or "mtp_heads" in patch.read_text()
+
+
+def test_patches_fit_the_installed_sources(tmp_path: Path) -> None:
+    """The wheel of 0.19.2 brings megatron/training as of core_v0.19.0, but no pretrain_gpt.py."""
+    spec: Any = importlib.util.find_spec("megatron.training")
+    if spec is None:
+        pytest.skip("this megatron-core comes without megatron.training")
+    sources = Path(spec.origin).parents[2]
+    checked = []
+    for patch in sorted((PATCHES / "core_v0.19.0").glob("*.patch")):
+        (name,) = files_of(patch)
+        if not (sources / name).exists():
+            continue
+        write(tmp_path, {name: (sources / name).read_text()})
+        subprocess.run(["git", "apply", "--check", str(patch)], cwd=tmp_path, check=True)
+        checked.append(patch.stem)
+        (tmp_path / name).write_text((tmp_path / name).read_text().replace("num_dense_layers", "dense_layers"))
+        control = subprocess.run(
+            ["git", "apply", "--check", str(patch)], cwd=tmp_path, check=False, capture_output=True
+        )
+        assert control.returncode != 0, "control: another source would be noticed"
+    assert checked == ["0002-heads-in-throughput"]

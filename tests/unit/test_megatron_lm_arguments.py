@@ -1,0 +1,132 @@
+"""The heads' arguments on Megatron-LM's command line: their meaning, and what is refused by name."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+import pytest
+
+from mtp_megatron.compat import megatron_lm
+from mtp_megatron.config import HeadsConfig
+from mtp_megatron.errors import ConfigError
+from mtp_megatron.megatron_lm.arguments import FLAGS, REFUSALS, add_mtp_args, check_args, heads_from_args
+from tests.megatron_lm import needs_megatron_lm
+
+# Of Megatron-LM's arguments those that have no neutral default.
+HOST = {
+    "position_embedding_type": "rope",
+    "transformer_impl": "local",
+    "context_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "use_distributed_optimizer": False,
+    "reset_attention_mask": False,
+    "seq_length": 32,
+    "eod_mask_loss": False,
+}
+
+
+def parse(*argv: str, **host: Any) -> argparse.Namespace:
+    parser = add_mtp_args(argparse.ArgumentParser(allow_abbrev=False))
+    return argparse.Namespace(**(HOST | vars(parser.parse_args(argv)) | host))
+
+
+def test_every_setting_of_the_model_and_its_loss_has_a_flag() -> None:
+    assert {flag.field for flag in FLAGS} == set(HeadsConfig.model_fields) - {"new_heads"}, "new_heads is for run.load"
+    command = """--mtp-heads 3 --mtp-head-kind transformer --mtp-head-arrangement causal --mtp-unembedding replicated
+        --mtp-execution joint --mtp-loss-decay 0.5 --mtp-loss-chunk-tokens 64 --mtp-curriculum-steps 10
+        --mtp-trainable heads --mtp-documents separate"""
+    args = parse(*command.split())
+    assert heads_from_args(args) == HeadsConfig(
+        n=3,
+        kind="transformer",
+        arrangement="causal",
+        unembedding="replicated",
+        execution="joint",
+        loss_decay=0.5,
+        loss_chunk_tokens=64,
+        curriculum_steps=10,
+        trainable="heads",
+        documents="separate",
+    )
+    assert heads_from_args(parse("--mtp-heads", "2", "--mtp-loss-weights", "1", "0.5")).loss_weights == (1.0, 0.5)
+
+
+def test_documents_follow_megatron_lms_own_loss() -> None:
+    assert heads_from_args(parse("--mtp-heads", "2")).documents == "ignore"
+    assert heads_from_args(parse("--mtp-heads", "2", eod_mask_loss=True)).documents == "separate"
+    assert (
+        heads_from_args(parse("--mtp-heads", "2", "--mtp-documents", "ignore", eod_mask_loss=True)).documents
+        == "ignore"
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "flag", "value"),
+    [
+        ([], "--mtp-heads", None),
+        (["--mtp-heads", "0"], "--mtp-heads", 0),
+        (["--mtp-heads", "2", "--mtp-loss-decay", "1.5"], "--mtp-loss-decay", 1.5),
+        (["--mtp-heads", "2", "--mtp-loss-decay", "0.5", "--mtp-loss-weights", "1", "1"], "--mtp-loss-decay", 0.5),
+        (["--mtp-heads", "2", "--mtp-loss-weights", "1"], "--mtp-loss-weights", (1.0,)),
+        (["--mtp-heads", "2", "--mtp-head-kind", "linear", "--mtp-head-arrangement", "causal"], None, "causal"),
+        (["--mtp-heads", "64"], "--mtp-heads", 64),
+    ],
+)
+def test_impossible_heads_are_refused_by_the_flags_name(argv: list[str], flag: str | None, value: object) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_args(parse(*argv))
+    assert refused.value.field == (flag or "--mtp-head-arrangement")
+    assert refused.value.value == value
+    assert refused.value.remedy
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.name)
+def test_what_cannot_work_with_heads_is_refused_by_name(refusal: Any) -> None:
+    check_args(parse("--mtp-heads", "2", **{refusal.dest: refusal.fine[0]}))
+    wrong = {"--mtp-num-layers": 1, "--rotary-percent": 0.5, "--rotary-seq-len-interpolation-factor": 2}.get(
+        refusal.name, True
+    )
+    with pytest.raises(ConfigError, match=f"^{refusal.name}={wrong!r}: "):
+        check_args(parse("--mtp-heads", "2", **{refusal.dest: wrong}))
+
+
+def test_masks_are_not_cut_for_context_parallelism() -> None:
+    check_args(parse("--mtp-heads", "2", reset_attention_mask=True))
+    with pytest.raises(ConfigError, match="--reset-attention-mask"):
+        check_args(parse("--mtp-heads", "2", reset_attention_mask=True, context_parallel_size=2))
+
+
+def test_stages_that_train_nothing() -> None:
+    sharded = {"use_distributed_optimizer": True, "pipeline_model_parallel_size": 2}
+    check_args(parse("--mtp-heads", "2", **sharded))
+    with pytest.raises(ConfigError, match="--mtp-trainable='heads'"):
+        check_args(parse("--mtp-heads", "2", "--mtp-trainable", "heads", **sharded))
+
+
+@needs_megatron_lm
+def test_no_clash_with_megatron_lm() -> None:
+    """argparse refuses a name twice; a TransformerConfig takes every argument that has the name of a field."""
+    megatron_lm.prepare()
+    from megatron.core.transformer import TransformerConfig
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    known = {action.dest for action in parser._actions}
+    add_mtp_args(parser)
+    assert not {flag.dest for flag in FLAGS} & {field.name for field in dataclasses.fields(TransformerConfig)}
+    names = {refusal.name for refusal in REFUSALS} | {"--reset-attention-mask", "--context-parallel-size"}
+    gone = {"--use-legacy-models"}  # of earlier releases
+    dests = {name.removeprefix("--").replace("-", "_") for name in names - gone}
+    assert dests <= known, f"refused, and not there: {dests - known}"
+
+
+def test_missing_megatron_lm_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from mtp_megatron.megatron_lm.run import main
+
+    monkeypatch.setattr(
+        megatron_lm, "missing", lambda: "there is no megatron.training here. Put a checkout on the path"
+    )
+    assert main(["--mtp-heads", "2"]) == 2
+    assert "error: there is no megatron.training here" in capsys.readouterr().err
