@@ -12,7 +12,7 @@ from mtp_megatron.training.architecture import check_architecture
 from mtp_megatron.training.checkpoint_files import find_checkpoint, latest_complete, read_mtp_config
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.run_folder import RunFolder, check_run_folder
-from mtp_megatron.training.validate import check_recipe
+from mtp_megatron.training.validate import check_recipe, data_parallel_size
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ def preflight(recipe: Recipe, world_size: int) -> Plan:
         CheckpointError: a checkpoint of another architecture, or only damaged ones.
     """
     manifest = load_manifest(recipe.data.path)
+    recipe = _merged(recipe, world_size)
     recipe = check_recipe(recipe, world_size=world_size, tokenizer_vocab_size=manifest.vocab_size)
     folder = check_run_folder(recipe)
     resumed = latest_complete(folder.checkpoints, warn=False)
@@ -54,6 +55,17 @@ def preflight(recipe: Recipe, world_size: int) -> Plan:
     if initial is not None:
         check_architecture(initial, recipe, initial=True)
     return Plan(recipe, manifest, folder, initial, world_size)
+
+
+def _merged(recipe: Recipe, world_size: int) -> Recipe:
+    """The recipe together with the DeepSpeed configuration that it names."""
+    if recipe.run.deepspeed is None:
+        return recipe
+    from mtp_megatron.compat.packages import require_deepspeed
+    from mtp_megatron.deepspeed.settings import merged_recipe, read_config
+
+    require_deepspeed()
+    return merged_recipe(recipe, read_config(recipe.run.deepspeed), data_parallel_size(recipe, world_size))
 
 
 def _check_same_data(checkpoint: Path, manifest: Manifest, recipe: Recipe) -> None:

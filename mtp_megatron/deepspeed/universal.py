@@ -1,0 +1,98 @@
+"""DeepSpeed's universal checkpoints: a checkpoint whose parameters are whole, so that another TP x DP can load it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from mtp_megatron.deepspeed import sharding
+from mtp_megatron.model import MTPGPTModel
+
+INFO = "universal_checkpoint_info"
+_SUFFIX = "_universal"
+logger = logging.getLogger(__name__)
+
+
+def information(model: MTPGPTModel) -> dict[str, Any]:
+    """What ``ds_to_universal`` must know about the model: how its tensor parallel shards become whole.
+
+    The padding of the vocabulary is kept: in this package it is the same in every layout.
+    """
+    names = [name for name, _ in model.named_parameters()]
+
+    def present(patterns: tuple[str, ...]) -> list[str]:  # DeepSpeed refuses patterns that match nothing
+        return [f"{pattern}$" for pattern in patterns if any(sharding.matches(name, (pattern,)) for name in names)]
+
+    replicated = [name.replace(".", r"\.") + "$" for name in names if not sharding.is_sharded(name)]
+    return {
+        "universal_checkpoint_version": 0.2,
+        "tp_replicated_parameter_patterns": replicated,
+        "parameter_with_row_parallelism_patterns": present(sharding.COLUMNS),
+        "parameter_with_2_sub_params_cat_dim_0": present(sharding.GATE_AND_UP),
+    }
+
+
+def universal_folder(folder: Path) -> Path:
+    """Where the universal form of a checkpoint folder lies."""
+    return folder.with_name(folder.name + _SUFFIX)
+
+
+@contextmanager
+def converted(folder: Path) -> Iterator[Path]:
+    """The universal form of a checkpoint: made by rank 0 and removed at the end, unless it lay there. Collective.
+
+    What a user made with ``python -m deepspeed.checkpoint.ds_to_universal --input_folder .../iter_0000100
+    --output_folder .../iter_0000100_universal`` (with as many workers as the machine has room for) is used as it is.
+    """
+    target = universal_folder(folder)
+    made = dist.get_rank() == 0 and not target.is_dir()
+    if made:
+        logger.warning("resuming at another TP x DP: making the universal form of %s", folder)
+        _convert(folder, target)
+    dist.barrier()
+    try:
+        yield target
+    finally:
+        dist.barrier()
+        if made:
+            shutil.rmtree(target)
+
+
+def _convert(folder: Path, target: Path) -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    arguments = argparse.Namespace(
+        input_folder=str(folder),
+        output_folder=str(temporary),
+        num_extract_workers=1,  # in this process: it has a process group that children must not inherit
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=False,
+    )
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        ds_to_universal.main(arguments)
+    temporary.rename(target)
+
+
+@contextmanager
+def loading(engine: Any) -> Iterator[None]:
+    """The engine's ``load_checkpoint`` reads universal checkpoints inside, as with ``checkpoint.load_universal``."""
+    settings = engine._config
+    before = settings.load_universal_checkpoint
+    settings.load_universal_checkpoint = True
+    try:
+        yield
+    finally:
+        settings.load_universal_checkpoint = before
