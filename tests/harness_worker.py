@@ -224,6 +224,13 @@ def _clean() -> None:
         num_microbatches_calculator.unset_num_microbatches_calculator()
         if megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED:
             megatron_random.get_cuda_rng_tracker().reset()
+    if "deepspeed" in sys.modules:
+        from deepspeed import comm
+        from deepspeed.utils import groups
+
+        # What DeepSpeed remembers of a world that is gone.
+        comm.comm.cdb = None
+        groups._WORLD_GROUP = groups.mpu = None
     if dist.is_initialized():
         dist.destroy_process_group()
     gc.collect()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mtp_megatron.deepspeed import sharding
+from mtp_megatron.checkpoint import tensor_parallel
 from mtp_megatron.model import MTPGPTModel
 
 INFO = "universal_checkpoint_info"
@@ -30,14 +30,14 @@ def information(model: MTPGPTModel) -> dict[str, Any]:
     names = [name for name, _ in model.named_parameters()]
 
     def present(patterns: tuple[str, ...]) -> list[str]:  # DeepSpeed refuses patterns that match nothing
-        return [f"{pattern}$" for pattern in patterns if any(sharding.matches(name, (pattern,)) for name in names)]
+        return [f"{pattern}$" for pattern in patterns if any(tensor_parallel.matches(name, (pattern,)) for name in names)]
 
-    replicated = [name.replace(".", r"\.") + "$" for name in names if not sharding.is_sharded(name)]
+    replicated = [name.replace(".", r"\.") + "$" for name in names if not tensor_parallel.is_sharded(name)]
     return {
         "universal_checkpoint_version": 0.2,
         "tp_replicated_parameter_patterns": replicated,
-        "parameter_with_row_parallelism_patterns": present(sharding.COLUMNS),
-        "parameter_with_2_sub_params_cat_dim_0": present(sharding.GATE_AND_UP),
+        "parameter_with_row_parallelism_patterns": present(tensor_parallel.COLUMNS),
+        "parameter_with_2_sub_params_cat_dim_0": present(tensor_parallel.GATE_AND_UP),
     }
 
 

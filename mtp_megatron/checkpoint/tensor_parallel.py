@@ -1,6 +1,6 @@
 """How megatron-core's tensor parallelism cuts each parameter of a model, by its name in the state dictionary.
 
-Sequence: the first pattern that matches a name decides. Parameters that none matches are the same on every rank.
+Parameters that no pattern matches are the same on every rank.
 """
 
 from __future__ import annotations
@@ -41,3 +41,15 @@ def merge(name: str, shards: Sequence[Tensor]) -> Tensor:
     if matches(name, COLUMNS):
         return torch.cat(list(shards), dim=1)
     return shards[0]
+
+
+def split(name: str, whole: Tensor, ranks: int) -> list[Tensor]:
+    """What each of ``ranks`` tensor parallel ranks holds of a parameter: :func:`merge` backwards."""
+    if matches(name, GATE_AND_UP):
+        gates, ups = (part.chunk(ranks) for part in whole.chunk(2))
+        return [torch.cat(pair) for pair in zip(gates, ups, strict=True)]
+    if matches(name, ROWS):
+        return list(whole.chunk(ranks))
+    if matches(name, COLUMNS):
+        return list(whole.chunk(ranks, dim=1))
+    return [whole] * ranks
