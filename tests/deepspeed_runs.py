@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.training_runs import tiny_tree
@@ -40,3 +41,17 @@ def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
     """Largest difference of any two values; both must hold the same tensors."""
     assert one.keys() == other.keys()
     return max(float((one[key] - other[key]).abs().max()) for key in one)
+
+
+def assert_alike(one: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]]) -> None:
+    """The figures of two runs are the same to 1e-5, relative; accuracies and learning rates exactly."""
+    assert one.keys() == other.keys()
+    for step, record in one.items():
+        for key, value in record.items():
+            expected = other[step][key]
+            if key in ("loss", "head_loss", "grad_norm"):
+                values, wanted = (x if isinstance(x, list) else [x] for x in (value, expected))
+                for got, want in zip(values, wanted, strict=True):  # None: a head that had no loss yet
+                    assert got == (want if want is None else pytest.approx(want, rel=1e-5)), (step, key)
+            else:
+                assert value == expected, (step, key)

@@ -92,7 +92,7 @@ class DeepSpeedCheckpoint:
             raise CheckpointError(f"{folder}: {problem}. {_REMEDY}")
         self.fingerprint = fingerprint(folder.glob("*_states.pt"))
         self._ranks = _open_ranks(folder)
-        self._names = {_key(name): name for name in self._ranks[0].names}
+        self._names = {megatron_key(name): name for name in self._ranks[0].names}
         for rank in self._ranks[1:]:
             if set(rank.names) != set(self._ranks[0].names):
                 raise CheckpointError(f"{folder}: its tensor parallel ranks hold different parameters. {_REMEDY}")
@@ -210,7 +210,8 @@ def _flat_groups(state: dict[str, Any]) -> dict[str, Any]:
     return {str(number): group for number, group in enumerate(state["optimizer_state_dict"]["fp32_flat_groups"])}
 
 
-def _key(name: str) -> str:
+def megatron_key(name: str) -> str:
+    """The key that a distributed checkpoint gives to parameter ``name`` of a model."""
     for plain, fused in _FUSED:
         if name.endswith(plain):
             return name.removesuffix(plain) + fused

@@ -30,8 +30,8 @@ def open_source(
     """The model in a folder, by Megatron's keys, and what it is.
 
     Args:
-        path: a Hugging Face folder, a release in Meta's layout, or a run, checkpoints folder or ``iter_*`` of Megatron or
-            DeepSpeed.
+        path: a Hugging Face folder, a release in Meta's layout, or a run, checkpoints folder or ``iter_*`` of Megatron
+            or DeepSpeed.
         kind: one of :data:`KINDS`, or ``"auto"``.
         model_recipe: recipe that describes a Megatron checkpoint which does not describe itself.
 
@@ -73,13 +73,7 @@ def detect(folder: Path) -> str:
         "deepspeed": deepspeed,
         "hf": (folder / CONFIG).is_file() and has_tensors,
         "meta": (folder / PARAMS).is_file() and any(folder.glob(WEIGHTS)),
-        "megatron": (folder / METADATA).exists()
-        or not deepspeed
-        and (
-            (folder / TRACKER).exists()
-            or folder.name.startswith("iter_")
-            or any(list_iterations(place) for place in (folder, folder / "checkpoints"))
-        ),
+        "megatron": (folder / METADATA).exists() or (not deepspeed and _is_run(folder)),
     }
     found = [kind for kind, sign in signs.items() if sign]
     if len(found) == 1:
@@ -91,3 +85,10 @@ def detect(folder: Path) -> str:
         )
     looked = "; ".join(f"{kind}: {what}" for kind, what in _LOOKED_FOR.items())
     raise CheckpointError(f"{folder}: no model in it. Looked for {looked}.")
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder is a run, its checkpoints folder or one checkpoint, by its names."""
+    if (folder / TRACKER).exists() or folder.name.startswith("iter_"):
+        return True
+    return any(list_iterations(place) for place in (folder, folder / "checkpoints"))

@@ -77,7 +77,7 @@ class PthFile:
         return self._tensors[key]
 
     def read_part(self, key: str, start: int, count: int) -> Tensor:
-        """``count`` values of a flat tensor from ``start`` on, without reading the rest: unchecked but for their number.
+        """``count`` values of a flat tensor from ``start`` on, without reading the rest; no checksum is looked at.
 
         Raises:
             CheckpointError: the file ends before.

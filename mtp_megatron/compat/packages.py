@@ -97,7 +97,7 @@ def deepspeed() -> Package:
     return Package("deepspeed", State.USABLE, _version("deepspeed"))
 
 
-_INSTALL_DEEPSPEED = "pip install 'setuptools<81' wheel, then DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed"
+_INSTALL_DEEPSPEED = "pip install 'setuptools>=77', then DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed"
 
 
 def require_deepspeed(cuda: bool = True) -> None:
@@ -111,7 +111,8 @@ def require_deepspeed(cuda: bool = True) -> None:
     """
     if deepspeed().state is not State.USABLE:
         raise EnvironmentUnsupported(
-            "run.deepspeed was given, but DeepSpeed is not installed. Install it: pip install 'mtp-megatron[deepspeed]'; "
+            "run.deepspeed was given, but DeepSpeed is not installed. Install it: pip install "
+            "'mtp-megatron[deepspeed]'; "
             f"on a machine without a GPU: {_INSTALL_DEEPSPEED}, and a C++ compiler (g++)."
         )
     if not cuda and shutil.which(os.environ.get("CXX", "g++")) is None:

@@ -73,7 +73,7 @@ def load_checkpoint(recipe: Recipe, trainer: DeepSpeedTrainer, folder: Path) -> 
         CheckpointError: another architecture, another engine or stage, or files that cannot be read.
     """
     check_architecture(folder, recipe)
-    saved, here = files.read_mtp_config(folder).get("engine"), _engine(trainer)
+    saved, here = files.read_mtp_config(folder)["engine"], _engine(trainer)
     _check_stage(folder, saved, here)
     layout = ("tensor", "data")
     if all(saved[key] == here[key] for key in layout):
@@ -112,12 +112,7 @@ def _load(trainer: DeepSpeedTrainer, folder: Path) -> dict[str, Any]:
     return found
 
 
-def _check_stage(folder: Path, saved: dict[str, Any] | None, here: dict[str, Any]) -> None:
-    if saved is None:
-        raise CheckpointError(
-            f"{folder}: saved by megatron-core's own loop, and run.deepspeed is set. Leave run.deepspeed out to resume, "
-            "or start another run (a new run.path) from these weights with run.load."
-        )
+def _check_stage(folder: Path, saved: dict[str, Any], here: dict[str, Any]) -> None:
     there, now = saved["zero_stage"], here["zero_stage"]
     if there != now and {there, now} != {1, 2}:
         raise CheckpointError(

@@ -27,8 +27,8 @@ def _of_recipe(recipe: Recipe, stage: int) -> Iterator[ConfigError]:
         yield ConfigError(
             "parallel.pipeline",
             parallel.pipeline,
-            "DeepSpeed pipelines its own PipelineModule (ZeRO 0 and 1 only), whose last stage must return a loss before "
-            "backward; the heads' losses exist after it, and megatron-core's layers are cut by megatron-core",
+            "DeepSpeed pipelines its own PipelineModule (ZeRO 0 and 1 only), which builds and cuts the layers itself; "
+            "these layers are megatron-core's, cut by megatron-core",
             f"Set it to 1, or {_MEGATRON} runs PP x TP with optimizer.distributed (ZeRO 1).",
         )
     for name in ("distributed", "overlap_grad_reduce", "overlap_param_gather"):

@@ -148,8 +148,8 @@ def build_trainer(recipe: Recipe, initial: Path | None = None) -> DeepSpeedTrain
         parallel_state.get_data_parallel_world_size(),
         context_parallel=parallel_state.get_context_parallel_world_size(),
     )
-    if not torch.cuda.is_available() and not _offloads(config):
-        config["optimizer"]["params"].setdefault("torch_adam", True)  # DeepSpeed's fused Adam is for GPUs
+    if not torch.cuda.is_available():  # torch's own Adam: DeepSpeed's for CPUs takes a minute to compile
+        config["optimizer"]["params"].setdefault("torch_adam", True)
     transformer = transformer_config(recipe)
     transformer.gradient_accumulation_fusion = False  # it adds to megatron-core's own gradient buffers
     (model,) = build_models(recipe, transformer)
@@ -166,11 +166,6 @@ def build_trainer(recipe: Recipe, initial: Path | None = None) -> DeepSpeedTrain
         dist_init_required=False,
     )
     return DeepSpeedTrainer(model, engine, build_scheduler(recipe.optimizer, engine.optimizer), config)
-
-
-def _offloads(config: settings.Config) -> bool:
-    device = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    return device != "none"
 
 
 def _take(iterators: Sequence[BatchIterator], count: int) -> list[Microbatch]:

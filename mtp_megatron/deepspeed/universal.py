@@ -30,7 +30,9 @@ def information(model: MTPGPTModel) -> dict[str, Any]:
     names = [name for name, _ in model.named_parameters()]
 
     def present(patterns: tuple[str, ...]) -> list[str]:  # DeepSpeed refuses patterns that match nothing
-        return [f"{pattern}$" for pattern in patterns if any(tensor_parallel.matches(name, (pattern,)) for name in names)]
+        return [
+            f"{pattern}$" for pattern in patterns if any(tensor_parallel.matches(name, (pattern,)) for name in names)
+        ]
 
     replicated = [name.replace(".", r"\.") + "$" for name in names if not tensor_parallel.is_sharded(name)]
     return {

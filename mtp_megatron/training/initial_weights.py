@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtp_megatron.checkpoint.deepspeed_reader import DeepSpeedCheckpoint, is_deepspeed, megatron_key
+from mtp_megatron.checkpoint.tensor_parallel import split
+from mtp_megatron.errors import CheckpointError
 from mtp_megatron.training import checkpoint_files as files
 from mtp_megatron.training.architecture import check_architecture
 from mtp_megatron.training.build import Trainable
@@ -45,7 +48,10 @@ def load_initial(recipe: Recipe, models: Sequence[MTPGPTModel], folder: Path) ->
     for chunk in state.values():
         for name in [name for name in chunk if is_new(name, known)]:
             del chunk[name]
-    loaded = read_state(state, folder)
+    if is_deepspeed(folder):
+        loaded = {"model": _shards(folder, models, known)}
+    else:
+        loaded = read_state(state, folder)
     for key, model in zip(chunk_keys(models), models, strict=True):
         whole: dict[str, Any] = {**model.state_dict(), **loaded[key]}
         if recipe.heads.new_heads == "copy":
@@ -54,6 +60,24 @@ def load_initial(recipe: Recipe, models: Sequence[MTPGPTModel], folder: Path) ->
                     whole[name] = whole[source]
         loaded[key] = whole
     put_models(models, loaded)
+
+
+def _shards(folder: Path, models: Sequence[MTPGPTModel], known: int) -> dict[str, Any]:
+    """This rank's part of a DeepSpeed checkpoint, for the parameters that the checkpoint has."""
+    from megatron.core import parallel_state
+
+    if len(models) > 1 or parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        raise CheckpointError(
+            f"{folder}: saved by a DeepSpeed engine, and this run has pipeline stages. Convert it first: mtp-megatron "
+            f"convert {folder} --to megatron --output FOLDER, and give FOLDER."
+        )
+    checkpoint = DeepSpeedCheckpoint(folder)
+    rank, size = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
+    names = [name for name, _ in models[0].named_parameters() if not is_new(name, known)]
+    return {name: split(name, checkpoint.read(megatron_key(name)), size)[rank] for name in names}
 
 
 def is_new(name: str, known: int) -> bool:

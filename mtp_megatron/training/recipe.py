@@ -169,7 +169,9 @@ class RunSection(Section):
     keep_last: int | None = Field(default=None, ge=1, description="checkpoints kept, the latest ones; null: all")
     tensorboard: bool = Field(default=True, description="write TensorBoard events to the run's folder")
     deepspeed: str | None = Field(
-        default=None, min_length=1, description="DeepSpeed configuration (JSON) to train with; null: megatron-core alone"
+        default=None,
+        min_length=1,
+        description="DeepSpeed configuration (JSON) to train with; null: megatron-core alone",
     )
 
 

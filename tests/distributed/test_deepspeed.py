@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.deepspeed_runs import TIMEOUT, deepspeed_tree, furthest, parameters, zero
+from tests.deepspeed_runs import TIMEOUT, assert_alike, deepspeed_tree, furthest, parameters, zero
 from tests.harness import run_world
-from tests.training_runs import largest_difference, make_data, metrics, tiny_tree, train_body
+from tests.training_runs import make_data, metrics, tiny_tree, train_body
 
 pytestmark = pytest.mark.deepspeed
 
@@ -65,13 +65,8 @@ def test_zero_trains_as_megatron_core_does(
     tree = deepspeed_tree(data, run, config, run__load=str(seedling), parallel__tensor=tensor, **RUN)
     del tree["train"]["global_batch_size"]
     assert run_world(train_body, world, tree, timeout=TIMEOUT) == [10] * world
-    ours, theirs = metrics(run), metrics(reference)
-    assert largest_difference(ours, theirs) < 1e-5
-    for step, record in ours.items():
-        assert record["grad_norm"] == pytest.approx(theirs[step]["grad_norm"], rel=1e-5)
-        assert record["lr"] == theirs[step]["lr"]
-        assert record["head_accuracy"] == theirs[step]["head_accuracy"]
-    assert min(record["grad_norm"] for record in theirs.values()) > 1.0, "clipping must have been on"
+    assert_alike(metrics(run), metrics(reference))
+    assert min(record["grad_norm"] for record in metrics(run).values()) > 1.0, "clipping must have been on"
     assert furthest(parameters(run), parameters(reference)) < 1e-5
 
 
@@ -91,11 +86,10 @@ def test_a_scale_that_is_off_by_a_thousandth_would_be_noticed(
     data: Path, seedling: Path, megatron: Any, tmp_path: Path
 ) -> None:
     run, reference = tmp_path / "run", megatron["TP1xDP2", 1]
-    tree = deepspeed_tree(
-        data, run, zero(2), run__load=str(seedling), **{**RUN, "train__steps": 2, "train__global_batch_size": 2}
-    )
+    tree = deepspeed_tree(data, run, zero(2), run__load=str(seedling), **{**RUN, "train__global_batch_size": 2})
     run_world(guesses_the_scale, 2, tree, timeout=TIMEOUT)
     assert metrics(run)[1]["grad_norm"] != pytest.approx(metrics(reference)[1]["grad_norm"], rel=1e-5)
+    assert furthest(parameters(run), parameters(reference)) > 1e-5
 
 
 def reduces_each_gradient_at_once(rank: int, world_size: int, tree: dict[str, Any]) -> str:
@@ -117,7 +111,7 @@ def reduces_each_gradient_at_once(rank: int, world_size: int, tree: dict[str, An
 
 def test_without_the_word_that_more_is_to_come_deepspeed_refuses(data: Path, tmp_path: Path) -> None:
     """Control: the shared norm's gradient arrives once for each head, and is reduced once."""
-    tree = deepspeed_tree(data, tmp_path / "run", zero(2), **{**RUN, "train__steps": 1})
+    tree = deepspeed_tree(data, tmp_path / "run", zero(2), **RUN)
     (said,) = run_world(reduces_each_gradient_at_once, 1, tree, timeout=TIMEOUT, fresh=True)
     assert "has already been reduced" in said
 
@@ -157,12 +151,12 @@ def test_zero_3_gathers_one_head_at_a_time_and_runs_each_once(data: Path, tmp_pa
         "stage3_max_reuse_distance": 0,
         "stage3_max_live_parameters": 0,
     }
-    settings = {**RUN, "train__steps": 2, "train__global_batch_size": 4, "heads__n": 4}
+    settings = {**RUN, "train__steps": 3, "train__global_batch_size": 4, "heads__n": 4}
     for seen in run_world(
         watches_the_heads, 2, deepspeed_tree(data, tmp_path / "run", config, **settings), timeout=TIMEOUT
     ):
-        # 2 steps of 2 microbatches, each head once in each: no forward runs twice.
-        assert [entry["head"] for entry in seen] == [0, 1, 2, 3] * 4
+        # 3 steps of 2 microbatches, each head once in each: no forward runs twice.
+        assert [entry["head"] for entry in seen] == [0, 1, 2, 3] * 6
         for entry in seen:
             assert set(entry["gathered"]) <= {entry["head"]}, "another head's parameters were left gathered"
             assert not entry["unembedding"], "the unembedding is gathered for the losses alone"
@@ -202,16 +196,14 @@ def test_other_settings_train_as_under_megatron_core(name: str, data: Path, tmp_
     run_world(train_body, 2, tiny_tree(data, reference, **common))
     run_world(train_body, 2, deepspeed_tree(data, run, config, **common), timeout=TIMEOUT)
     for kind in ("train", "valid"):
-        assert largest_difference(metrics(run, kind), metrics(reference, kind)) < 1e-5
-    for step, record in metrics(run).items():
-        assert record["grad_norm"] == pytest.approx(metrics(reference)[step]["grad_norm"], rel=1e-5)
-    assert metrics(run, "valid")[3]["tokens_per_forward"] == metrics(reference, "valid")[3]["tokens_per_forward"]
+        assert_alike(metrics(run, kind), metrics(reference, kind))
 
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_bf16_with_offload_to_the_cpu_learns(stage: int, data: Path, tmp_path: Path) -> None:
     config = zero(stage, bf16={"enabled": True})
     config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    config["optimizer"] = {"type": "AdamW", "params": {"torch_adam": True}}  # its own takes a minute to compile
     tree = deepspeed_tree(data, tmp_path / "run", config, **{**RUN, "train__steps": 20})
     run_world(train_body, 2, tree, timeout=TIMEOUT)
     losses = [record["loss"] for record in metrics(tmp_path / "run").values()]
