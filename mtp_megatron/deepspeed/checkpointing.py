@@ -79,7 +79,7 @@ def load_checkpoint(recipe: Recipe, trainer: DeepSpeedTrainer, folder: Path) -> 
     if all(saved[key] == here[key] for key in layout):
         state = _load(trainer, folder)
     else:
-        _check_universal(folder, saved, here)
+        _check_universal(recipe, folder, saved, here)
         with universal.converted(folder) as converted, universal.loading(trainer.engine):
             state = _load(trainer, converted)
     trainer.scheduler.load_state_dict(state["opt_param_scheduler"])
@@ -121,11 +121,15 @@ def _check_stage(folder: Path, saved: dict[str, Any], here: dict[str, Any]) -> N
         )
 
 
-def _check_universal(folder: Path, saved: dict[str, Any], here: dict[str, Any]) -> None:
-    if saved["zero_stage"] > 0:
+def _check_universal(recipe: Recipe, folder: Path, saved: dict[str, Any], here: dict[str, Any]) -> None:
+    if saved["zero_stage"] == 0:
+        problem = "hold what ZeRO shards, and this run is without ZeRO"
+    elif recipe.heads.trainable != "all":
+        problem = f"hold no frozen parameters, and heads.trainable={recipe.heads.trainable}"
+    else:
         return
     raise CheckpointError(
-        f"{folder}: saved at TP {saved['tensor']} x DP {saved['data']} without ZeRO, and this job is TP "
-        f"{here['tensor']} x DP {here['data']}: DeepSpeed's universal checkpoints need ZeRO. Resume at the old layout, "
-        "or start another run from these weights with run.load."
+        f"{folder}: saved at TP {saved['tensor']} x DP {saved['data']}, and this job is TP {here['tensor']} x DP "
+        f"{here['data']}: DeepSpeed's universal checkpoints {problem}. Resume at the old layout, or start another run "
+        "from these weights with run.load."
     )

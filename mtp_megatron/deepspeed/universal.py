@@ -27,12 +27,11 @@ def information(model: MTPGPTModel) -> dict[str, Any]:
 
     The padding of the vocabulary is kept: in this package it is the same in every layout.
     """
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
     def present(patterns: tuple[str, ...]) -> list[str]:  # DeepSpeed refuses patterns that match nothing
-        return [
-            f"{pattern}$" for pattern in patterns if any(tensor_parallel.matches(name, (pattern,)) for name in names)
-        ]
+        found = [pattern for pattern in patterns if any(tensor_parallel.matches(name, (pattern,)) for name in names)]
+        return [f"{pattern}$" for pattern in found]
 
     replicated = [name.replace(".", r"\.") + "$" for name in names if not tensor_parallel.is_sharded(name)]
     return {

@@ -171,7 +171,7 @@ class RunSection(Section):
     deepspeed: str | None = Field(
         default=None,
         min_length=1,
-        description="DeepSpeed configuration (JSON) to train with; null: megatron-core alone",
+        description="DeepSpeed configuration (JSON) to train under; null: megatron-core's loop",
     )
 
 

@@ -233,5 +233,5 @@ def test_a_machine_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_fp16_needs_deepspeed() -> None:
-    with pytest.raises(ConfigError, match="run.deepspeed"):
+    with pytest.raises(ConfigError, match=r"run\.deepspeed"):
         check_recipe(parse_recipe({"train": {"precision": "fp16"}}), world_size=1, tokenizer_vocab_size=257)
