@@ -100,8 +100,8 @@ class DeepSpeedTrainer:
         group = self.engine.data_parallel_group
         tokens = torch.zeros((), dtype=torch.int64, device=compat.device())
         for batch in batches:
-            assert batch.targets is not None  # there is one stage, and it owns the heads
-            tokens += (batch.targets[0] != IGNORE_INDEX).sum()
+            if batch.targets is not None:  # always: there is one stage, and it owns the heads
+                tokens += (batch.targets[0] != IGNORE_INDEX).sum()
         dist.all_reduce(tokens, group=group)
         return float(group.size() / max(int(tokens), 1))
 
@@ -141,7 +141,8 @@ def build_trainer(recipe: Recipe, initial: Path | None = None) -> DeepSpeedTrain
     from mtp_megatron.deepspeed.unit import MegatronUnit
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    assert recipe.run.deepspeed is not None
+    if recipe.run.deepspeed is None:
+        raise ValueError("run.deepspeed is null: the recipe names no DeepSpeed configuration")
     config = settings.engine_config(
         recipe,
         settings.read_config(recipe.run.deepspeed),
@@ -170,5 +171,9 @@ def build_trainer(recipe: Recipe, initial: Path | None = None) -> DeepSpeedTrain
 
 def _take(iterators: Sequence[BatchIterator], count: int) -> list[Microbatch]:
     (iterator,) = iterators
-    assert iterator is not None  # there is one stage
-    return list(islice(iterator, count))
+    if iterator is None:
+        raise RuntimeError("no data for a rank of a model without pipeline stages")
+    batches = list(islice(iterator, count))
+    if len(batches) < count:
+        raise RuntimeError(f"the data ended after {len(batches)} of {count} microbatches of a step")
+    return batches

@@ -167,15 +167,15 @@ def test_a_configuration_that_cannot_be_read_is_refused(text: str, says: str, tm
         read_config(path)
 
 
-@pytest.mark.parametrize(("name", "world"), [("7b", 8), ("13b", 16)])
+@pytest.mark.parametrize(("name", "world"), [("7b", 8), ("13b", 16), ("small", 2)])
 def test_the_example_recipes_are_sound_in_their_full_size(name: str, world: int) -> None:
     recipe = load_recipe(EXAMPLES / f"{name}.yaml")
     config = read_config(ROOT / str(recipe.run.deepspeed))
     copies = world // recipe.model_parallel_size
     merged = check_recipe(merged_recipe(recipe, config, copies), world_size=world, tokenizer_vocab_size=32000)
-    assert engine_config(merged, config, copies)["train_batch_size"] == 256
-    billions = {"7b": (6.5, 7.0), "13b": (12.8, 13.3)}[name]
-    assert billions[0] < _parameters(merged) / 1e9 < billions[1]
+    assert engine_config(merged, config, copies)["train_batch_size"] == merged.train.global_batch_size
+    least, most = {"7b": (6.5e9, 7.0e9), "13b": (12.8e9, 13.3e9), "small": (8e6, 12e6)}[name]
+    assert least < _parameters(merged) < most
 
 
 def _parameters(recipe: Recipe) -> int:
