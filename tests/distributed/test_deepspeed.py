@@ -178,7 +178,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         zero(3),
         {"heads__unembedding": "replicated", "heads__curriculum_steps": 4},
     ),
-    "ZeRO 3, Medusa heads": (zero(3), {"heads__kind": "medusa"}),
+    "ZeRO 3, Medusa heads, attention recomputed": (
+        zero(3),
+        {"heads__kind": "medusa", "train__recompute": "selective"},
+    ),
     "ZeRO 3, the trunk recomputed": (zero(3), {"train__recompute": "full"}),
     "ZeRO 2, a frozen trunk": (zero(2), {"heads__trainable": "heads"}),
     "ZeRO 3, a frozen trunk": (zero(3), {"heads__trainable": "heads"}),
