@@ -1,4 +1,4 @@
-"""Peak memory of a microbatch under DeepSpeed, ZeRO 1 to 3, and under megatron-core's DDP, as the number of heads grows.
+"""Peak memory of a microbatch under DeepSpeed, ZeRO 1 to 3, and under megatron-core's DDP, as heads are added.
 
     python tools/bench_deepspeed.py            # about a minute on 2 cores
     python tools/bench_deepspeed.py --quick

@@ -71,8 +71,10 @@ def converted(folder: Path) -> Iterator[Path]:
 def _convert(folder: Path, target: Path) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    workshop = target.with_name(target.name + ".tmp")  # a folder of its own: the tool leaves a file beside its output
+    shutil.rmtree(workshop, ignore_errors=True)
+    workshop.mkdir()
+    temporary = workshop / target.name
     arguments = argparse.Namespace(
         input_folder=str(folder),
         output_folder=str(temporary),
@@ -85,15 +87,22 @@ def _convert(folder: Path, target: Path) -> None:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         ds_to_universal.main(arguments)
     temporary.rename(target)
+    shutil.rmtree(workshop)
 
 
 @contextmanager
 def loading(engine: Any) -> Iterator[None]:
-    """The engine's ``load_checkpoint`` reads universal checkpoints inside, as with ``checkpoint.load_universal``."""
-    settings = engine._config
+    """The engine's ``load_checkpoint`` reads universal checkpoints inside, as with ``checkpoint.load_universal``.
+
+    Stage 3 then gives every group of parameters the first one's settings; which of them decay is put back.
+    """
+    settings, groups = engine._config, engine.optimizer.param_groups
     before = settings.load_universal_checkpoint
+    decay = [(group["weight_decay"], group["wd_mult"]) for group in groups]
     settings.load_universal_checkpoint = True
     try:
         yield
     finally:
         settings.load_universal_checkpoint = before
+        for group, (weight_decay, factor) in zip(engine.optimizer.param_groups, decay, strict=True):
+            group["weight_decay"], group["wd_mult"] = weight_decay, factor
