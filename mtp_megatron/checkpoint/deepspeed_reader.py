@@ -189,10 +189,11 @@ def _open_ranks(folder: Path) -> list[_WholeRank] | list[_PiecedRank]:
         return [_WholeRank(path) for path in _complete(folder, whole)]
     ranks = _complete(folder, {tensor: folder for tensor, kind in pieces if kind == "model"})
     dtype = _PRECISIONS[str(read_mtp_config(folder).get("precision", "fp32"))]
-    return [
-        _PiecedRank(*(_complete(folder, pieces.get((rank, kind), {})) for kind in ("model", "optim")), dtype)
-        for rank in range(len(ranks))
-    ]
+    opened = []
+    for rank in range(len(ranks)):
+        model, optimizer = (_complete(folder, pieces.get((rank, kind), {})) for kind in ("model", "optim"))
+        opened.append(_PiecedRank(model, optimizer, dtype))
+    return opened
 
 
 def _complete(folder: Path, found: dict[int, Path]) -> list[Path]:

@@ -86,7 +86,7 @@ class PthFile:
         storage = meta.untyped_storage()
         if meta.dim() != 1 or meta.stride() != (1,) or start + count > meta.numel():
             raise CheckpointError(f"{self.folder}: {key} is no flat tensor of {start + count} values. {_REMEDY}")
-        begin = int(storage._checkpoint_offset or 0) + (meta.storage_offset() + start) * meta.element_size()
+        begin = int(storage._checkpoint_offset or 0) + (int(meta.storage_offset()) + start) * meta.element_size()
         with self.folder.open("rb") as file:
             file.seek(begin)
             content = bytearray(file.read(count * meta.element_size()))

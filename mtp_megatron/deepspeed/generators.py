@@ -14,7 +14,8 @@ def generators() -> dict[str, Any]:
     """This rank's generators; data parallel ranks draw alike, so DeepSpeed's one copy of a client state is enough."""
     from megatron.core import tensor_parallel
 
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - megatron-core's data sets draw from it
+    state: Any = np.random.get_state()  # noqa: NPY002 - megatron-core's data sets draw from it
+    name, keys, *rest = state
     return {
         "random": random.getstate(),
         "numpy": (name, keys.tolist(), *rest),

@@ -141,7 +141,7 @@ def _adopt(recipe: Recipe, theirs: str, value: Any, ours: str) -> Recipe:
     section = getattr(recipe, section_name)
     if name in section.model_fields_set and getattr(section, name) != value:
         raise _disagreement(theirs, value, ours, getattr(section, name))
-    kind = type(section.model_fields[name].default)
+    kind = type(type(section).model_fields[name].default)
     if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value != int(value)):
         raise ConfigError(theirs, value, f"no value for {ours}", f"Give a number, or {AUTO!r} for the recipe's.")
     return _with(recipe, section_name, {name: kind(value)})
