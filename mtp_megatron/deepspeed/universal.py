@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from mtp_megatron.checkpoint import tensor_parallel
@@ -94,7 +95,8 @@ def _convert(folder: Path, target: Path) -> None:
 def loading(engine: Any) -> Iterator[None]:
     """The engine's ``load_checkpoint`` reads universal checkpoints inside, as with ``checkpoint.load_universal``.
 
-    Stage 3 then gives every group of parameters the first one's settings; which of them decay is put back.
+    Stage 3 then gives every group of parameters the first one's settings, and all parameters one step tensor, which
+    would advance once for each of them: which groups decay is put back, and each parameter gets a step of its own.
     """
     settings, groups = engine._config, engine.optimizer.param_groups
     before = settings.load_universal_checkpoint
@@ -106,3 +108,6 @@ def loading(engine: Any) -> Iterator[None]:
         settings.load_universal_checkpoint = before
         for group, (weight_decay, factor) in zip(engine.optimizer.param_groups, decay, strict=True):
             group["weight_decay"], group["wd_mult"] = weight_decay, factor
+        for state in engine.optimizer.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()

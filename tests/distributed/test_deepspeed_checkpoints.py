@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ def test_another_stage_or_host_is_refused_by_name(data: Path, whole: Any, tmp_pa
     assert "run.deepspeed" in said
     megatron = tmp_path / "megatron"
     run_world(train_body, 1, tiny_tree(data, megatron, **RUN))
-    (said,) = run_world(refused, 1, deepspeed_tree(data, megatron, zero(1), **{**RUN, "train__steps": 9}))
+    (said,) = run_world(refused, 1, deepspeed_tree(data, megatron, zero(1), **RUN))
     assert "saved by megatron-core's own loop" in said
 
 
@@ -165,6 +166,16 @@ def test_a_new_run_starts_from_a_deepspeed_run(data: Path, whole: Any, tmp_path:
     run_world(train_body, 1, tiny_tree(data, theirs, **start))
     assert_alike(metrics(ours), metrics(theirs))
     assert metrics(theirs)[1]["loss"] < metrics(whole[3])[5]["loss"] * 1.2
+
+
+class MakesAFolder:
+    """Pickled, it makes a folder when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
 
 
 def test_damaged_and_dangerous_files_are_refused(whole: Any, tmp_path: Path) -> None:
@@ -184,10 +195,16 @@ def test_damaged_and_dangerous_files_are_refused(whole: Any, tmp_path: Path) -> 
     states.write_bytes(content[:-100])
     with pytest.raises(CheckpointError, match=f"{states.name} has"):
         DeepSpeedCheckpoint(folder)
-    torch.save({"param_shapes": [], "frozen_param_fragments": Path("harmless, yet no tensor")}, states)
+    optimizer = folder / states.name.replace("model", "optim")
+    for file, good in ((states, content), (optimizer, optimizer.read_bytes())):
+        torch.save({"module": {}, "param_shapes": [], "optimizer_state_dict": MakesAFolder(tmp_path / "made")}, file)
+        accept_sizes()
+        with pytest.raises(CheckpointError, match="could run a stranger's code"):
+            DeepSpeedCheckpoint(folder)
+        assert not (tmp_path / "made").exists()
+        file.write_bytes(good)
     accept_sizes()
-    with pytest.raises(CheckpointError, match="could run a stranger's code"):
-        DeepSpeedCheckpoint(folder)
+    assert DeepSpeedCheckpoint(folder).keys()
     states.unlink()
     sizes.write_text(
         json.dumps({name: size for name, size in json.loads(sizes.read_text()).items() if name != states.name})
