@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,12 @@ def _engine(trainer: DeepSpeedTrainer) -> dict[str, Any]:
 
 
 def _load(trainer: DeepSpeedTrainer, folder: Path) -> dict[str, Any]:
-    path, state = trainer.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    try:
+        path, state = trainer.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{folder}: cannot be read ({error}). Name or restore another checkpoint of the run."
+        ) from error
     if path is None or state is None:
         raise CheckpointError(f"{folder}: DeepSpeed finds no checkpoint in it. Name or restore another one of the run.")
     found: dict[str, Any] = state

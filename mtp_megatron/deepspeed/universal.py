@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from mtp_megatron.checkpoint import tensor_parallel
+from mtp_megatron.errors import CheckpointError
 from mtp_megatron.model import MTPGPTModel
 
 INFO = "universal_checkpoint_info"
@@ -63,8 +64,8 @@ def converted(folder: Path) -> Iterator[Path]:
     dist.barrier()
     try:
         yield target
-    finally:
         dist.barrier()
+    finally:
         if made:
             shutil.rmtree(target)
 
@@ -86,7 +87,13 @@ def _convert(folder: Path, target: Path) -> None:
         inject_missing_state=False,
     )
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        ds_to_universal.main(arguments)
+        try:
+            ds_to_universal.main(arguments)
+        except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:  # its checks are asserts
+            raise CheckpointError(
+                f"{folder}: DeepSpeed cannot make it universal ({error}). Resume at the TP x DP that saved it, or start "
+                "another run from these weights with run.load."
+            ) from error
     temporary.rename(target)
     shutil.rmtree(workshop)
 
