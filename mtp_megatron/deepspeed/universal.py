@@ -91,8 +91,8 @@ def _convert(folder: Path, target: Path) -> None:
             ds_to_universal.main(arguments)
         except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:  # its checks are asserts
             raise CheckpointError(
-                f"{folder}: DeepSpeed cannot make it universal ({error}). Resume at the TP x DP that saved it, or start "
-                "another run from these weights with run.load."
+                f"{folder}: DeepSpeed cannot make it universal ({error}). Resume at the TP x DP that saved it, or "
+                "start another run from these weights with run.load."
             ) from error
     temporary.rename(target)
     shutil.rmtree(workshop)
