@@ -12,6 +12,7 @@ shards and which grow with n, as the model does. One process.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -72,6 +73,7 @@ def _engine(model: Any, stage: int, shape: Shape) -> Any:
     from mtp_megatron.deepspeed.unit import MegatronUnit
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    os.environ.setdefault("LOCAL_RANK", "0")
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
     if stage == 3:
         zero |= {f"stage3_{name}": 0 for name in ("prefetch_bucket_size", "max_live_parameters", "max_reuse_distance")}

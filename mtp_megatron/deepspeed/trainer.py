@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,6 +142,7 @@ def build_trainer(recipe: Recipe, initial: Path | None = None) -> DeepSpeedTrain
     from mtp_megatron.deepspeed.unit import MegatronUnit
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    os.environ.setdefault("LOCAL_RANK", "0")  # asked for by DeepSpeed; a process that no launcher started has none
     if recipe.run.deepspeed is None:
         raise ValueError("run.deepspeed is null: the recipe names no DeepSpeed configuration")
     config = settings.engine_config(

@@ -60,5 +60,7 @@ def test_the_launchers_train_and_continue_one_run(tmp_path: Path) -> None:
         run(f"{code.replace('data/mine', str(data))} {SMALL} train.steps={steps}")
         assert max(metrics(tmp_path / "runs/zero2")) == steps
     assert sorted(metrics(tmp_path / "runs/zero2")) == [1, 2, 3, 4]
+    run(f"mtp-megatron train examples/deepspeed/small.yaml data.path={data} run.path=runs/alone {SMALL} train.steps=5")
+    assert max(metrics(tmp_path / "runs/alone")) == 5
     run("mtp-megatron convert runs/zero2 --to hf --output hf")
     assert (tmp_path / "hf" / "config.json").is_file()
