@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,8 +31,12 @@ class MegatronHeadPass:
         self.targets = targets
         self.layer_kwargs = layer_kwargs
         self.chains: Sequence[Sequence[int]] = model.heads_config.chains
-        self.shared: Sequence[Tensor] = model.unembeddings()
+        self.unembeddings = model.unembeddings()
+        self.access = model.parameter_access
+        self.shared: Sequence[Tensor] = [] if self.access.sharded else self.unembeddings
         self._gradients: dict[int, Tensor] = {}
+        self._norm = [parameter for parameter in model.final_norm.parameters() if parameter.requires_grad]
+        self._norm_gradients_to_come = model.heads_config.n
 
     def forward_head(self, head: int, inputs: Tensor) -> Tensor:
         return self.model.run_head_layer(head, inputs, self.layer_kwargs)
@@ -43,23 +48,24 @@ class MegatronHeadPass:
         with torch.set_grad_enabled(scale is not None):
             leaf = outputs.detach().requires_grad_(scale is not None)
             features = model.head_features(head, leaf)
-        which = head if len(self.shared) > 1 else 0
-        weight = self.shared[which]
+        which = head if len(self.unembeddings) > 1 else 0
+        weight = self.unembeddings[which]
         model.await_unembedding(which)
         group = model.tensor_parallel_group if config.tensor_model_parallel_size > 1 else None
         hidden = features.detach()
         if group is not None and config.sequence_parallel:
             hidden = _gather_sequence(hidden, group)
-        sums, gradient = linear_cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]),
-            weight,
-            self.targets[head].t().reshape(-1),
-            VocabShard.of(model.true_vocab_size, weight.shape[0], group),
-            grad_scale=scale,
-            weight_grad=self._weight_gradient(which) if scale is not None else None,
-            chunk_tokens=model.heads_config.loss_chunk_tokens,
-            predictions=predictions,
-        )
+        with self.access.whole([weight]):
+            sums, gradient = linear_cross_entropy(
+                hidden.reshape(-1, hidden.shape[-1]),
+                weight,
+                self.targets[head].t().reshape(-1),
+                VocabShard.of(model.true_vocab_size, weight.shape[0], group),
+                grad_scale=scale,
+                weight_grad=self._weight_gradient(which) if scale is not None else None,
+                chunk_tokens=model.heads_config.loss_chunk_tokens,
+                predictions=predictions,
+            )
         if gradient is None:
             return sums, None
         gradient = gradient.view_as(hidden)
@@ -68,12 +74,23 @@ class MegatronHeadPass:
                 gradient = _scatter_sequence(gradient, group)
             else:
                 dist.all_reduce(gradient, group=group)
-        torch.autograd.backward(features, gradient)
+        with self._one_of_the_norm_gradients():
+            torch.autograd.backward(features, gradient)
         return sums, leaf.grad
 
     def shared_gradients(self) -> Sequence[Tensor | None]:
         gradients, self._gradients = self._gradients, {}
-        return [self._deliver(weight, gradients.get(which)) for which, weight in enumerate(self.shared)]
+        if not self.access.sharded:
+            return [self._deliver(weight, gradients.get(which)) for which, weight in enumerate(self.shared)]
+        tied = self.model.share_embeddings_and_output_weights
+        for which, weight in enumerate(self.unembeddings):
+            # The first one of a tied model gets another gradient when the embedding's own backward runs.
+            more = self.access.incomplete([weight] if tied and which == 0 else [])
+            with self.access.whole([weight]), more:
+                gradient = self._deliver(weight, gradients.pop(which, None))
+                if gradient is not None:
+                    torch.autograd.backward(weight, gradient)
+        return []
 
     def skip(self, head: int, layer: bool) -> None:
         module = self.model.heads[head]
@@ -81,15 +98,21 @@ class MegatronHeadPass:
         if layer or isinstance(module, PostNormHead):
             after_norm += module.parameters()
         idle = [parameter for parameter in after_norm if parameter.requires_grad]
-        if idle:
-            torch.autograd.backward(idle, [torch.zeros_like(parameter) for parameter in idle])
+        with self.access.whole(idle), self._one_of_the_norm_gradients():
+            if idle:
+                torch.autograd.backward(idle, [torch.zeros_like(parameter) for parameter in idle])
+
+    def _one_of_the_norm_gradients(self) -> AbstractContextManager[None]:
+        """Around each head's contribution to the final norm: the engine is told which one is the last."""
+        self._norm_gradients_to_come -= 1
+        return self.access.incomplete(self._norm if self._norm_gradients_to_come else [])
 
     def _fuses_into_main_grad(self, weight: Tensor) -> bool:
         """Megatron's gradient accumulation fusion: the gradient is added to the fp32 buffer without a temporary."""
         return bool(self.model.config.gradient_accumulation_fusion) and hasattr(weight, "main_grad")
 
     def _weight_gradient(self, which: int) -> Tensor | None:
-        weight = self.shared[which]
+        weight = self.unembeddings[which]
         if not weight.requires_grad:
             return None
         if self._fuses_into_main_grad(weight):

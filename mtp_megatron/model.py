@@ -18,6 +18,7 @@ from mtp_megatron.heads import HeadLayers, IdentityHead, PostNormHead, build_hea
 from mtp_megatron.joint import joint_loss
 from mtp_megatron.loss import VocabShard
 from mtp_megatron.model_checks import check_config, check_forward
+from mtp_megatron.parameter_access import PLAIN, ParameterAccess
 from mtp_megatron.rope import RopeScaling
 from mtp_megatron.sequential import HeadReport, run_heads
 
@@ -35,6 +36,8 @@ class FutureHeads:
     output_layer: torch.nn.Module
     unembedding_heads: torch.nn.ModuleList
     share_embeddings_and_output_weights: bool
+    parameter_access: ParameterAccess = PLAIN
+    """Set by a host whose engine shards parameters or reduces a gradient when it arrives."""
 
     def attach_heads(
         self,
@@ -87,14 +90,19 @@ class FutureHeads:
 
     def unembeddings(self) -> list[Tensor]:
         """``[V/tp, h]`` weights: one that all heads share, or one for each head."""
+        if self.parameter_access.unembeddings is not None:
+            return list(self.parameter_access.unembeddings)
         return [self._unembedding(), *(layer.get_parameter("weight") for layer in self.unembedding_heads)]
 
     def await_unembedding(self, which: int) -> None:
         """Fire the hooks that calling the owner of ``unembeddings()[which]`` would fire first.
 
         The loss reads the weight without calling its module; under ``overlap_param_gather`` DDP waits in a forward
-        pre-hook for the weight's all-gather, and without this the loss could read last step's values.
+        pre-hook for the weight's all-gather, and without this the loss could read last step's values. Where an engine
+        shards parameters, :meth:`.ParameterAccess.whole` gathers the weight instead.
         """
+        if self.parameter_access.sharded:
+            return
         owner = self.unembedding_heads[which - 1] if which else self.output_layer
         for hook in owner._forward_pre_hooks.values():
             hook(owner, ())

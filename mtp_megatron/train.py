@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mtp_megatron.train", description=__doc__)
     parser.add_argument("recipe", help="YAML recipe; 'mtp-megatron train --describe' lists its keys")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from the deepspeed launcher; LOCAL_RANK says it too
     args = parser.parse_args(argv)
     try:
         return run_rank(load_recipe(args.recipe, args.overrides))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,8 @@ def _why_skipped(marker: str) -> str | None:
     if marker == "serving":
         return None if serving_python() else "needs vLLM: run tools/setup_serving.sh, or set MTP_VLLM_PYTHON"
     package = _PACKAGES[marker]
+    if package == "deepspeed" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        return "needs a C++ compiler: DeepSpeed compiles its communication for CPUs"
     return None if importlib.util.find_spec(package) else f"needs the package {package}"
 
 

@@ -231,6 +231,8 @@ def _clean() -> None:
         num_microbatches_calculator.unset_num_microbatches_calculator()
         if megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED:
             megatron_random.get_cuda_rng_tracker().reset()
+    if "deepspeed" in sys.modules:
+        _forget_deepspeed()
     if dist.is_initialized():
         dist.destroy_process_group()
     gc.collect()
@@ -238,3 +240,19 @@ def _clean() -> None:
         # What the imports left is not garbage: without it the next collection takes milliseconds instead of 0.3 s.
         _clean_modules[0] = len(sys.modules)
         gc.freeze()
+
+
+def _forget_deepspeed() -> None:
+    """Take from DeepSpeed what it remembers of a world that is gone, and its numbers of modules and parameters.
+
+    Those must be the same on every rank, and the next world may have ranks that have seen fewer engines.
+    """
+    from deepspeed import comm
+    from deepspeed.runtime.zero import parameter_offload, partition_parameters
+    from deepspeed.utils import groups
+
+    comm.comm.cdb = None
+    groups._WORLD_GROUP = groups.mpu = None
+    parameter_offload.FWD_MODULE_STACK.clear()
+    parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+    partition_parameters.Init.param_id = 0

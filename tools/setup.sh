@@ -6,6 +6,7 @@
 #   MTP_VENV             the folder to make instead of .venv, for an environment beside it
 #   MTP_TORCH_INDEX_URL  a package index for torch alone, for example one with CPU builds (default: pip's own settings)
 #   MTP_SETUP_FORCE=1    install again although nothing changed
+#   MTP_DEEPSPEED=0      leave DeepSpeed out; its tests are then skipped
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -65,7 +66,11 @@ constraints="tools/constraints-cpu-py${version/./}.txt"
 device=cpu
 if has_gpu; then device=gpu; fi
 
+with_deepspeed="${MTP_DEEPSPEED:-1}"
+# With a GPU its installation asks nvcc for its version.
+if [[ $device == gpu ]] && ! command -v nvcc >/dev/null; then with_deepspeed=0; fi
 key=$(cat pyproject.toml "$constraints" tools/setup.sh | sha256sum | cut -d' ' -f1)-$version-$device
+if [[ "${MTP_DEEPSPEED:-1}" != 1 ]]; then key+=-without-deepspeed; fi
 if [[ -z "${MTP_SETUP_FORCE:-}" && -f "$stamp" && "$(cat "$stamp")" == "$key" && "$(version_of "$venv/bin/python")" == "$version" ]]; then
   exit 0
 fi
@@ -99,6 +104,12 @@ else
   grep -vE '^(torch|triton|nvidia-)' "$constraints" >"$pins"
   say "installing the package and its tools"
   retry "${pip[@]}" -c "$pins" -e '.[dev]'
+fi
+if [[ $with_deepspeed == 1 ]]; then
+  say "installing $(requirement deepspeed)"
+  # Its build looks at the torch that is installed. The kernels are compiled when they are first used.
+  retry "${pip[@]}" -c "${pins:-$constraints}" 'setuptools>=77'
+  DS_BUILD_OPS=0 retry "${pip[@]}" -c "${pins:-$constraints}" --no-build-isolation "$(requirement deepspeed)"
 fi
 
 "$venv/bin/python" -c 'import torch, megatron.core, mtp_megatron' 2>/dev/null ||

@@ -11,8 +11,7 @@ import pydantic
 from mtp_megatron import __version__
 from mtp_megatron.checkpoint import carried_tokenizer
 from mtp_megatron.checkpoint.carried_tokenizer import CarriedTokenizer
-from mtp_megatron.checkpoint.megatron_reader import MegatronCheckpoint
-from mtp_megatron.checkpoint.source import check_shapes
+from mtp_megatron.checkpoint.source import TensorSource, check_shapes
 from mtp_megatron.checkpoint.transforms import ModelShape
 from mtp_megatron.config import HeadsConfig
 from mtp_megatron.data.tokenizer import MODEL_FILE, ByteTokenizer, Tokenizer, load_tokenizer
@@ -50,7 +49,7 @@ class ModelDescription:
     rope_scaling: RopeScaling | None = None
 
 
-def describe(checkpoint: MegatronCheckpoint) -> ModelDescription:
+def describe(checkpoint: TensorSource) -> ModelDescription:
     """Read and check the description of a checkpoint.
 
     Raises:

@@ -10,7 +10,7 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +27,35 @@ _REMEDY = "Copy the file again or give another one."
 _DAMAGED = (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, struct.error)
 
 
+def _all_of_it(state: Any) -> Any:
+    return state
+
+
 class PthFile:
     """The tensors of one ``.pth`` file by key.
+
+    Args:
+        pick: takes the tensors by key out of the file's content (on the meta device); default: they are all of it.
+        stand_ins: ``(class, "module.name")``: harmless classes that are made where the pickle asks for others.
 
     Raises:
         CheckpointError: unreadable, damaged, in torch's format before 1.6, or a pickle that holds more than tensors.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self,
+        path: Path,
+        pick: Callable[[Any], Any] = _all_of_it,
+        stand_ins: Sequence[tuple[type, str]] = (),
+    ) -> None:
         self.folder = path
         try:
             if not zipfile.is_zipfile(path):
                 raise CheckpointError(
                     f"{path}: truncated, or not a file of torch.save (format of torch 1.6 or later). {_REMEDY}"
                 )
-            state = torch.load(path, map_location="meta", weights_only=True)
+            with torch.serialization.safe_globals(list(stand_ins)):
+                state = pick(torch.load(path, map_location="meta", weights_only=True))
             self._members = _members(path)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
@@ -61,6 +75,24 @@ class PthFile:
     def meta(self, key: str) -> Tensor:
         """The tensor without its values."""
         return self._tensors[key]
+
+    def read_part(self, key: str, start: int, count: int) -> Tensor:
+        """``count`` values of a flat tensor from ``start`` on, without reading the rest; no checksum is looked at.
+
+        Raises:
+            CheckpointError: the file ends before.
+        """
+        meta = self._tensors[key]
+        storage = meta.untyped_storage()
+        if meta.dim() != 1 or meta.stride() != (1,) or start + count > meta.numel():
+            raise CheckpointError(f"{self.folder}: {key} is no flat tensor of {start + count} values. {_REMEDY}")
+        begin = int(storage._checkpoint_offset or 0) + (int(meta.storage_offset()) + start) * meta.element_size()
+        with self.folder.open("rb") as file:
+            file.seek(begin)
+            content = bytearray(file.read(count * meta.element_size()))
+        if len(content) != count * meta.element_size():
+            raise CheckpointError(f"{self.folder}: truncated inside {key}. {_REMEDY}")
+        return torch.frombuffer(content, dtype=meta.dtype) if count else torch.empty(0, dtype=meta.dtype)
 
     def read(self, key: str) -> Tensor:
         """The values, checked against the archive's checksum.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import os
+import shutil
 import sys
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
@@ -93,6 +95,31 @@ def deepspeed() -> Package:
     if locate("deepspeed") is None:
         return Package("deepspeed", State.MISSING)
     return Package("deepspeed", State.USABLE, _version("deepspeed"))
+
+
+_INSTALL_DEEPSPEED = "pip install 'setuptools>=77', then DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed"
+
+
+def require_deepspeed(cuda: bool = True) -> None:
+    """Refuse a request for DeepSpeed where it cannot run.
+
+    Args:
+        cuda: whether there is a CUDA device; without one DeepSpeed compiles something at its first start.
+
+    Raises:
+        EnvironmentUnsupported: it is missing, or the compiler that it needs at run time; says what to install.
+    """
+    if deepspeed().state is not State.USABLE:
+        raise EnvironmentUnsupported(
+            "run.deepspeed was given, but DeepSpeed is not installed. Install it: pip install "
+            "'mtp-megatron[deepspeed]'; "
+            f"on a machine without a GPU: {_INSTALL_DEEPSPEED}, and a C++ compiler (g++)."
+        )
+    if not cuda and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise EnvironmentUnsupported(
+            "DeepSpeed compiles its communication for CPUs at the first start, and there is no C++ compiler. Install "
+            "g++, or name one in CXX."
+        )
 
 
 def require_no_wrong_package(cuda: bool) -> None:

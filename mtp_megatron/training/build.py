@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ import torch
 
 from mtp_megatron import compat
 from mtp_megatron.rope import RopeScaling
-from mtp_megatron.training.recipe import ModelSection, Recipe, padded_vocab_size
+from mtp_megatron.training.recipe import ModelSection, OptimizerSection, Recipe, padded_vocab_size
+from mtp_megatron.training.step import BatchIterator, LossFunction, run_schedule, training_loss
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
@@ -20,11 +22,15 @@ if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
 
     from mtp_megatron.model import MTPGPTModel
+    from mtp_megatron.sequential import HeadReport
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Trainable:
-    """What this rank trains: its model chunks (one for each virtual stage) with optimizer and schedule."""
+    """What this rank trains on megatron-core's schedules: its model chunks (one for each virtual stage) with optimizer
+    and schedule. A :class:`.step.Trainer`."""
 
     config: TransformerConfig
     chunks: Sequence[DistributedDataParallel]
@@ -54,6 +60,37 @@ class Trainable:
                 for chunk in self.chunks:
                     chunk.enable_forward_pre_hook()
 
+    def backward(self, recipe: Recipe, iterators: Sequence[BatchIterator], num_microbatches: int) -> list[HeadReport]:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return run_schedule(
+            recipe, self.chunks, iterators, num_microbatches, loss_func=training_loss, forward_only=False
+        )
+
+    def update(self) -> float:
+        updated, grad_norm, _ = self.optimizer.step()
+        if not updated:  # megatron-core's found_inf, which only a loss scaler sets
+            return math.inf
+        return float(grad_norm) if grad_norm is not None else math.nan
+
+    def forward(
+        self, recipe: Recipe, iterators: Sequence[BatchIterator], num_microbatches: int, loss_func: LossFunction
+    ) -> list[Any]:
+        return run_schedule(recipe, self.chunks, iterators, num_microbatches, loss_func=loss_func, forward_only=True)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        with self.gathered_parameters():
+            for chunk in self.chunks:
+                chunk.eval()
+            yield
+            for chunk in self.chunks:
+                chunk.train()
+
+    def may_lose_steps(self) -> bool:
+        return False
+
 
 def unwrap(module: Any) -> Any:
     """The model inside data parallel and precision wrappers."""
@@ -68,7 +105,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
     from megatron.core.transformer import TransformerConfig
 
     model, parallel = recipe.model, recipe.parallel
-    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    dtype = PRECISIONS[recipe.train.precision]
     interleaved = parallel.virtual_pipeline is not None
     recompute: dict[str, Any] = {"recompute_granularity": recipe.train.recompute}
     if recipe.train.recompute == "full":
@@ -93,6 +130,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         init_method_std=model.init_method_std,
         use_cpu_initialization=compat.device().type == "cpu",
         bf16=recipe.train.precision == "bf16",
+        fp16=recipe.train.precision == "fp16",
         params_dtype=dtype,
         pipeline_dtype=dtype,
         autocast_dtype=dtype,
@@ -195,7 +233,6 @@ def _wrap(recipe: Recipe, config: TransformerConfig, models: Sequence[MTPGPTMode
         finalize_model_grads,
     )
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.transformer.module import Float16Module
 
     settings = recipe.optimizer
@@ -225,7 +262,19 @@ def _wrap(recipe: Recipe, config: TransformerConfig, models: Sequence[MTPGPTMode
         ),
         chunks,
     )
-    scheduler = OptimizerParamScheduler(
+    scheduler = build_scheduler(settings, optimizer)
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    if settings.overlap_grad_reduce:
+        config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
+    return Trainable(config, chunks, optimizer, scheduler)
+
+
+def build_scheduler(settings: OptimizerSection, optimizer: Any) -> OptimizerParamScheduler:
+    """megatron-core's schedule of learning rate and weight decay over ``optimizer.param_groups``."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=settings.lr,
@@ -238,8 +287,3 @@ def _wrap(recipe: Recipe, config: TransformerConfig, models: Sequence[MTPGPTMode
         wd_incr_steps=settings.decay_steps,
         wd_incr_style="constant",
     )
-    config.finalize_model_grads_func = finalize_model_grads
-    config.grad_scale_func = optimizer.scale_loss
-    if settings.overlap_grad_reduce:
-        config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
-    return Trainable(config, chunks, optimizer, scheduler)

@@ -7,8 +7,9 @@ import json
 import logging
 import pickle
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,10 @@ from mtp_megatron.training.architecture import check_architecture, model_descrip
 from mtp_megatron.training.build import Trainable
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.rng import restore_rng_state, sharded_rng_state
+from mtp_megatron.training.step import Trainer
+
+if TYPE_CHECKING:
+    from mtp_megatron.model import MTPGPTModel
 
 # The only optimizer format that megatron-core loads exactly at another TP x PP and another DP.
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -45,7 +50,7 @@ def save_checkpoint(recipe: Recipe, manifest: Manifest, trainable: Trainable, ch
     dist.barrier()
     temporary = files.temporary_folder(checkpoints, step)
     with trainable.gathered_parameters():
-        state = model_state(trainable)
+        state = model_state(trainable.models)
         state["optimizer"] = trainable.optimizer.sharded_state_dict(state, metadata=metadata())
     if not recipe.optimizer.distributed:
         _add_step(state["optimizer"], step)
@@ -87,12 +92,12 @@ def load_checkpoint(recipe: Recipe, trainable: Trainable, folder: Path) -> int:
             + ", or start another run from the weights (run.load)."
         )
     same_grid = all(saved.get(key) == getattr(recipe.parallel, key) for key in ("tensor", "pipeline"))
-    state = model_state(trainable)
+    state = model_state(trainable.models)
     state["optimizer"] = trainable.optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata())
     if same_grid:
         state["rng_state"] = sharded_rng_state()
     loaded = read_state(state, folder)
-    put_models(trainable, loaded)
+    put_models(trainable.models, loaded)
     trainable.optimizer.load_state_dict(loaded["optimizer"])
     trainable.scheduler.load_state_dict(loaded["opt_param_scheduler"])
     if same_grid:
@@ -124,18 +129,18 @@ def metadata() -> dict[str, Any]:
     return {**_SHARDING, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
-def chunk_keys(trainable: Trainable) -> list[str]:
+def chunk_keys(models: Sequence[MTPGPTModel]) -> list[str]:
     """Names of the chunks' entries, as in Megatron-LM: the tensors' own keys do not depend on them."""
-    return ["model"] if len(trainable.chunks) == 1 else [f"model{i}" for i in range(len(trainable.chunks))]
+    return ["model"] if len(models) == 1 else [f"model{i}" for i in range(len(models))]
 
 
-def model_state(trainable: Trainable) -> dict[str, Any]:
-    models = zip(chunk_keys(trainable), trainable.models, strict=True)
-    return {key: model.sharded_state_dict(metadata=metadata()) for key, model in models}
+def model_state(models: Sequence[MTPGPTModel]) -> dict[str, Any]:
+    named = zip(chunk_keys(models), models, strict=True)
+    return {key: model.sharded_state_dict(metadata=metadata()) for key, model in named}
 
 
-def put_models(trainable: Trainable, loaded: dict[str, Any]) -> None:
-    for key, model in zip(chunk_keys(trainable), trainable.models, strict=True):
+def put_models(models: Sequence[MTPGPTModel], loaded: dict[str, Any]) -> None:
+    for key, model in zip(chunk_keys(models), models, strict=True):
         model.load_state_dict(loaded[key])
 
 
@@ -153,19 +158,20 @@ def read_state(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     return loaded
 
 
-def count_parameters(trainable: Trainable) -> int:
+def count_parameters(trainable: Trainer) -> int:
     """Parameters of the whole model, embeddings included; collective."""
     from megatron.core import parallel_state, tensor_parallel
 
     dense = experts = 0
     for model in trainable.models:
         for parameter in model.parameters():
+            numel = getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed's ZeRO 3 leaves a piece of each
             if not getattr(parameter, "allreduce", True):
-                experts += parameter.numel()
+                experts += numel
             elif tensor_parallel.param_is_not_tensor_parallel_duplicate(parameter) and not getattr(
                 parameter, "shared", False
             ):
-                dense += parameter.numel()
+                dense += numel
     total = torch.tensor([dense, experts], dtype=torch.int64, device=compat.device())
     dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
     # A stage's experts lie on EP ranks, and each of its tensor parallel ranks has counted those that it holds.

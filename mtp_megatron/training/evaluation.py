@@ -13,9 +13,8 @@ from torch import Tensor
 from mtp_megatron.metrics import agreement_counts, expected_tokens_per_forward, per_token
 from mtp_megatron.targets import context_positions
 from mtp_megatron.training.batches import Microbatch
-from mtp_megatron.training.build import Trainable
 from mtp_megatron.training.recipe import Recipe
-from mtp_megatron.training.step import BatchIterator, run_schedule, sum_over_world
+from mtp_megatron.training.step import BatchIterator, Trainer, sum_over_world
 
 if TYPE_CHECKING:
     from mtp_megatron.sequential import HeadReport
@@ -41,21 +40,17 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    recipe: Recipe, trainable: Trainable, iterators: Sequence[BatchIterator], batches: int, num_microbatches: int
+    recipe: Recipe, trainable: Trainer, iterators: Sequence[BatchIterator], batches: int, num_microbatches: int
 ) -> Evaluation:
     """Run ``batches`` global batches forward only; collective over all ranks."""
     n = recipe.heads.n
     counts: list[Tensor] = []
-    with trainable.gathered_parameters():
-        for chunk, model in zip(trainable.chunks, trainable.models, strict=True):
-            chunk.eval()
+    with trainable.evaluating():
+        for model in trainable.models:
             model.keep_predictions = True
         for _ in range(batches):
-            counts += run_schedule(
-                recipe, trainable, iterators, num_microbatches, loss_func=evaluation_counts, forward_only=True
-            )
-        for chunk, model in zip(trainable.chunks, trainable.models, strict=True):
-            chunk.train()
+            counts += trainable.forward(recipe, iterators, num_microbatches, evaluation_counts)
+        for model in trainable.models:
             model.keep_predictions = False
     sums = sum_over_world(counts, 5 * n + 1)
     losses, correct, tokens, accepted, positions = (sums[i * n : (i + 1) * n] for i in range(5))

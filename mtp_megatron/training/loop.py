@@ -17,21 +17,15 @@ from mtp_megatron.data.loader import build_train_iterator, build_valid_batches, 
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.training.agreement import job_store, preflight_together, require_shared
 from mtp_megatron.training.batches import chunk_iterators
-from mtp_megatron.training.build import Trainable, build_trainable
 from mtp_megatron.training.checkpoint_files import latest_complete
-from mtp_megatron.training.checkpointing import (
-    count_parameters,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from mtp_megatron.training.checkpointing import count_parameters, latest_checkpoint
 from mtp_megatron.training.evaluation import Evaluation, evaluate
-from mtp_megatron.training.initial_weights import load_weights
+from mtp_megatron.training.host import host_of
 from mtp_megatron.training.preflight import Plan
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.run_log import RunLog
 from mtp_megatron.training.signals import StopRequest, stop_on_signal
-from mtp_megatron.training.step import TrainingDiverged, train_step
+from mtp_megatron.training.step import Trainer, TrainingDiverged, train_step
 from mtp_megatron.training.validate import data_parallel_size, num_microbatches
 from mtp_megatron.training.world import launched_world_size, model_parallel_world
 
@@ -73,8 +67,16 @@ class _Session:
     def __init__(self, plan: Plan, stop: StopRequest) -> None:
         self.plan, self.recipe, self.folder, self.stop = plan, plan.recipe, plan.folder, stop
         self.num_microbatches = num_microbatches(plan.recipe, plan.world_size)
-        self.trainable: Trainable = build_trainable(plan.recipe)
-        self.origin, self.step = self._restore()
+        self.host = host_of(plan.recipe)
+        latest = latest_checkpoint(self.folder.checkpoints)
+        initial = plan.initial if latest is None else None
+        self.trainable: Trainer = self.host.build(plan.recipe, initial)
+        self.origin, self.step = "initial weights drawn", 0
+        if latest is not None:
+            self.step = self.host.load(plan.recipe, self.trainable, latest)
+            self.origin = f"continuing from {latest}"
+        elif initial is not None:
+            self.origin = f"initial weights from {initial}"
         if dist.get_rank() == 0:
             self.folder.write_recipe(self.recipe)
         batch, train = self.recipe.train.global_batch_size, self.recipe.train
@@ -116,16 +118,6 @@ class _Session:
                     return Outcome(self.step, False, evaluation)
             return Outcome(self.step, True, evaluation)
 
-    def _restore(self) -> tuple[str, int]:
-        """Resume the run's latest checkpoint, else take initial weights; returns what was done, and the step."""
-        latest = latest_checkpoint(self.folder.checkpoints)
-        if latest is not None:
-            return f"continuing from {latest}", load_checkpoint(self.recipe, self.trainable, latest)
-        if self.plan.initial is not None:
-            load_weights(self.recipe, self.trainable, self.plan.initial)
-            return f"initial weights from {self.plan.initial}", 0
-        return "initial weights drawn", 0
-
     def _announce(self, log: RunLog) -> None:
         parallel, model = self.recipe.parallel, self.recipe.model
         copies = data_parallel_size(self.recipe, self.plan.world_size)
@@ -150,7 +142,7 @@ class _Session:
         return result
 
     def _save(self) -> None:
-        save_checkpoint(self.recipe, self.plan.manifest, self.trainable, self.folder.checkpoints, self.step)
+        self.host.save(self.recipe, self.plan.manifest, self.trainable, self.folder.checkpoints, self.step)
 
     def _way_back(self) -> str:
         good = latest_complete(self.folder.checkpoints, warn=False)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mtp_megatron.data.manifest import Manifest, load_manifest
-from mtp_megatron.errors import ConfigError
+from mtp_megatron.errors import CheckpointError, ConfigError
 from mtp_megatron.training.architecture import check_architecture
 from mtp_megatron.training.checkpoint_files import find_checkpoint, latest_complete, read_mtp_config
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.run_folder import RunFolder, check_run_folder
-from mtp_megatron.training.validate import check_recipe
+from mtp_megatron.training.validate import check_recipe, data_parallel_size
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,42 @@ def preflight(recipe: Recipe, world_size: int) -> Plan:
         CheckpointError: a checkpoint of another architecture, or only damaged ones.
     """
     manifest = load_manifest(recipe.data.path)
+    recipe = _merged(recipe, world_size)
     recipe = check_recipe(recipe, world_size=world_size, tokenizer_vocab_size=manifest.vocab_size)
     folder = check_run_folder(recipe)
     resumed = latest_complete(folder.checkpoints, warn=False)
     if resumed is not None:
         check_architecture(resumed, recipe)
+        _check_same_host(resumed, recipe)
         _check_same_data(resumed, manifest, recipe)
         return Plan(recipe, manifest, folder, None, world_size)
     initial = find_checkpoint(recipe.run.load) if recipe.run.load else None
     if initial is not None:
         check_architecture(initial, recipe, initial=True)
     return Plan(recipe, manifest, folder, initial, world_size)
+
+
+def _merged(recipe: Recipe, world_size: int) -> Recipe:
+    """The recipe together with the DeepSpeed configuration that it names."""
+    if recipe.run.deepspeed is None:
+        return recipe
+    from mtp_megatron.compat.packages import require_deepspeed
+    from mtp_megatron.deepspeed.settings import merged_recipe, read_config
+
+    require_deepspeed()
+    return merged_recipe(recipe, read_config(recipe.run.deepspeed), data_parallel_size(recipe, world_size))
+
+
+def _check_same_host(checkpoint: Path, recipe: Recipe) -> None:
+    by_deepspeed = "engine" in read_mtp_config(checkpoint)
+    if by_deepspeed == (recipe.run.deepspeed is not None):
+        return
+    saved = "a DeepSpeed engine" if by_deepspeed else "megatron-core's own loop"
+    raise CheckpointError(
+        f"{checkpoint}: saved by {saved}, and run.deepspeed={recipe.run.deepspeed!r} asks for the other. "
+        f"{'Give the DeepSpeed configuration' if by_deepspeed else 'Leave run.deepspeed out'} to resume, or start "
+        "another run (a new run.path) from these weights with run.load."
+    )
 
 
 def _check_same_data(checkpoint: Path, manifest: Manifest, recipe: Recipe) -> None:

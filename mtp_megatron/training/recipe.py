@@ -149,8 +149,8 @@ class TrainSection(Section):
     seq_length: int | None = Field(
         default=None, ge=2, description="tokens per training sequence; null: model.seq_length"
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="type of weights and activations; masters are fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="type of weights and activations; masters are fp32; fp16 under DeepSpeed alone"
     )
     seed: int = Field(default=1234, ge=0, description="seed of initial weights and dropout")
     eval_interval: int = Field(default=100, ge=0, description="steps between evaluations; 0: only after the last step")
@@ -182,6 +182,11 @@ class RunSection(Section):
     )
     keep_last: int | None = Field(default=None, ge=1, description="checkpoints kept, the latest ones; null: all")
     tensorboard: bool = Field(default=True, description="write TensorBoard events to the run's folder")
+    deepspeed: str | None = Field(
+        default=None,
+        min_length=1,
+        description="DeepSpeed configuration (JSON) to train under; null: megatron-core's loop",
+    )
 
 
 class Recipe(Section):

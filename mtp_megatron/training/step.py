@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,13 +17,46 @@ from mtp_megatron import compat
 from mtp_megatron.errors import MTPError
 from mtp_megatron.metrics import per_token
 from mtp_megatron.training.batches import Microbatch
-from mtp_megatron.training.build import Trainable
 from mtp_megatron.training.recipe import Recipe
 
 if TYPE_CHECKING:
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    from mtp_megatron.model import MTPGPTModel
     from mtp_megatron.sequential import HeadReport
 
 BatchIterator = Iterator[Microbatch] | None  # None on stages that read no data
+LossFunction = Callable[..., tuple[Tensor, Tensor, Any]]
+
+
+class Trainer(Protocol):
+    """A model with what trains it: megatron-core's schedules and optimizer (:class:`.build.Trainable`), or a DeepSpeed
+    engine (:class:`mtp_megatron.deepspeed.trainer.DeepSpeedTrainer`)."""
+
+    @property
+    def scheduler(self) -> OptimizerParamScheduler:
+        """Learning rate and weight decay by step."""
+
+    @property
+    def models(self) -> list[MTPGPTModel]:
+        """This rank's model chunks without wrappers."""
+
+    def backward(self, recipe: Recipe, iterators: Sequence[BatchIterator], num_microbatches: int) -> list[HeadReport]:
+        """Gradients of one global batch; returns the reports of this rank's microbatches, last stage only."""
+
+    def update(self) -> float:
+        """One optimizer step with them; returns the gradient norm before clipping, infinite where the step was lost."""
+
+    def forward(
+        self, recipe: Recipe, iterators: Sequence[BatchIterator], num_microbatches: int, loss_func: LossFunction
+    ) -> list[Any]:
+        """One global batch forward only; returns the third results of ``loss_func``, last stage only."""
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Inside, :meth:`forward` sees whole parameters and no dropout."""
+
+    def may_lose_steps(self) -> bool:
+        """Whether a loss scaler may skip a step whose gradients overflowed, as a matter of course."""
 
 
 class TrainingDiverged(MTPError):
@@ -57,7 +91,7 @@ class StepFigures:
 
 def train_step(
     recipe: Recipe,
-    trainable: Trainable,
+    trainable: Trainer,
     iterators: Sequence[BatchIterator],
     num_microbatches: int,
     stop_requested: bool,
@@ -74,14 +108,10 @@ def train_step(
     """
     step = trainable.scheduler.num_steps
     weights = recipe.heads.weights_at(step)
-    for chunk, model in zip(trainable.chunks, trainable.models, strict=True):
-        chunk.zero_grad_buffer()
+    for model in trainable.models:
         if model.post_process:
             model.set_head_weights(weights)
-    trainable.optimizer.zero_grad()
-    reports: list[HeadReport] = run_schedule(
-        recipe, trainable, iterators, num_microbatches, loss_func=training_loss, forward_only=False
-    )
+    reports = trainable.backward(recipe, iterators, num_microbatches)
     # Only now do the reports hold numbers: the heads ran inside the backward passes.
     local = [torch.cat([r.loss_sum, r.correct, r.tokens, r.normalizer[None]]) for r in reports]
     sums = sum_over_world(local, 3 * recipe.heads.n + 1, stop_requested)
@@ -91,11 +121,9 @@ def train_step(
     )
     # Before the optimizer, so that the first step trains at lr/warmup_steps and the last of the decay at min_lr.
     trainable.scheduler.step(increment=1)
-    updated, grad_norm, _ = trainable.optimizer.step()
-    grad_norm = float(grad_norm) if grad_norm is not None else math.nan
-    if not updated:  # megatron-core's found_inf, which only a loss scaler sets
-        grad_norm = math.inf
-    _require_finite(step + 1, [("gradient norm", None, grad_norm)])
+    grad_norm = trainable.update()
+    if not trainable.may_lose_steps():
+        _require_finite(step + 1, [("gradient norm", None, grad_norm)])
     return StepFigures(
         figures.loss,
         figures.head_loss,
@@ -110,11 +138,11 @@ def train_step(
 
 def run_schedule(
     recipe: Recipe,
-    trainable: Trainable,
+    chunks: Sequence[torch.nn.Module],
     iterators: Sequence[BatchIterator],
     num_microbatches: int,
     *,
-    loss_func: Callable[..., tuple[Tensor, Tensor, Any]],
+    loss_func: LossFunction,
     forward_only: bool,
 ) -> list[Any]:
     """Run one global batch through megatron-core's schedule; returns the third results of ``loss_func``, last stage
@@ -126,11 +154,11 @@ def run_schedule(
         output = model(batch.tokens, batch.position_ids, None, labels=batch.targets)
         return output, partial(loss_func, batch)
 
-    several = len(trainable.chunks) > 1
+    several = len(chunks) > 1
     results: list[Any] = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=list(iterators) if several else iterators[0],
-        model=list(trainable.chunks) if several else trainable.chunks[0],
+        model=list(chunks) if several else chunks[0],
         num_microbatches=num_microbatches,
         seq_length=recipe.train_seq_length,
         micro_batch_size=recipe.train.micro_batch_size,

@@ -28,6 +28,7 @@ def check_recipe(recipe: Recipe, *, world_size: int, tokenizer_vocab_size: int) 
     _check_layout(recipe)
     _check_batches(recipe, world_size)
     _check_schedule(recipe)
+    _check_precision(recipe)
     _check_frozen_stages(recipe)
     check_experts(recipe, world_size)
     return recipe
@@ -226,6 +227,16 @@ def _check_schedule(recipe: Recipe) -> None:
             True,
             "it needs optimizer.distributed and optimizer.overlap_grad_reduce",
             "Set those two to true, or this to false.",
+        )
+
+
+def _check_precision(recipe: Recipe) -> None:
+    if recipe.train.precision == "fp16" and recipe.run.deepspeed is None:
+        raise ConfigError(
+            "train.precision",
+            "fp16",
+            "its gradients need a loss scale, which DeepSpeed brings",
+            "Set it to bf16, or run.deepspeed to a configuration with fp16.enabled.",
         )
 
 

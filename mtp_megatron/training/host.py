@@ -1,0 +1,48 @@
+"""Which engine trains a run: megatron-core alone, or DeepSpeed; the loop is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mtp_megatron.training.recipe import Recipe
+from mtp_megatron.training.step import Trainer
+
+
+@dataclass(frozen=True)
+class Host:
+    """Building, saving and loading what trains. Each function is collective over all ranks.
+
+    Attributes:
+        build: ``(recipe, initial)`` -> a :class:`.step.Trainer` with the weights of the checkpoint ``initial``, or with
+            fresh ones.
+        save: ``(recipe, manifest, trainer, checkpoints, step)`` -> the checkpoint's folder.
+        load: ``(recipe, trainer, folder)`` -> the step at which that checkpoint was saved.
+    """
+
+    build: Callable[[Recipe, Path | None], Trainer]
+    save: Callable[..., Path]
+    load: Callable[..., int]
+
+
+def host_of(recipe: Recipe) -> Host:
+    """The host that ``run.deepspeed`` chooses; only that one is imported."""
+    if recipe.run.deepspeed is not None:
+        from mtp_megatron.deepspeed import checkpointing as deepspeed
+        from mtp_megatron.deepspeed.trainer import build_trainer
+
+        return Host(build_trainer, deepspeed.save_checkpoint, deepspeed.load_checkpoint)
+    from mtp_megatron.training import checkpointing
+
+    return Host(_build_on_megatron, checkpointing.save_checkpoint, checkpointing.load_checkpoint)
+
+
+def _build_on_megatron(recipe: Recipe, initial: Path | None) -> Trainer:
+    from mtp_megatron.training.build import build_trainable
+    from mtp_megatron.training.initial_weights import load_weights
+
+    trainable = build_trainable(recipe)
+    if initial is not None:
+        load_weights(recipe, trainable, initial)
+    return trainable

@@ -1,0 +1,233 @@
+"""The DeepSpeed configuration and the recipe: merged where one is silent, refused by name where they disagree."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtp_megatron.deepspeed.settings import engine_config, merged_recipe, read_config, zero_stage
+from mtp_megatron.errors import ConfigError
+from mtp_megatron.training.recipe import Recipe
+from mtp_megatron.training.recipe_io import load_recipe, parse_recipe
+from mtp_megatron.training.validate import check_recipe
+from tests.training_runs import make_data, tiny_tree
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples" / "deepspeed"
+
+
+def recipe_of(**sections: dict[str, Any]) -> Recipe:
+    return parse_recipe({"run": {"deepspeed": "ds.json"}, **sections})
+
+
+def complaint(config: dict[str, Any], copies: int = 2, **sections: dict[str, Any]) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        merged_recipe(recipe_of(**sections), config, copies)
+    return caught.value
+
+
+def test_what_one_leaves_open_the_other_decides() -> None:
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 3,
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "Adam", "params": {"lr": 0.002, "betas": [0.8, "auto"], "torch_adam": True}},
+        "zero_optimization": {"stage": 2, "overlap_comm": True},
+    }
+    config["optimizer"]["params"]["betas"] = [0.8, 0.9]
+    recipe = merged_recipe(recipe_of(optimizer={"eps": 1e-6}), config, 4)
+    train, optimizer = recipe.train, recipe.optimizer
+    assert (train.micro_batch_size, train.global_batch_size, train.precision) == (2, 24, "bf16")
+    assert (optimizer.clip_grad, optimizer.lr, optimizer.beta1, optimizer.beta2) == (0.5, 0.002, 0.8, 0.9)
+    engine = engine_config(recipe.resolved(vocab_size=257), config, 4, context_parallel=2)
+    assert engine["train_batch_size"] == 48, "DeepSpeed counts context parallel ranks as data parallel"
+    assert engine["gradient_accumulation_steps"] == 3
+    assert engine["optimizer"]["params"] == {
+        "lr": 0.002,
+        "betas": [0.8, 0.9],
+        "eps": 1e-6,
+        "weight_decay": 0.1,
+        "torch_adam": True,
+    }
+    assert engine["zero_optimization"] == config["zero_optimization"]
+    assert (engine["bf16"]["enabled"], engine["fp16"]["enabled"]) == (True, False)
+
+
+def test_auto_and_silence_mean_the_recipe() -> None:
+    config = read_config(EXAMPLES / "zero3.json")
+    recipe = recipe_of(train={"micro_batch_size": 2, "global_batch_size": 12, "precision": "fp16"})
+    assert merged_recipe(recipe, config, 3) == recipe
+    assert merged_recipe(recipe, {}, 3) == recipe
+    engine = engine_config(recipe.resolved(vocab_size=257), config, 3)
+    assert "auto" not in json.dumps(engine)
+    assert engine["fp16"]["enabled"]
+    assert engine["gradient_clipping"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("config", "sections", "field", "both"),
+    [
+        (
+            {"train_micro_batch_size_per_gpu": 2},
+            {"train": {"micro_batch_size": 4}},
+            "train_micro_batch_size_per_gpu",
+            ["=2", "train.micro_batch_size=4"],
+        ),
+        (
+            {"train_batch_size": 32},
+            {"train": {"global_batch_size": 64}},
+            "train_batch_size",
+            ["=32", "train.global_batch_size=64"],
+        ),
+        (
+            {"gradient_accumulation_steps": 2, "train_micro_batch_size_per_gpu": 1},
+            {"train": {"global_batch_size": 8}},
+            "gradient_accumulation_steps",
+            ["=2", "batch of 4", "train.global_batch_size=8"],
+        ),
+        (
+            {"gradient_accumulation_steps": 2, "train_batch_size": 16, "train_micro_batch_size_per_gpu": 1},
+            {},
+            "gradient_accumulation_steps",
+            ["=2", "batch of 4", "train.global_batch_size=16"],
+        ),
+        ({"gradient_clipping": 0.5}, {"optimizer": {"clip_grad": 1.0}}, "gradient_clipping", ["=0.5", "clip_grad=1.0"]),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.999]}}},
+            {"optimizer": {"beta2": 0.95}},
+            "optimizer.params.betas",
+            ["=0.999", "optimizer.beta2=0.95"],
+        ),
+        (
+            {"bf16": {"enabled": True}},
+            {"train": {"precision": "fp32"}},
+            "bf16.enabled",
+            ["=True", "train.precision='fp32'"],
+        ),
+        (
+            {"bf16": {"enabled": False}},
+            {"train": {"precision": "bf16"}},
+            "bf16.enabled",
+            ["=False", "train.precision='bf16'"],
+        ),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, {}, "bf16.enabled", ["fp16.enabled"]),
+        ({"scheduler": {"type": "WarmupLR"}}, {}, "scheduler.type", ["WarmupLR", "optimizer.schedule"]),
+        ({"optimizer": {"type": "Lion"}}, {}, "optimizer.type", ["Lion", "AdamW"]),
+        (
+            {"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}},
+            {},
+            "optimizer.params.adam_w_mode",
+            ["decoupled"],
+        ),
+        ({}, {"parallel": {"pipeline": 2}}, "parallel.pipeline", ["PipelineModule", "megatron-core's own loop"]),
+        (
+            {"zero_optimization": {"stage": 1}},
+            {"optimizer": {"distributed": True}},
+            "optimizer.distributed",
+            ["zero_optimization.stage=1"],
+        ),
+        (
+            {"zero_optimization": {"stage": 3}},
+            {"heads": {"execution": "joint"}},
+            "heads.execution",
+            ["zero_optimization.stage=3"],
+        ),
+        ({"zero_optimization": {"stage": 4}}, {}, "zero_optimization.stage", ["=4", "0, 1, 2 or 3"]),
+        ({"tensor_parallel": {"autotp_size": 2}}, {}, "tensor_parallel.autotp_size", ["parallel.tensor"]),
+        ({"sequence_parallel_size": 2}, {}, "sequence_parallel_size", ["parallel.context"]),
+        ({"checkpoint": {"load_universal": True}}, {}, "checkpoint.load_universal", ["by itself"]),
+        ({"managed_gradient_accumulation": False}, {}, "managed_gradient_accumulation", ["last one"]),
+        ({"gradient_accumulation_steps": 0}, {}, "gradient_accumulation_steps", ["=0"]),
+        ({"train_batch_size": "many"}, {}, "train_batch_size", ["'many'", "train.global_batch_size"]),
+    ],
+)
+def test_disagreements_and_what_cannot_be_are_refused_by_name(
+    config: dict[str, Any], sections: dict[str, Any], field: str, both: list[str]
+) -> None:
+    error = complaint(config, **sections)
+    assert error.field == field
+    for words in both:
+        assert words in str(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("{", "not readable JSON"), ("[]", "holds a list"), ('{"a": 1, "a": 2}', "'a' is given twice")]
+)
+def test_a_configuration_that_cannot_be_read_is_refused(text: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    with pytest.raises(ConfigError, match="there is no such file"):
+        read_config(path)
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        read_config(path)
+
+
+@pytest.mark.parametrize(("name", "world"), [("7b", 8), ("13b", 16), ("small", 2)])
+def test_the_example_recipes_are_sound_in_their_full_size(name: str, world: int) -> None:
+    recipe = load_recipe(EXAMPLES / f"{name}.yaml")
+    config = read_config(ROOT / str(recipe.run.deepspeed))
+    copies = world // recipe.model_parallel_size
+    merged = check_recipe(merged_recipe(recipe, config, copies), world_size=world, tokenizer_vocab_size=32000)
+    assert engine_config(merged, config, copies)["train_batch_size"] == merged.train.global_batch_size
+    least, most = {"7b": (6.5e9, 7.0e9), "13b": (12.8e9, 13.3e9), "small": (8e6, 12e6)}[name]
+    assert least < _parameters(merged) < most
+
+
+def _parameters(recipe: Recipe) -> int:
+    model, h = recipe.model, recipe.model.hidden_size
+    assert model.ffn_hidden_size is not None
+    layer = 4 * h * h + 3 * h * model.ffn_hidden_size + 2 * h
+    return (model.num_trunk_layers + recipe.heads.n) * layer + 2 * 32000 * h + h
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.json")), ids=lambda path: path.stem)
+def test_deepspeed_accepts_the_example_configurations(path: Path) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    config = read_config(path)
+    recipe = merged_recipe(recipe_of(train={"precision": "bf16"}), config, 1).resolved(vocab_size=257)
+    accepted = DeepSpeedConfig(engine_config(recipe, config, 1))  # without a process group it takes a world of one
+    assert accepted.zero_optimization_stage == zero_stage(config)
+    assert (accepted.train_batch_size, accepted.gradient_accumulation_steps) == (8, 2)
+
+
+def test_without_deepspeed_the_rest_works_and_asking_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mtp_megatron.compat import packages
+    from mtp_megatron.compat.versions import EnvironmentUnsupported
+    from mtp_megatron.training.preflight import preflight
+
+    locate = packages.locate
+    monkeypatch.setattr(packages, "locate", lambda name: None if name == "deepspeed" else locate(name))
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    data = make_data(tmp_path)
+    assert preflight(parse_recipe(tiny_tree(data, tmp_path / "run")), 1).world_size == 1
+    config = tmp_path / "ds.json"
+    config.write_text("{}")
+    with pytest.raises(EnvironmentUnsupported) as caught:
+        preflight(parse_recipe(tiny_tree(data, tmp_path / "run", run__deepspeed=str(config))), 1)
+    for words in ("mtp-megatron[deepspeed]", "DS_BUILD_OPS=0", "--no-build-isolation", "g++"):
+        assert words in str(caught.value)
+
+
+def test_a_machine_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mtp_megatron.compat import packages
+    from mtp_megatron.compat.versions import EnvironmentUnsupported
+
+    monkeypatch.setattr(packages, "deepspeed", lambda: packages.Package("deepspeed", packages.State.USABLE))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    packages.require_deepspeed(cuda=True)
+    with pytest.raises(EnvironmentUnsupported, match="C\\+\\+ compiler"):
+        packages.require_deepspeed(cuda=False)
+
+
+def test_fp16_needs_deepspeed() -> None:
+    with pytest.raises(ConfigError, match=r"run\.deepspeed"):
+        check_recipe(parse_recipe({"train": {"precision": "fp16"}}), world_size=1, tokenizer_vocab_size=257)
