@@ -1,4 +1,4 @@
-"""Distributed checkpoints across megatron-core's versions: 0.19 reads older ones, here older ones read those of 0.19."""
+"""Distributed checkpoints across versions: megatron-core 0.19 reads older ones, here older ones read those of 0.19."""
 
 from __future__ import annotations
 
