@@ -3,40 +3,81 @@
 #
 #   docker build -t mtp-megatron .
 #   docker run --gpus all --ipc=host --ulimit memlock=-1 --ulimit stack=67108864 -it mtp-megatron
+#   docker build -t mtp-megatron-serving --target serving .          (the same with vLLM, in an environment of its own)
 #
 # --ipc=host: NCCL and the data loader exchange data through shared memory, of which Docker gives 64 MB by default.
+#
+# Build arguments:
+#   PYTORCH_TAG          tag of nvcr.io/nvidia/pytorch; its torch must be a 2.13, as NVIDIA names it (2.13.0a0+...) or not
+#   MEGATRON_COMMIT      tag or commit of Megatron-LM, 0.16.1 to 0.19.x; its source lies in /opt/Megatron-LM
+#   MEGATRON_REPOSITORY  where that is fetched from
+#   VLLM_VERSION         of the target "serving"
+#   USER_ID              number of the user that runs everything; choose that of the mounted folders' owner
 
 ARG PYTORCH_TAG=26.07-py3
-FROM nvcr.io/nvidia/pytorch:${PYTORCH_TAG}
 
+# --- what changes seldom: Megatron, then the plugin's dependencies ---
+FROM nvcr.io/nvidia/pytorch:${PYTORCH_TAG} AS base
 ENV PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PYTHONUNBUFFERED=1
 
-# The dependencies alone first: this layer is built again only when pyproject.toml changes. The container's torch is pinned as
-# it is: another one would not fit the container's Transformer Engine.
+# Its git folder stays: tools that patch Megatron-LM look at the version and at what has been changed.
+ARG MEGATRON_REPOSITORY=https://github.com/NVIDIA/Megatron-LM.git
+ARG MEGATRON_COMMIT=core_v0.19.0
+RUN git init --quiet /opt/Megatron-LM \
+ && git -C /opt/Megatron-LM fetch --quiet --depth 1 "${MEGATRON_REPOSITORY}" "${MEGATRON_COMMIT}" \
+ && git -C /opt/Megatron-LM checkout --quiet FETCH_HEAD \
+ && git config --system --add safe.directory /opt/Megatron-LM \
+ && pip install --no-deps /opt/Megatron-LM
+
+# Built again only when pyproject.toml changes. torch and megatron-core are there already: the container's torch is the only one
+# that fits its Transformer Engine, and by its name (2.13.0a0+...) it would not satisfy torch>=2.13.
 WORKDIR /opt/mtp_megatron
 COPY pyproject.toml ./
 RUN python -c "import importlib.metadata as m; print('torch==' + m.version('torch'))" > /tmp/pins.txt \
- && python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *p['optional-dependencies']['report'], sep='\n')" > /tmp/requirements.txt \
+ && python -c "import re, tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*(d for d in [*p['dependencies'], *p['optional-dependencies']['report']] if not re.match('(torch|megatron-core)[^a-z-]', d)), sep='\n')" > /tmp/requirements.txt \
  && pip install -c /tmp/pins.txt -r /tmp/requirements.txt \
  && rm /tmp/pins.txt /tmp/requirements.txt
 
+# --- vLLM, with the torch that it was built for; the container's PIP_CONSTRAINT asks for the container's ---
+FROM base AS vllm
+ARG VLLM_VERSION=0.32.0
+RUN PIP_CONSTRAINT="" pip install "virtualenv>=20.26,<22" \
+ && virtualenv --python "$(command -v python)" /opt/serving \
+ && PIP_CONSTRAINT="" /opt/serving/bin/pip install "vllm==${VLLM_VERSION}"
+
+# --- the plugin ---
+FROM base AS plugin
 COPY README.md LICENSE ./
 COPY mtp_megatron ./mtp_megatron
 RUN pip install --no-deps .
 
 COPY examples ./examples
 
-# Not root: the checkpoints written into a mounted folder belong to a user. Its number can be that of the host's user.
+# Not root: the checkpoints written into a mounted folder belong to a user.
 ARG USER_ID=10001
-RUN useradd --uid ${USER_ID} --create-home --shell /bin/bash mtp \
- && mkdir /workspace/runs \
+RUN useradd --uid "${USER_ID}" --create-home --shell /bin/bash mtp \
+ && mkdir -p /workspace/runs \
  && chown mtp /workspace/runs
-USER mtp
+USER ${USER_ID}
 WORKDIR /workspace/runs
 
-# Versions, devices and fused paths; fails where the package cannot work.
-HEALTHCHECK --interval=5m --timeout=2m --start-period=1m --retries=1 CMD ["python", "-m", "mtp_megatron.compat"]
+# Versions, devices and fused paths, then one training step of a very small model on the first GPU (under 1 GB of it, for some
+# seconds); fails where the package cannot work.
+HEALTHCHECK --interval=30m --timeout=5m --start-period=5m --retries=2 CMD ["python", "-m", "mtp_megatron.compat", "--smoke"]
 
 CMD ["mtp-megatron", "--help"]
+
+# --- docker build --target serving: `mtp-megatron serve` and `verify` find vLLM here ---
+FROM plugin AS serving
+ARG USER_ID=10001
+COPY --from=vllm /opt/serving /opt/serving
+USER 0
+RUN PIP_CONSTRAINT="" /opt/serving/bin/pip install --no-deps /opt/mtp_megatron
+USER ${USER_ID}
+ENV MTP_VLLM_PYTHON=/opt/serving/bin/python
+CMD ["mtp-megatron", "serve", "--help"]
+
+# --- the default: training ---
+FROM plugin AS train

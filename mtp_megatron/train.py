@@ -45,12 +45,13 @@ def run_rank(recipe: Recipe) -> int:
 
 def _report(error: MTPError) -> None:
     """Once per node where all ranks meet the same error, else from every rank that does."""
+    from mtp_megatron.training.agreement import JobError
     from mtp_megatron.training.step import TrainingDiverged
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
-    elif not isinstance(error, ConfigError | TrainingDiverged):
+    elif not isinstance(error, ConfigError | JobError | TrainingDiverged):
         print(f"[rank {os.environ.get('RANK')}] error: {error}", file=sys.stderr, flush=True)
 
 

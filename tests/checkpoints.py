@@ -76,6 +76,8 @@ def tensor_parallel_cuts(key: str, tensor: Tensor) -> Sequence[int]:
     lead = [tensor.shape[0]] if "decoder.layers." in key else []
     if "norm" in key:
         return [*lead, 1]
+    if ".linear." in key:  # a head that every rank holds whole
+        return [1] * tensor.dim()
     return [*lead, 1, 2] if "linear_proj" in key or "linear_fc2" in key else [*lead, 2, 1]
 
 
@@ -129,7 +131,7 @@ def description(shape: ModelShape = SHAPE, tokenizer: Tokenizer | None = None, c
         },
         "heads": {
             "n": shape.num_heads,
-            "kind": "transformer",
+            "kind": shape.head_kind,
             "arrangement": "parallel",
             "unembedding": "shared",
         },

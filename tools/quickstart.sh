@@ -105,16 +105,16 @@ trainer=$!
 wait "$trainer"
 trainer=""
 
-step "4/6 export: a Hugging Face Llama folder and the further heads"
-if [[ "$run/hf" -nt "$run/checkpoints/latest_checkpointed_iteration.txt" ]]; then
-  echo "$run/hf: up to date"
+step "4/6 export: a Hugging Face Llama folder with the further heads as drafts for engines"
+if [[ "$run/export" -nt "$run/checkpoints/latest_checkpointed_iteration.txt" ]]; then
+  echo "$run/export: up to date"
 else
-  rm -rf "$run/hf"
-  mtp-megatron convert "$run" --to hf --output "$run/hf"
+  rm -rf "$run/export"
+  mtp-megatron convert "$run" --to bundle --output "$run/export"
 fi
 
 step "5/6 self-speculative decoding of held-out prompts"
-mtp-megatron generate "$run/hf" --prompts-from "$data" --num-prompts "$prompts" --max-new-tokens "$new_tokens" \
+mtp-megatron generate "$run/export" --prompts-from "$data" --num-prompts "$prompts" --max-new-tokens "$new_tokens" \
   --json "$run/speculative.json"
 
 step "6/6 report"

@@ -50,8 +50,8 @@ if [[ "$lanes" == *" py312 "* ]]; then
   fi
 fi
 # vLLM, in an environment of its own (2.5 GB, once), when its tests may be among those to run and it has a wheel for this
-# machine. Without it they are skipped with the reason; MTP_SERVING=1 asks for it.
-if [[ "${MTP_SERVING:-0}" == 1 && "$(uname -sm)" == "Linux x86_64" && ($# == 0 || "$*" == *serving*) ]]; then
+# machine. Without it they are skipped with the reason; MTP_SERVING=0 does without.
+if [[ "${MTP_SERVING:-1}" == 1 && "$(uname -sm)" == "Linux x86_64" && ($# == 0 || "$*" == *serving*) ]]; then
   bash tools/setup_serving.sh
 fi
 

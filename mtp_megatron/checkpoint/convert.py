@@ -132,7 +132,8 @@ def _write_recipe(description: ModelDescription, folder: Path, to: str) -> None:
         return
     import yaml
 
-    sections = {"model": description.raw["model"], "heads": {"n": description.shape.num_heads}}
+    shape = description.shape
+    sections = {"model": description.raw["model"], "heads": {"n": shape.num_heads, "kind": shape.head_kind}}
     text = "# The sections of a recipe whose run.load names this folder.\n" + yaml.safe_dump(sections, sort_keys=False)
     (folder / "model_recipe.yaml").write_text(text, encoding="utf-8")
 

@@ -21,8 +21,8 @@ from mtp_megatron.rope import RopeScaling
 from mtp_megatron.training.checkpoint_files import CONFIG, read_mtp_config
 from mtp_megatron.training.recipe import ModelSection
 
-# The heads that are layers reading the trunk, with one unembedding: what the other layouts can express.
-_EXPORTABLE_HEADS = {"kind": "transformer", "arrangement": "parallel", "unembedding": "shared"}
+# Heads that read the trunk side by side, with one unembedding: what the other layouts can express.
+_EXPORTABLE_HEADS = {"arrangement": "parallel", "unembedding": "shared"}
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def describe(checkpoint: MegatronCheckpoint) -> ModelDescription:
         ) from error
     if different:
         raise CheckpointError(
-            f"{path}: {', '.join(different)} cannot be written as Llama layers. Train with "
+            f"{path}: {', '.join(different)} cannot be written in another layout. Train with "
             f"{', '.join(f'heads.{key}={value}' for key, value in _EXPORTABLE_HEADS.items())} to convert."
         )
     if description.shape.vocab_size < tokenizer.vocab_size:
@@ -90,38 +90,51 @@ def describe(checkpoint: MegatronCheckpoint) -> ModelDescription:
 
 def from_raw(raw: dict[str, Any], tokenizer: Tokenizer) -> ModelDescription:
     """The description in the content of an ``mtp_config.json``; settings younger than the file have their defaults."""
-    model = {**_optional_settings(), **raw["model"]}
-    head_size, scaling = model["head_size"], model["rope_scaling"]
+    model = raw["model"]
     return ModelDescription(
-        shape=ModelShape(
-            num_trunk_layers=int(model["num_trunk_layers"]),
-            num_heads=int(raw["heads"]["n"]),
-            hidden_size=int(model["hidden_size"]),
-            ffn_hidden_size=int(model["ffn_hidden_size"]),
-            num_attention_heads=int(model["num_attention_heads"]),
-            num_query_groups=int(model["num_query_groups"]),
-            vocab_size=int(raw["vocab_size"]),
-            padded_vocab_size=int(raw["padded_vocab_size"]),
-            tied_embeddings=bool(model["tied_embeddings"]),
-            head_size=None if head_size is None else int(head_size),
-            qkv_bias=bool(model["qkv_bias"]),
-            qk_norm=bool(model["qk_norm"]),
-        ),
+        shape=shape_of(model, raw["heads"], int(raw["vocab_size"]), int(raw["padded_vocab_size"])),
         context=int(model["seq_length"]),
         rotary_base=float(model["rotary_base"]),
         norm_epsilon=float(model["norm_epsilon"]),
         step=int(raw["step"]),
         tokenizer=tokenizer,
         raw=raw,
-        rope_scaling=None
-        if scaling is None
-        else RopeScaling(
-            scaling,
-            float(model["rope_scaling_factor"]),
-            float(model["rope_low_freq_factor"]),
-            float(model["rope_high_freq_factor"]),
-            int(model["rope_original_context"]),
-        ),
+        rope_scaling=rope_scaling_of(model),
+    )
+
+
+def shape_of(model: dict[str, Any], heads: dict[str, Any], vocab_size: int, padded_vocab_size: int) -> ModelShape:
+    """Sizes from a recipe's sections ``model`` and ``heads``; settings younger than the file have their defaults."""
+    model = {**_optional_settings(), **model}
+    head_size = model["head_size"]
+    return ModelShape(
+        num_trunk_layers=int(model["num_trunk_layers"]),
+        num_heads=int(heads["n"]),
+        hidden_size=int(model["hidden_size"]),
+        ffn_hidden_size=int(model["ffn_hidden_size"]),
+        num_attention_heads=int(model["num_attention_heads"]),
+        num_query_groups=int(model["num_query_groups"]),
+        vocab_size=vocab_size,
+        padded_vocab_size=padded_vocab_size,
+        tied_embeddings=bool(model["tied_embeddings"]),
+        head_size=None if head_size is None else int(head_size),
+        qkv_bias=bool(model["qkv_bias"]),
+        qk_norm=bool(model["qk_norm"]),
+        head_kind=str(heads.get("kind", "transformer")),
+    )
+
+
+def rope_scaling_of(model: dict[str, Any]) -> RopeScaling | None:
+    """How a recipe's section ``model`` lowers the rotary frequencies; settings that are absent have their defaults."""
+    model = {**_optional_settings(), **model}
+    if model["rope_scaling"] is None:
+        return None
+    return RopeScaling(
+        model["rope_scaling"],
+        float(model["rope_scaling_factor"]),
+        float(model["rope_low_freq_factor"]),
+        float(model["rope_high_freq_factor"]),
+        int(model["rope_original_context"]),
     )
 
 

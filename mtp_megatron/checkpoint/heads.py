@@ -75,8 +75,16 @@ def with_heads(
     """The model with ``n`` heads, and its description.
 
     Raises:
-        ConfigError: ``n`` is no number of heads.
+        ConfigError: ``n`` is no number of heads, or new ones were to be made of head 1, which is not a layer here.
     """
+    shape = description.shape
+    if n > shape.num_heads and not shape.heads_are_layers:
+        raise ConfigError(
+            "--heads",
+            n,
+            f"the model has {shape.num_heads}, and heads.kind={shape.head_kind} has no layer to make more from",
+            "Add heads in training: run.load=MODEL heads.n=N.",
+        )
     if n < 1:
         raise ConfigError("--heads", n, "a model has at least head 1", "Give 1 or more.")
     if n == description.shape.num_heads:

@@ -55,8 +55,13 @@ _ROPE_NUMBERS = {
 }
 
 
-def model_settings(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The recipe's section ``model`` of the model that a ``config.json`` describes; its last layer is head 1.
+def model_settings(config: dict[str, Any], path: Path, *, heads_are_layers: bool = True) -> dict[str, Any]:
+    """The recipe's section ``model`` of the model that a ``config.json`` describes.
+
+    Args:
+        config: its content.
+        path: for messages.
+        heads_are_layers: its last layer is head 1; otherwise all are the trunk's.
 
     Raises:
         CheckpointError: another family, a setting that this package's model has not, or a missing one.
@@ -72,7 +77,7 @@ def model_settings(config: dict[str, Any], path: Path) -> dict[str, Any]:
             raise _unsupported(path, key, config[key], reason)
     _refuse_windows(config, family, path)
     layers = int(_required(config, "num_hidden_layers", path))
-    if layers < 2:
+    if layers < 1 + heads_are_layers:
         raise _unsupported(path, "num_hidden_layers", layers, "a trunk and head 1 take two layers")
     heads, width = (int(_required(config, key, path)) for key in ("num_attention_heads", "hidden_size"))
     # Qwen3's default head is 128 wide whatever the hidden size.
@@ -81,7 +86,7 @@ def model_settings(config: dict[str, Any], path: Path) -> dict[str, Any]:
     if groups is None and name != "llama":
         groups = _required(config, "num_key_value_heads", path)
     return {
-        "num_trunk_layers": layers - 1,
+        "num_trunk_layers": layers - heads_are_layers,
         "hidden_size": width,
         "num_attention_heads": heads,
         "num_query_groups": groups or heads,
@@ -94,7 +99,7 @@ def model_settings(config: dict[str, Any], path: Path) -> dict[str, Any]:
         "qkv_bias": family.qkv_bias,
         "qk_norm": family.qk_norm,
         "init_method_std": float(config.get("initializer_range") or 0.02),
-        **_rope_settings(config, path),
+        **rope_settings(config, path),
     }
 
 
@@ -108,8 +113,12 @@ def _refuse_windows(config: dict[str, Any], family: Family, path: Path) -> None:
         raise _unsupported(path, "layer_types", sorted(others), "every layer here has full attention")
 
 
-def _rope_settings(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Of ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before)."""
+def rope_settings(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The recipe's rotary settings, from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling``.
+
+    Raises:
+        CheckpointError: a scaling that this package's model has not, or a number of it is missing.
+    """
     rope = {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})}
     rope |= config.get("rope_parameters") or {}
     base = 10000.0 if rope["rope_theta"] is None else float(rope["rope_theta"])
@@ -162,7 +171,7 @@ def family_of(description: ModelDescription) -> str:
 
 
 def llama_config(description: ModelDescription, dtype: torch.dtype) -> dict[str, Any]:
-    """``config.json`` of trunk + head 1 as a model of ``num_trunk_layers + 1`` layers, of the family that fits.
+    """``config.json`` of trunk + head 1 as a plain model, of the family that fits.
 
     Rope settings and the data type stand in both places where readers look: ``rope_parameters`` and ``dtype`` for
     transformers 5, ``rope_theta``, ``rope_scaling`` and ``torch_dtype`` for readers before it.
@@ -176,7 +185,7 @@ def llama_config(description: ModelDescription, dtype: torch.dtype) -> dict[str,
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.ffn_hidden_size,
-        "num_hidden_layers": shape.num_trunk_layers + 1,
+        "num_hidden_layers": shape.num_plain_layers,
         "num_attention_heads": shape.num_attention_heads,
         "num_key_value_heads": shape.num_query_groups,
         "head_dim": shape.head_dim,

@@ -96,14 +96,17 @@ class HFFolder:
 
 
 def open_hf(folder: Path) -> tuple[TensorSource, ModelDescription]:
-    """The model in a Hugging Face folder: its last layer is head 1, further heads are those of an export.
+    """The model in a Hugging Face folder: its last layer is head 1 unless an export says otherwise, which also has the
+    further heads.
 
     Raises:
         CheckpointError: another family, settings or tensors that this package's model has not, damaged files.
         DataError: the tokenizer of an export is damaged.
     """
     config, export = read_json(folder / CONFIG), _export(folder)
-    model = model_settings(config, folder / CONFIG)
+    heads = export["heads"] if export else {"n": 1}
+    layers = heads.get("kind", "transformer") == "transformer"
+    model = model_settings(config, folder / CONFIG, heads_are_layers=layers)
     tensors = HFFolder(folder)
     dtype = tensors.meta(tensors.keys()[0]).dtype
     description = describe_foreign(
@@ -111,7 +114,7 @@ def open_hf(folder: Path) -> tuple[TensorSource, ModelDescription]:
         model,
         tokenizer=_tokenizer(folder, config, export),
         precision=PRECISIONS.get(dtype, "fp32"),
-        heads=export["heads"] if export else {"n": 1},
+        heads=heads,
         where=folder / CONFIG,
     )
     mappings = expand((*LLAMA, *FURTHER_HEADS), description.shape)

@@ -150,6 +150,8 @@ def model_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         "linear_proj.weight": (h, shape.num_attention_heads * d),
         "linear_fc1.weight": (2 * f, h),
         "linear_fc2.weight": (h, f),
+        "linear.weight": (h, h),
+        "linear.bias": (h,),
     }
 
 

@@ -60,6 +60,11 @@ LLAMA_LAYER = (
     Rule("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "gate_up"),
     Rule("mlp.linear_fc2.weight", ("mlp.down_proj.weight",)),
 )
+# A head that reads the normed trunk output (mtp_megatron.heads.PostNormHead).
+POST_NORM_HEAD = (
+    Rule("linear.weight", ("linear.weight",)),
+    Rule("linear.bias", ("linear.bias",), when="medusa_heads"),
+)
 META_LAYER = (
     Rule("self_attention.linear_qkv.layer_norm_weight", ("attention_norm.weight",)),
     Rule(
@@ -87,13 +92,18 @@ def _trunk(shape: ModelShape) -> Iterable[tuple[int, int]]:
 
 
 def _head_1(shape: ModelShape) -> Iterable[tuple[int, int]]:
-    return [(0, shape.num_trunk_layers)]
+    return [(0, shape.num_trunk_layers)] if shape.heads_are_layers else []
+
+
+def _further(shape: ModelShape) -> Iterable[tuple[int, int]]:
+    """Megatron counts heads from 0, the other layout from 1 as the paper does."""
+    return ((i - 1, i) for i in range(2, shape.num_heads + 1))
 
 
 def _next_token_model(
     layer: tuple[Rule, ...], layers: str, embedding: str, norm: str, unembedding: str
 ) -> tuple[Section, ...]:
-    """Trunk + head 1 as a plain model of ``num_trunk_layers + 1`` layers: its last layer is head 1 (``heads.0``)."""
+    """Trunk + head 1 as a plain model; where heads are layers, its last one is head 1 (``heads.0``)."""
     return (
         Section("", "", (Rule("embedding.word_embeddings.weight", (embedding,), "vocabulary"),), _once),
         Section("decoder.layers.{layer}.", layers, layer, _trunk),
@@ -106,13 +116,18 @@ def _next_token_model(
 LLAMA = _next_token_model(
     LLAMA_LAYER, "model.layers.{layer}.", "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 )
-# Heads 2 to n, numbered as in the paper.
 FURTHER_HEADS: tuple[Section, ...] = (
     Section(
         "heads.{layer}.",
         "mtp_heads.{layer}.",
         LLAMA_LAYER,
-        lambda shape: ((i - 1, i) for i in range(2, shape.num_heads + 1)),
+        lambda shape: _further(shape) if shape.heads_are_layers else [],
+    ),
+    Section(
+        "heads.{layer}.",
+        "mtp_heads.{layer}.",
+        POST_NORM_HEAD,
+        lambda shape: [] if shape.heads_are_layers else _further(shape),
     ),
 )
 # The paper's release: `layers` ends with head 1, `extra_heads.0` is head 2.

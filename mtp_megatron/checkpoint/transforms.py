@@ -21,7 +21,7 @@ class ModelShape:
 
     Attributes:
         num_trunk_layers: layers that all heads share.
-        num_heads: future-token heads n, each one more layer; head 1 continues the trunk.
+        num_heads: future-token heads n; head 1 continues the trunk.
         hidden_size: ``h``.
         ffn_hidden_size: ``f``, the width of SwiGLU's projections.
         num_attention_heads: query heads ``np``.
@@ -32,6 +32,8 @@ class ModelShape:
         head_size: channels of one attention head; None: ``h / np``.
         qkv_bias: queries, keys and values have a bias (Qwen2).
         qk_norm: each query and key is normalised, RMSNorm over its channels (Qwen3).
+        head_kind: ``"transformer"``: each head is one more layer; ``"linear"``, ``"medusa"``: head 1 is the trunk's own
+            output, the others are maps of it after the final norm.
     """
 
     num_trunk_layers: int
@@ -46,6 +48,20 @@ class ModelShape:
     head_size: int | None = None
     qkv_bias: bool = False
     qk_norm: bool = False
+    head_kind: str = "transformer"
+
+    @property
+    def heads_are_layers(self) -> bool:
+        return self.head_kind == "transformer"
+
+    @property
+    def medusa_heads(self) -> bool:
+        return self.head_kind == "medusa"
+
+    @property
+    def num_plain_layers(self) -> int:
+        """Layers of trunk + head 1 as a plain model."""
+        return self.num_trunk_layers + self.heads_are_layers
 
     @property
     def head_dim(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from mtp_megatron.errors import CheckpointError
 from mtp_megatron.serving.vllm_plugin import ARCHITECTURE, MASK_TOKEN_ID
 
 HEADS_FOLDER, EAGLE3_FOLDER, MEDUSA_FOLDER = "mtp-heads", "eagle3-head2", "medusa"
-_MODEL_TYPES = ("llama", "mistral")
+# Whose layer an EAGLE-3 draft is: engines' stock class has neither Qwen2's biases nor Qwen3's query and key norms.
+_EAGLE3_FAMILIES = ("llama", "mistral")
 
 
 class DraftRule(NamedTuple):
@@ -85,7 +87,7 @@ _HEAD_PREFIX = "mtp_heads."
 
 
 def drafts_of(llama: dict[str, Any], export: dict[str, Any], keys: Collection[str]) -> list[Draft]:
-    """Every draft that an export's heads can be served as.
+    """Every draft that an export's heads can be served as: EAGLE-3 only where head 2 is a Llama layer.
 
     Args:
         llama: its ``config.json``.
@@ -93,8 +95,7 @@ def drafts_of(llama: dict[str, Any], export: dict[str, Any], keys: Collection[st
         keys: all of its tensors.
 
     Raises:
-        CheckpointError: it has no further heads, or the heads are of an architecture without a draft class, or they
-            hold a tensor for which a draft has no place.
+        CheckpointError: it has no further heads, or they lack a tensor or hold one for which a draft has no place.
     """
     if export["num_heads"] < 2:
         raise CheckpointError(
@@ -103,11 +104,16 @@ def drafts_of(llama: dict[str, Any], export: dict[str, Any], keys: Collection[st
     kind = export["heads"]["kind"]
     if kind != "transformer":
         return [_medusa(llama, export, kind, keys)]
-    if llama["model_type"] not in _MODEL_TYPES:
-        raise CheckpointError(
-            f"model_type={llama['model_type']}: drafts are written for {', '.join(_MODEL_TYPES)}. Use --to hf."
-        )
-    return [_mtp_heads(llama, export, keys), _eagle3(llama, export, keys)]
+    drafts = [_mtp_heads(llama, export, keys)]
+    if llama["model_type"] in _EAGLE3_FAMILIES:
+        drafts.append(_eagle3(llama, export, keys))
+    return drafts
+
+
+def drafts_in(bundle: Path) -> list[str]:
+    """Folder names of the drafts that a bundle holds, the one with all heads first."""
+    names = (HEADS_FOLDER, MEDUSA_FOLDER, EAGLE3_FOLDER)
+    return [name for name in names if (bundle / name / "config.json").is_file()]
 
 
 def _mtp_heads(llama: dict[str, Any], export: dict[str, Any], keys: Collection[str]) -> Draft:
@@ -119,12 +125,15 @@ def _mtp_heads(llama: dict[str, Any], export: dict[str, Any], keys: Collection[s
         "architectures": [ARCHITECTURE],
         "num_hidden_layers": heads,
         "num_mtp_heads": heads,
+        "mtp_layers": llama["model_type"],
         "mask_token_id": MASK_TOKEN_ID,
         "eagle_aux_hidden_state_layer_ids": [export["num_trunk_layers"]],
         "num_aux_hidden_states": 1,
     }
     draft = Draft(HEADS_FOLDER, config, tuple(rules))
-    layer = [key for rule in _EAGLE3_LAYER for key in rule.sources]
+    # A head is a layer as the trunk's, so it has the tensors that the model's first layer has.
+    first = "model.layers.0."
+    layer = [key.removeprefix(first) for key in keys if key.startswith(first)]
     _check(draft, keys, {f"{_HEAD_PREFIX}{i}.{key}" for i in range(2, heads + 2) for key in layer})
     return draft
 

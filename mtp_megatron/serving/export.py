@@ -11,10 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from mtp_megatron.checkpoint.carried_tokenizer import CarriedTokenizer, read_files
+from mtp_megatron.checkpoint.description import rope_scaling_of
 from mtp_megatron.checkpoint.hf import EXPORT_CONFIG, EXPORT_FORMAT, GENERATION_CONFIG, HEADS_STEM, MODEL_STEM
+from mtp_megatron.checkpoint.hf_config import FAMILIES, rope_settings
 from mtp_megatron.checkpoint.sharded import read_sharded
 from mtp_megatron.data.tokenizer import MODEL_FILE, ByteTokenizer, Tokenizer, load_tokenizer
 from mtp_megatron.errors import CheckpointError
+from mtp_megatron.rope import RopeScaling
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,10 @@ class DecoderConfig:
         rope_theta: base of the rotary frequencies.
         norm_epsilon: added to the mean square inside RMSNorm.
         tied: the unembedding is the embedding.
+        rope_scaling: how the rotary frequencies are lowered; None where they are not.
+        qkv_bias: queries, keys and values have a bias (Qwen2).
+        qk_norm: each query and key is normalised (Qwen3).
+        head_kind: ``heads.kind`` of the training.
     """
 
     num_trunk_layers: int
@@ -42,6 +49,15 @@ class DecoderConfig:
     rope_theta: float
     norm_epsilon: float
     tied: bool
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    head_kind: str = "transformer"
+
+    @property
+    def heads_are_layers(self) -> bool:
+        """Each head is a layer, head 1 the last one of the plain model; otherwise heads are maps of its output."""
+        return self.head_kind == "transformer"
 
 
 @dataclass(frozen=True)
@@ -75,6 +91,7 @@ def open_export(folder: str | Path) -> Export:
             "convert` wrote."
         )
     try:
+        family = FAMILIES[llama["model_type"]]
         config = DecoderConfig(
             num_trunk_layers=heads["num_trunk_layers"],
             num_heads=heads["num_heads"],
@@ -87,20 +104,22 @@ def open_export(folder: str | Path) -> Export:
             rope_theta=llama["rope_parameters"]["rope_theta"],
             norm_epsilon=llama["rms_norm_eps"],
             tied=llama["tie_word_embeddings"],
+            rope_scaling=rope_scaling_of(rope_settings(llama, folder / "config.json")),
+            qkv_bias=family.qkv_bias,
+            qk_norm=family.qk_norm,
+            head_kind=heads["heads"]["kind"],
         )
         layers, kind, sha256 = llama["num_hidden_layers"], heads["tokenizer"]["kind"], heads["tokenizer"]["sha256"]
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{folder}: config.json or {EXPORT_CONFIG} lacks {error}. Convert the checkpoint again."
         ) from error
-    if layers != config.num_trunk_layers + 1:
+    if layers != config.num_trunk_layers + config.heads_are_layers:
         raise CheckpointError(
-            f"{folder}: config.json has {layers} layers, {EXPORT_CONFIG} {config.num_trunk_layers} and head 1: they "
-            "belong to different exports. Convert the checkpoint again."
+            f"{folder}: config.json has {layers} layers, {EXPORT_CONFIG} {config.num_trunk_layers} in the trunk"
+            f"{' and head 1' if config.heads_are_layers else ''}: they belong to different exports. Convert the "
+            "checkpoint again."
         )
-    rope = llama["rope_parameters"].get("rope_type", "default")
-    if rope != "default":
-        raise CheckpointError(f"{folder}: rope_type={rope!r} is not in the torch decoder. Serve it with an engine.")
     tokenizer: Tokenizer
     if kind == CarriedTokenizer.kind:
         tokenizer = _carried(folder, heads["tokenizer"], config.vocab_size)

@@ -1,14 +1,13 @@
-"""The exported model in plain torch: a Llama trunk and n heads, each layer with its own key/value cache.
+"""The exported model in plain torch: a trunk and n heads, each layer with its own key/value cache.
 
-Shapes: ``S`` layers run side by side (1 in the trunk, n - 1 for the further heads), ``r`` rows (positions), ``h``
-hidden, ``d`` per attention head, ``nq`` query and ``nk`` key/value heads. One sequence at a time.
+Shapes as in :mod:`mtp_megatron.serving.layer`. Heads are layers beside the trunk, or maps of its normed output (linear
+and Medusa), which need no cache; head 1 is then the trunk's own output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,72 +15,29 @@ from torch import Tensor
 
 from mtp_megatron.errors import CheckpointError
 from mtp_megatron.serving.export import DecoderConfig, Export
+from mtp_megatron.serving.layer import Block, Layer, LayerCache, rms_norm, run_layer, take_layer
 
 
 @dataclass(frozen=True)
-class Layer:
-    """Weights of one Llama layer, or of several stacked along a leading axis ``S`` (norms then ``[S, 1, h]``)."""
-
-    attention_norm: Tensor  # [h]
-    qkv: Tensor  # [(nq + 2 nk) d, h]
-    output: Tensor  # [h, nq d]
-    mlp_norm: Tensor  # [h]
-    gate_up: Tensor  # [2 f, h]
-    down: Tensor  # [h, f]
-
-    def to(self, dtype: torch.dtype) -> Layer:
-        """The same weights in another type."""
-        return Layer(*(getattr(self, field.name).to(dtype) for field in fields(self)))
-
-    def first(self, count: int) -> Layer:
-        """The first ``count`` of stacked layers, without a copy."""
-        return Layer(*(getattr(self, field.name)[:count] for field in fields(self)))
-
-    @staticmethod
-    def stack(layers: list[Layer]) -> Layer:
-        """Several layers as one that runs them side by side."""
-        stacked = {field.name: torch.stack([getattr(layer, field.name) for layer in layers]) for field in fields(Layer)}
-        for norm in ("attention_norm", "mlp_norm"):
-            stacked[norm] = stacked[norm].unsqueeze(1)
-        return Layer(**stacked)
-
-
-class LayerCache:
-    """Keys and values of one layer, or of ``S`` side by side, for the positions seen so far.
+class PostNormHeads:
+    """Heads 2 to n of the linear and Medusa kinds, stacked (:class:`mtp_megatron.heads.PostNormHead`).
 
     Attributes:
-        length: positions held; what lies beyond is overwritten by the next rows.
+        weight: ``[S, h, h]``.
+        bias: ``[S, 1, h]`` of Medusa's residual blocks; None: linear maps.
     """
 
-    def __init__(self, config: DecoderConfig, capacity: int, dtype: torch.dtype, stacked: int = 1) -> None:
-        shape = (stacked, config.num_key_value_heads, capacity, config.head_dim)
-        self._keys, self._values = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
-        self.length = 0
+    weight: Tensor
+    bias: Tensor | None
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add ``[S, nk, r, d]`` keys and values; returns all that are held, ``[S, nk, length, d]``."""
-        end = self.length + keys.shape[2]
-        self._keys[:, :, self.length : end] = keys
-        self._values[:, :, self.length : end] = values
-        self.length = end
-        return self._keys[:, :, :end], self._values[:, :, :end]
+    def first(self, count: int) -> PostNormHeads:
+        """The first ``count`` heads, without a copy."""
+        return PostNormHeads(self.weight[:count], None if self.bias is None else self.bias[:count])
 
-    def truncate(self, length: int) -> None:
-        """Forget the positions from ``length`` on, those of rejected tokens."""
-        self.length = min(self.length, length)
-
-
-class Block(NamedTuple):
-    """Consecutive positions that go through the model together.
-
-    Attributes:
-        cos, signed_sin: rotary factors ``[r, d]``; the sine of the first half of d is negative.
-        mask: what each row sees, ``[nq / nk * r, start + r]``: the rows of every query head in turn; None for r = 1.
-    """
-
-    cos: Tensor
-    signed_sin: Tensor
-    mask: Tensor | None
+    def __call__(self, normed: Tensor) -> Tensor:
+        """Normed output of the trunk ``[1, rows, h]`` -> what the unembedding reads ``[S, rows, h]``."""
+        mapped = normed @ self.weight.mT
+        return mapped if self.bias is None else normed + F.silu(mapped + self.bias)
 
 
 class Caches:
@@ -97,13 +53,21 @@ class Caches:
     def __init__(self, config: DecoderConfig, capacity: int, dtype: torch.dtype, further_heads: int) -> None:
         self.further_heads = further_heads
         self.trunk = [LayerCache(config, capacity, dtype) for _ in range(config.num_trunk_layers)]
-        self.head1 = LayerCache(config, capacity, dtype)
-        self.further = LayerCache(config, capacity, dtype, stacked=further_heads)
+        self.head1 = LayerCache(config, capacity, dtype) if config.heads_are_layers else None
+        self.further = LayerCache(config, capacity, dtype, stacked=further_heads) if config.heads_are_layers else None
         exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        angles = torch.outer(torch.arange(capacity, dtype=torch.float32), config.rope_theta**-exponent)
+        frequencies = config.rope_theta**-exponent
+        if config.rope_scaling is not None:
+            frequencies = config.rope_scaling.apply(frequencies)
+        angles = torch.outer(torch.arange(capacity, dtype=torch.float32), frequencies)
         cos, sin = angles.cos(), angles.sin()
         self._cos, self._signed_sin = torch.cat((cos, cos), 1).to(dtype), torch.cat((-sin, sin), 1).to(dtype)
         self._rows_per_position = config.num_attention_heads // config.num_key_value_heads
+
+    @property
+    def length(self) -> int:
+        """Positions that the trunk has seen."""
+        return self.trunk[0].length
 
     def block(self, start: int, count: int) -> Block:
         """Positions ``start`` to ``start + count - 1``."""
@@ -117,7 +81,8 @@ class Caches:
     def truncate(self, length: int) -> None:
         """Forget the positions from ``length`` on, in every layer."""
         for cache in (*self.trunk, self.head1, self.further):
-            cache.truncate(length)
+            if cache is not None:
+                cache.truncate(length)
 
 
 class HeadsLlama:
@@ -125,7 +90,7 @@ class HeadsLlama:
 
     Args:
         config: sizes.
-        tensors: Hugging Face keys to tensors: a Llama of ``num_trunk_layers + 1`` layers and ``mtp_heads.{i}.*``.
+        tensors: Hugging Face keys to tensors: the plain model (trunk and head 1) and ``mtp_heads.{i}.*``.
         dtype: type of weights, activations and caches.
 
     Raises:
@@ -141,14 +106,13 @@ class HeadsLlama:
             self.embedding = remaining.pop("model.embed_tokens.weight")
             self.unembedding = self.embedding if config.tied else remaining.pop("lm_head.weight")
             self.final_norm = remaining.pop("model.norm.weight")
-            self.trunk = [_take_layer(remaining, f"model.layers.{k}.") for k in range(config.num_trunk_layers)]
-            self.head1 = _take_layer(remaining, f"model.layers.{config.num_trunk_layers}.")
-            further = [_take_layer(remaining, f"mtp_heads.{i}.") for i in range(2, config.num_heads + 1)]
+            layers = range(config.num_trunk_layers + config.heads_are_layers)
+            self.layers = [take_layer(remaining, f"model.layers.{k}.", config) for k in layers]
+            self.further = _take_heads(remaining, config)
         except KeyError as error:
             raise CheckpointError(f"the export lacks the tensor {error}. Convert the checkpoint again.") from error
         if remaining:
             raise CheckpointError(f"the export holds {next(iter(remaining))}, which this model has not. Convert again.")
-        self.further = Layer.stack(further) if further else None
 
     @classmethod
     def load(cls, export: Export, dtype: torch.dtype = torch.float32) -> HeadsLlama:
@@ -165,8 +129,14 @@ class HeadsLlama:
         if not self.config.tied:
             yield self.unembedding
         yield self.final_norm
-        for layer in (*self.trunk, self.head1, *([self.further] if self.further else [])):
-            yield from (getattr(layer, field.name) for field in fields(layer))
+        for layer in self.layers:
+            yield from layer.weights().values()
+        if isinstance(self.further, Layer):
+            yield from self.further.weights().values()
+        elif self.further is not None:
+            yield self.further.weight
+            if self.further.bias is not None:
+                yield self.further.bias
 
     def new_caches(self, capacity: int, further_heads: int | None = None) -> Caches:
         """Empty caches for ``capacity`` positions and the first ``further_heads`` of heads 2 to n (default: all)."""
@@ -184,11 +154,13 @@ class HeadsLlama:
         Returns:
             z ``[1, r, h]`` and head 1's logits ``[rows, V]``.
         """
-        block = caches.block(caches.head1.length, len(tokens))
+        block = caches.block(caches.length, len(tokens))
         z = F.embedding(tokens, self.embedding).unsqueeze(0)
-        for layer, cache in zip(self.trunk, caches.trunk, strict=True):
-            z = _run_layer(layer, z, cache, block, self.config, len(tokens))
-        hidden = _run_layer(self.head1, z, caches.head1, block, self.config, rows)
+        for layer, cache in zip(self.layers, caches.trunk, strict=False):
+            z = run_layer(layer, z, cache, block, self.config, len(tokens))
+        hidden = z[:, -rows:]
+        if caches.head1 is not None:
+            hidden = run_layer(self.layers[-1], z, caches.head1, block, self.config, rows)
         return z, self.logits(hidden)[0]
 
     def run_further_heads(self, z: Tensor, caches: Caches, rows: int = 1) -> Tensor:
@@ -198,14 +170,17 @@ class HeadsLlama:
         """
         if self.further is None:
             raise ValueError("the model has no head beside head 1")
-        block = caches.block(caches.further.length, z.shape[1])
         heads = self.further.first(caches.further_heads)
+        if isinstance(heads, PostNormHeads):
+            return heads(rms_norm(z[:, -rows:], self.final_norm, self.config.norm_epsilon)) @ self.unembedding.mT
+        assert caches.further is not None  # made together with these heads
+        block = caches.block(caches.further.length, z.shape[1])
         x = z.expand(caches.further_heads, -1, -1)
-        return self.logits(_run_layer(heads, x, caches.further, block, self.config, rows))
+        return self.logits(run_layer(heads, x, caches.further, block, self.config, rows))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[..., h]`` -> ``[..., V]``: final norm and unembedding."""
-        return _norm(hidden, self.final_norm, self.config.norm_epsilon) @ self.unembedding.mT
+        return rms_norm(hidden, self.final_norm, self.config.norm_epsilon) @ self.unembedding.mT
 
     def exact_logits(self, tokens: Tensor) -> Tensor:
         """Head 1's logits ``[V]`` after ``tokens`` ``[r]``, in fp64 without any cache: a function of the tokens alone.
@@ -215,54 +190,20 @@ class HeadsLlama:
         wide, count = torch.float64, len(tokens)
         block = Caches(self.config, count, wide, 0).block(0, count)
         x = F.embedding(tokens, self.embedding).unsqueeze(0).to(wide)
-        for layer in (*self.trunk, self.head1):
-            rows = 1 if layer is self.head1 else count
-            x = _run_layer(layer.to(wide), x, LayerCache(self.config, count, wide), block, self.config, rows)
-        return (_norm(x, self.final_norm.to(wide), self.config.norm_epsilon) @ self.unembedding.to(wide).mT)[0, 0]
+        for layer in self.layers:
+            rows = 1 if layer is self.layers[-1] else count
+            exact = layer.each(lambda weight: weight.to(wide))
+            x = run_layer(exact, x, LayerCache(self.config, count, wide), block, self.config, rows)
+        return (rms_norm(x, self.final_norm.to(wide), self.config.norm_epsilon) @ self.unembedding.to(wide).mT)[0, 0]
 
 
-def _take_layer(tensors: dict[str, Tensor], prefix: str) -> Layer:
-    def take(name: str) -> Tensor:
-        return tensors.pop(f"{prefix}{name}.weight")
-
-    return Layer(
-        attention_norm=take("input_layernorm"),
-        qkv=torch.cat((take("self_attn.q_proj"), take("self_attn.k_proj"), take("self_attn.v_proj"))),
-        output=take("self_attn.o_proj"),
-        mlp_norm=take("post_attention_layernorm"),
-        gate_up=torch.cat((take("mlp.gate_proj"), take("mlp.up_proj"))),
-        down=take("mlp.down_proj"),
-    )
-
-
-def _norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    if weight.dim() == 1:
-        return F.rms_norm(x, (x.shape[-1],), weight, epsilon)
-    return F.rms_norm(x, (x.shape[-1],), None, epsilon) * weight
-
-
-def _rotate(x: Tensor, block: Block) -> Tensor:
-    """Rotary positions on ``[..., r, d]``; the two halves of d are paired, as in Megatron and Hugging Face."""
-    first, second = x.chunk(2, -1)
-    return torch.addcmul(x * block.cos, torch.cat((second, first), -1), block.signed_sin)
-
-
-def _run_layer(layer: Layer, x: Tensor, cache: LayerCache, block: Block, config: DecoderConfig, rows: int) -> Tensor:
-    """One layer on ``[S, r, h]`` -> ``[S, rows, h]``: all r positions enter the cache, the last ``rows`` go on."""
-    stacked, count, _ = x.shape
-    nq, nk, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    qkv = _norm(x, layer.attention_norm, config.norm_epsilon) @ layer.qkv.mT
-    qkv = qkv.view(stacked, count, nq + 2 * nk, d).transpose(1, 2)
-    queries, keys = _rotate(qkv[:, : nq + nk], block).split((nq, nk), 1)
-    keys, values = cache.append(keys, qkv[:, nq + nk :])
-    # The queries that share a key/value head are rows of one attention, so that keys are never repeated in memory.
-    mask = block.mask
-    if rows < count:
-        queries = queries[:, :, -rows:]
-        mask = None if rows == 1 or mask is None else mask.unflatten(0, (-1, count))[:, -rows:].flatten(0, 1)
-    folded = queries.reshape(stacked, nk, -1, d)
-    attended = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
-    attended = attended.view(stacked, nq, rows, d).transpose(1, 2).reshape(stacked, rows, nq * d)
-    x = x[:, count - rows :] + attended @ layer.output.mT
-    gate, up = (_norm(x, layer.mlp_norm, config.norm_epsilon) @ layer.gate_up.mT).chunk(2, -1)
-    return x + (F.silu(gate) * up) @ layer.down.mT
+def _take_heads(tensors: dict[str, Tensor], config: DecoderConfig) -> Layer | PostNormHeads | None:
+    prefixes = [f"mtp_heads.{i}." for i in range(2, config.num_heads + 1)]
+    if not prefixes:
+        return None
+    if config.heads_are_layers:
+        return Layer.stack([take_layer(tensors, prefix, config) for prefix in prefixes])
+    weight = torch.stack([tensors.pop(f"{prefix}linear.weight") for prefix in prefixes])
+    if config.head_kind == "linear":
+        return PostNormHeads(weight, None)
+    return PostNormHeads(weight, torch.stack([tensors.pop(f"{prefix}linear.bias") for prefix in prefixes]).unsqueeze(1))

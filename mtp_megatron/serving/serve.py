@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 from mtp_megatron.errors import CheckpointError, ConfigError
-from mtp_megatron.serving.drafts import EAGLE3_FOLDER, HEADS_FOLDER, MEDUSA_FOLDER
+from mtp_megatron.serving.drafts import EAGLE3_FOLDER, MEDUSA_FOLDER, drafts_in
 from mtp_megatron.serving.engine import engine_environment
 from mtp_megatron.serving.engine_command import vllm_arguments
 from mtp_megatron.serving.manifest import MANIFEST
@@ -32,9 +32,7 @@ def choose_draft(bundle: Path, draft: str, heads: int | None) -> tuple[str | Non
         CheckpointError: not a bundle.
         ConfigError: the bundle has no such draft, or the draft not so many heads.
     """
-    present = [
-        name for name in (HEADS_FOLDER, MEDUSA_FOLDER, EAGLE3_FOLDER) if (bundle / name / "config.json").is_file()
-    ]
+    present = drafts_in(bundle)
     if not (bundle / MANIFEST).is_file() or not present:
         raise CheckpointError(f"{bundle}: not a serving bundle. Make one with `mtp-megatron convert --to bundle`.")
     if draft == "none" or heads == 1:

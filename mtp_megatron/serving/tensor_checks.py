@@ -8,8 +8,12 @@ from typing import Any
 
 import torch
 
+from mtp_megatron.checkpoint.description import shape_of
 from mtp_megatron.checkpoint.hf import EXPORT_CONFIG, HEADS_STEM, MODEL_STEM
+from mtp_megatron.checkpoint.hf_config import model_settings
 from mtp_megatron.checkpoint.sharded import is_finite, read_sharded
+from mtp_megatron.checkpoint.source import expected_shape, model_shapes
+from mtp_megatron.checkpoint.tables import FURTHER_HEADS, LLAMA, expand
 from mtp_megatron.errors import CheckpointError
 from mtp_megatron.serving.bundle import TensorSource
 from mtp_megatron.serving.drafts import TRANSFORMS, Draft, drafts_of
@@ -44,30 +48,17 @@ def check_tensors(folder: Path) -> int:
 
 def expected_shapes(llama: dict[str, Any], export: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of the plain model and of the further heads, by key."""
-    h, f, vocab = llama["hidden_size"], llama["intermediate_size"], llama["vocab_size"]
-    queries = llama["num_attention_heads"] * llama["head_dim"]
-    keys = llama["num_key_value_heads"] * llama["head_dim"]
-    layer = {
-        "input_layernorm.weight": (h,),
-        "self_attn.q_proj.weight": (queries, h),
-        "self_attn.k_proj.weight": (keys, h),
-        "self_attn.v_proj.weight": (keys, h),
-        "self_attn.o_proj.weight": (h, queries),
-        "post_attention_layernorm.weight": (h,),
-        "mlp.gate_proj.weight": (f, h),
-        "mlp.up_proj.weight": (f, h),
-        "mlp.down_proj.weight": (h, f),
+    layers = export["heads"]["kind"] == "transformer"
+    model = model_settings(llama, Path("config.json"), heads_are_layers=layers)
+    shape = shape_of(model, {**export["heads"], "n": export["num_heads"]}, model["vocab_size"], model["vocab_size"])
+    sizes = model_shapes(shape)
+    return {
+        key: tuple(part.shape)
+        for mapping in expand((*LLAMA, *FURTHER_HEADS), shape)
+        for key, part in mapping.split(
+            torch.empty(expected_shape(mapping.megatron, sizes), device="meta"), shape
+        ).items()
     }
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, h), "model.norm.weight": (h,)}
-    if not llama["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (vocab, h)
-    head: dict[str, tuple[int, ...]] = layer
-    kind = export["heads"]["kind"]
-    if kind != "transformer":
-        head = {"linear.weight": (h, h), **({"linear.bias": (h,)} if kind == "medusa" else {})}
-    prefixes = [(f"model.layers.{k}.", layer) for k in range(llama["num_hidden_layers"])]
-    prefixes += [(f"mtp_heads.{i}.", head) for i in range(2, export["num_heads"] + 1)]
-    return shapes | {prefix + key: shape for prefix, part in prefixes for key, shape in part.items()}
 
 
 def _check_draft(folder: Path, draft: Draft, tensors: TensorSource) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mtp_megatron.errors import ConfigError, MTPError
-from mtp_megatron.serving.drafts import EAGLE3_FOLDER, HEADS_FOLDER
+from mtp_megatron.serving.drafts import EAGLE3_FOLDER, HEADS_FOLDER, MEDUSA_FOLDER, drafts_in
 from mtp_megatron.serving.engine import EngineRound, EngineRun, run_vllm
 from mtp_megatron.serving.engine_command import speculative_config
 from mtp_megatron.serving.llama import HeadsLlama
@@ -112,14 +112,15 @@ def check_heads(simulations: Sequence[Simulation]) -> None:
 
 
 def engine_runs(bundle: Path, heads: int, *, eager: bool, rounds: int = 2) -> list[EngineRun]:
-    """Plain decoding, every number of heads, and head 2 as a stock draft."""
+    """Plain decoding, and every draft of the bundle with every number of heads that it takes."""
     options = {"enforce_eager": True} if eager else {}
+    numbers = {HEADS_FOLDER: range(1, heads + 1), MEDUSA_FOLDER: (heads,), EAGLE3_FOLDER: (1,)}
     runs = [EngineRun(PLAIN, None, options, rounds)]
-    for count in range(1, heads + 1):
-        config = speculative_config(bundle.absolute(), HEADS_FOLDER, count)
-        runs.append(EngineRun(f"{HEADS_FOLDER} {count}", config, options, rounds))
-    config = speculative_config(bundle.absolute(), EAGLE3_FOLDER, 1)
-    return [*runs, EngineRun(f"{EAGLE3_FOLDER} 1", config, options, rounds)]
+    for draft in drafts_in(bundle):
+        for count in numbers[draft]:
+            config = speculative_config(bundle.absolute(), draft, count)
+            runs.append(EngineRun(f"{draft} {count}", config, options, rounds))
+    return runs
 
 
 def run_engines(
@@ -139,6 +140,7 @@ def run_engines(
         engine_runs(bundle, heads, eager=eager),
         max_new_tokens=simulations[0].max_new_tokens,
         context=context,
+        plugin=HEADS_FOLDER in drafts_in(bundle),
         quiet=quiet,
     )
     results = []

@@ -154,11 +154,12 @@ def rope_scaling(model: ModelSection) -> RopeScaling | None:
 def build_trainable(recipe: Recipe) -> Trainable:
     """Allocate this rank's share of the model and its optimizer; the world must be up (:mod:`.world`)."""
     config = transformer_config(recipe)
-    models = _build_models(recipe, config)
+    models = [model.to(compat.device()) for model in build_models(recipe, config)]
     return _wrap(recipe, config, models)
 
 
-def _build_models(recipe: Recipe, config: TransformerConfig) -> list[MTPGPTModel]:
+def build_models(recipe: Recipe, config: TransformerConfig) -> list[MTPGPTModel]:
+    """This rank's chunks of the model, where torch's default device puts them (``meta``: no memory is taken)."""
     from megatron.core import parallel_state
 
     from mtp_megatron.model import build_model
@@ -183,7 +184,7 @@ def _build_models(recipe: Recipe, config: TransformerConfig) -> list[MTPGPTModel
             vp_stage=stage,
             transformer_engine=recipe.train.transformer_engine,
         )
-        models.append(model.to(compat.device()))
+        models.append(model)
     return models
 
 

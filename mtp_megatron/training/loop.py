@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from mtp_megatron import compat
 from mtp_megatron.data.dataset import build_datasets
 from mtp_megatron.data.loader import build_train_iterator, build_valid_batches, count_valid_batches
 from mtp_megatron.errors import ConfigError
+from mtp_megatron.training.agreement import job_store, preflight_together, require_shared
 from mtp_megatron.training.batches import chunk_iterators
 from mtp_megatron.training.build import Trainable, build_trainable
 from mtp_megatron.training.checkpoint_files import latest_complete
@@ -25,9 +27,8 @@ from mtp_megatron.training.checkpointing import (
 )
 from mtp_megatron.training.evaluation import Evaluation, evaluate
 from mtp_megatron.training.initial_weights import load_weights
-from mtp_megatron.training.preflight import Plan, preflight
+from mtp_megatron.training.preflight import Plan
 from mtp_megatron.training.recipe import Recipe
-from mtp_megatron.training.run_folder import RunFolder
 from mtp_megatron.training.run_log import RunLog
 from mtp_megatron.training.signals import StopRequest, stop_on_signal
 from mtp_megatron.training.step import TrainingDiverged, train_step
@@ -53,14 +54,16 @@ class Outcome:
 def train(recipe: Recipe) -> Outcome:
     """Train, or resume, a run: called by every rank of the job.
 
-    SIGTERM or SIGINT to any rank lets the current step finish, saves a checkpoint and returns.
+    SIGTERM, SIGINT or SIGHUP to any rank lets the current step finish, saves a checkpoint and returns.
 
     Raises:
-        ConfigError, DataError, CheckpointError: before anything is allocated, see :func:`.preflight.preflight`.
+        ConfigError, DataError, CheckpointError, JobError: before anything is allocated, see
+            :func:`.agreement.preflight_together`.
         TrainingDiverged: a loss or gradient norm became NaN or infinite; names the last good checkpoint.
     """
-    plan = preflight(recipe, launched_world_size())
-    with stop_on_signal() as stop, model_parallel_world(plan.recipe), _locked(plan.folder):
+    store = job_store(recipe)
+    plan = preflight_together(recipe, launched_world_size(), store)
+    with stop_on_signal() as stop, model_parallel_world(plan.recipe, store), _locked(plan):
         return _Session(plan, stop).run()
 
 
@@ -166,17 +169,29 @@ def _due(step: int, interval: int) -> bool:
 
 
 @contextmanager
-def _locked(folder: RunFolder) -> Iterator[None]:
-    """Hold the run's folder against a second job; the lock ends with this process, however it dies."""
+def _locked(plan: Plan) -> Iterator[None]:
+    """Hold the run's folder against a second job, and be sure that every rank sees this folder; collective.
+
+    The lock is rank 0's and ends with its process, however it dies.
+    """
+    folder, patience = plan.folder, 60 * plan.recipe.train.timeout_minutes
     if dist.get_rank() != 0:
+        require_shared(folder.path, folder.lock, patience)
         yield
         return
     folder.path.mkdir(parents=True, exist_ok=True)
-    with folder.lock.open("w") as lock:
+    with folder.lock.open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConfigError(
+            refusal = ConfigError(
                 "run.path", str(folder.path), "another job is writing to it", "Wait for it to end, or choose another."
-            ) from error
+            )
+            require_shared(folder.path, folder.lock, patience, complaint=str(refusal))
+            raise refusal from error
+        token = uuid.uuid4().hex
+        lock.truncate(0)
+        lock.write(token)
+        lock.flush()
+        require_shared(folder.path, folder.lock, patience, token=token)
         yield

@@ -1,4 +1,5 @@
-"""Stopping on request: SIGTERM or SIGINT let the step finish, save and exit with status 0."""
+"""Stopping on request: SIGTERM, SIGINT or SIGHUP (a terminal that closes) let the step finish, save and exit with
+status 0."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
@@ -20,13 +23,13 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Record SIGTERM and SIGINT instead of dying of them; the former handlers return at the end."""
+    """Record the signals instead of dying of them; the former handlers return at the end."""
     request = StopRequest()
 
     def note(number: int, frame: FrameType | None) -> None:
         request.signal = signal.Signals(number)
 
-    former = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    former = {number: signal.signal(number, note) for number in _SIGNALS}
     try:
         yield request
     finally:

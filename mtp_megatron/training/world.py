@@ -11,7 +11,7 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, Store
 
 from mtp_megatron import compat
 from mtp_megatron.errors import ConfigError
@@ -26,11 +26,15 @@ def launched_world_size() -> int:
 
 
 @contextmanager
-def model_parallel_world(recipe: Recipe) -> Iterator[None]:
+def model_parallel_world(recipe: Recipe, store: Store | None = None) -> Iterator[None]:
     """Join the job: process group, model parallel groups, seeds; leave it again at the end.
 
     The process group comes from the environment that torchrun sets, or is this process alone; one that exists already
     is used and left as it is.
+
+    Args:
+        recipe: resolved.
+        store: the launcher's, if the ranks have met there already (:func:`.agreement.job_store`).
 
     Raises:
         ConfigError: this node starts more ranks than it has GPUs.
@@ -43,7 +47,10 @@ def model_parallel_world(recipe: Recipe) -> Iterator[None]:
     if torch.cuda.is_available():
         _check_local_rank()
         torch.cuda.set_device(compat.device())
-    if owns_group and "RANK" in os.environ:
+    if owns_group and store is not None:
+        rank, size = int(os.environ["RANK"]), launched_world_size()
+        dist.init_process_group(compat.backend(), store=store, rank=rank, world_size=size, timeout=timeout)
+    elif owns_group and "RANK" in os.environ:
         dist.init_process_group(compat.backend(), timeout=timeout)
     elif owns_group:
         dist.init_process_group(compat.backend(), store=HashStore(), rank=0, world_size=1, timeout=timeout)

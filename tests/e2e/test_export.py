@@ -25,7 +25,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
-def megatron_logits(rank: int, world_size: int, checkpoint: str, tied: bool) -> Tensor:
+def megatron_logits(rank: int, world_size: int, checkpoint: str, tied: bool, kind: str) -> Tensor:
     """For ``run_world``: logits ``[n, 32, V]`` of every head by Megatron's own modules, loaded at TP1 x PP1."""
     from megatron.core import dist_checkpointing, parallel_state
 
@@ -37,7 +37,7 @@ def megatron_logits(rank: int, world_size: int, checkpoint: str, tied: bool) -> 
     with parallel():
         model = build_model(
             tiny_config(),
-            HeadsConfig(n=HEADS),
+            HeadsConfig(n=HEADS, kind=kind),
             vocab_size=VOCAB,
             padded_vocab_size=padded,
             max_sequence_length=32,
@@ -67,10 +67,19 @@ def transformers_logits(rank: int, world_size: int, folder: str) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "tied", "kind"),
+    [
+        (1, 1, False, "transformer"),
+        (1, 1, True, "transformer"),
+        (2, 2, False, "transformer"),
+        (2, 2, True, "transformer"),
+        (2, 2, False, "linear"),
+        (2, 1, True, "medusa"),
+    ],
+)
 def test_the_export_has_the_logits_of_the_megatron_model(
-    data: Path, tmp_path: Path, tensor: int, pipeline: int, tied: bool
+    data: Path, tmp_path: Path, tensor: int, pipeline: int, tied: bool, kind: str
 ) -> None:
     tree = tiny_tree(
         data,
@@ -81,9 +90,10 @@ def test_the_export_has_the_logits_of_the_megatron_model(
         train__eval_batches=0,
     )
     tree["model"]["tied_embeddings"] = tied
+    tree["heads"]["kind"] = kind
     run_world(train_body, tensor * pipeline, tree)
     assert main(["convert", str(tmp_path / "run"), "--output", str(tmp_path / "hf"), "--quiet"]) == 0
-    (megatron,) = run_world(megatron_logits, 1, str(tmp_path / "run" / "checkpoints" / "iter_0000003"), tied)
+    (megatron,) = run_world(megatron_logits, 1, str(tmp_path / "run" / "checkpoints" / "iter_0000003"), tied, kind)
 
     (theirs,) = run_world(transformers_logits, 1, str(tmp_path / "hf"), fresh=True)  # without megatron's stand-ins
     with torch.inference_mode():
@@ -136,7 +146,7 @@ def test_a_decoder_that_does_not_roll_back_is_found_out(
 
     def forgetful(self: Caches, length: int) -> None:
         """Keeps every rejected position that there is room for."""
-        first_rows(self, min(length + 1, self.head1.length))
+        first_rows(self, min(length + 1, self.length))
 
     monkeypatch.setattr(Caches, "truncate", forgetful)
     monkeypatch.setattr(

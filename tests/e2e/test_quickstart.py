@@ -52,7 +52,7 @@ def check_results(run: Path, out: str, heads: int) -> None:
     assert [row["heads"] for row in speculative["by_heads"]] == list(range(1, heads + 1))
     assert 1.0 <= speculative["tokens_per_forward"] <= heads
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert (run / "hf" / "mtp_heads.safetensors").exists()
+    assert (run / "export" / "mtp-heads" / "mtp_heads.safetensors").exists()
     assert "head  validation loss  validation accuracy" in out
     assert "tokens per forward, speedup" in out
 

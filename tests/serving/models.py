@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +64,8 @@ def random_weights(config: DecoderConfig = CONFIG, seed: int = 0) -> dict[str, T
 
 
 @functools.cache
-def trained_weights(tied: bool = False, steps: int = 220) -> dict[str, Tensor]:
-    """Heads 2 to 4 are disturbed after training, each the more, so that some of their drafts are wrong."""
-    config = replace(CONFIG, tied=tied)
+def trained_weights(config: DecoderConfig = CONFIG, steps: int = 220) -> dict[str, Tensor]:
+    """Heads 2 to 4 are disturbed after training, so that some of their drafts are wrong."""
     weights = {key: tensor.requires_grad_() for key, tensor in random_weights(config).items()}
     optimizer = torch.optim.AdamW(weights.values(), lr=5e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -83,14 +81,15 @@ def trained_weights(tied: bool = False, steps: int = 220) -> dict[str, Tensor]:
         optimizer.step()
         schedule.step()
     generator = torch.Generator().manual_seed(3)
+    noise = {"transformer": 0.2, "linear": 0.05, "medusa": 0.15}[config.head_kind]
     with torch.no_grad():
         for key, tensor in weights.items():
             if key.startswith("mtp_heads.") and tensor.dim() == 2:
-                tensor += torch.randn(tensor.shape, generator=generator) * 0.2
+                tensor += torch.randn(tensor.shape, generator=generator) * noise
     return {key: tensor.detach() for key, tensor in weights.items()}
 
 
-def llama_config(config: DecoderConfig = CONFIG, dtype: str = "float32", kind: str = "transformer") -> dict[str, Any]:
+def llama_config(config: DecoderConfig = CONFIG, dtype: str = "float32") -> dict[str, Any]:
     """``config.json`` of an export; head 1 is a layer only where the heads are layers."""
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -98,7 +97,7 @@ def llama_config(config: DecoderConfig = CONFIG, dtype: str = "float32", kind: s
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": _FFN,
-        "num_hidden_layers": config.num_trunk_layers + (kind == "transformer"),
+        "num_hidden_layers": config.num_trunk_layers + config.heads_are_layers,
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
@@ -117,14 +116,14 @@ def llama_config(config: DecoderConfig = CONFIG, dtype: str = "float32", kind: s
     }
 
 
-def mtp_config(config: DecoderConfig = CONFIG, dtype: str = "float32", kind: str = "transformer") -> dict[str, Any]:
+def mtp_config(config: DecoderConfig = CONFIG, dtype: str = "float32") -> dict[str, Any]:
     """``mtp_config.json`` of an export."""
     return {
         "format": "mtp_megatron export",
         "version": 1,
         "num_heads": config.num_heads,
         "num_trunk_layers": config.num_trunk_layers,
-        "heads": {"n": config.num_heads, "kind": kind, "arrangement": "parallel", "unembedding": "shared"},
+        "heads": {"n": config.num_heads, "kind": config.head_kind, "arrangement": "parallel", "unembedding": "shared"},
         "dtype": dtype,
         "tokenizer": {"kind": "bytes", "sha256": ByteTokenizer().sha256, "eod": ByteTokenizer.eod},
         "source": {"checkpoint": "iter_0000007", "step": 7, "fingerprint": "0" * 64},
@@ -137,7 +136,6 @@ def write_export(
     weights: dict[str, Tensor],
     config: DecoderConfig = CONFIG,
     dtype: torch.dtype = torch.float32,
-    kind: str = "transformer",
 ) -> Path:
     """What ``convert --to hf`` writes, without the conversion."""
     from mtp_megatron.checkpoint.hf_tokenizer import tokenizer_files
@@ -154,8 +152,8 @@ def write_export(
         save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
         index = {"metadata": {"total_size": 0}, "weight_map": dict.fromkeys(tensors, f"{stem}.safetensors")}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(llama_config(config, name, kind)))
-    (folder / "mtp_config.json").write_text(json.dumps(mtp_config(config, name, kind)))
+    (folder / "config.json").write_text(json.dumps(llama_config(config, name)))
+    (folder / "mtp_config.json").write_text(json.dumps(mtp_config(config, name)))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ByteTokenizer.eod, "do_sample": False}))
     for file, content in tokenizer_files(ByteTokenizer(), config.context)[0].items():
         (folder / file).write_bytes(content)

@@ -292,8 +292,8 @@ def test_missing_and_unknown_tensors_are_refused_by_name(tmp_path: Path) -> None
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:
     wide = dataclasses.replace(SHAPE, hidden_size=64)
     refused(tmp_path, "shape .* a checkpoint of another architecture", tensors=random_tensors(wide))
-    heads = {"n": 3, "kind": "medusa", "arrangement": "parallel", "unembedding": "shared"}
-    refused(tmp_path, r"heads\.kind=medusa cannot be written as Llama layers", heads=heads)
+    heads = {"n": 3, "kind": "transformer", "arrangement": "causal", "unembedding": "shared"}
+    refused(tmp_path, r"heads\.arrangement=causal cannot be written in another layout", heads=heads)
     refused(tmp_path, "incomplete or of another version", heads={"n": 3})
     refused(tmp_path, "is below its tokenizer's 257", vocab_size=200)
 

@@ -11,7 +11,8 @@ from mtp_megatron.errors import ConfigError
 from mtp_megatron.serving import decode
 from mtp_megatron.serving.compare import compare, report, table
 from mtp_megatron.serving.decode import Generation, generate
-from mtp_megatron.serving.llama import Caches, HeadsLlama, LayerCache
+from mtp_megatron.serving.layer import LayerCache
+from mtp_megatron.serving.llama import Caches, HeadsLlama
 from tests.decoders import CONFIG, VOCAB, prompts, random_weights, trained_decoder, trained_weights
 
 NEW = 50

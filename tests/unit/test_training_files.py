@@ -174,11 +174,12 @@ def test_nan_is_null_in_metrics(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["head_loss"] == [1.0, None]
 
 
-def test_signals_are_noted_inside_and_left_alone_outside() -> None:
-    former = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_are_noted_inside_and_left_alone_outside(number: signal.Signals) -> None:
+    former = signal.getsignal(number)
     with stop_on_signal() as stop:
         assert not stop
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         assert stop
-        assert stop.signal is signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) == former
+        assert stop.signal is number
+    assert signal.getsignal(number) == former

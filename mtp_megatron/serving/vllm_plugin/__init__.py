@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # The draft's ``architectures``. vLLM takes a name that starts or ends with "Eagle3" as it is
 # (vllm.transformers_utils.configs.eagle.EAGLEConfig) and would put "Eagle3" before any other.
-ARCHITECTURE = "MTPHeadsLlamaEagle3"
+ARCHITECTURE = "MTPHeadsEagle3"
 # Marks the slots that vLLM adds behind each request's last token, one for each draft after the first. No token has it.
 MASK_TOKEN_ID = -1
 

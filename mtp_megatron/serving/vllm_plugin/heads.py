@@ -1,7 +1,7 @@
-"""All further heads as one vLLM draft: n - 1 Llama layers side by side, each reading z with its own key/value cache.
+"""All further heads as one vLLM draft: n - 1 layers side by side, each reading z with its own key/value cache.
 
 Shapes: ``T`` rows of a batch, ``h`` hidden, ``k`` heads in use (the speculative tokens). Under tensor parallelism each
-layer is sharded as vLLM's own Llama layers are; z and what is returned are whole.
+layer is sharded as vLLM's own layers are; z and what is returned are whole.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.models.llama import LlamaDecoderLayer
 from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer
+from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 
 from mtp_megatron.serving.vllm_plugin import MASK_TOKEN_ID
@@ -29,6 +31,15 @@ _STACKED = {
     ".gate_proj": (".gate_up_proj", 0),
     ".up_proj": (".gate_up_proj", 1),
 }
+
+
+def _layer(config: Any, target: VllmConfig, prefix: str) -> nn.Module:
+    """vLLM's own layer of the model's family; a head is a layer as the trunk's are."""
+    # Not model_type: vLLM wraps a draft's configuration in one of its own.
+    family = {"qwen2": Qwen2DecoderLayer, "qwen3": Qwen3DecoderLayer}.get(config.mtp_layers)
+    if family is None:  # Llama, and Mistral without its window
+        return LlamaDecoderLayer(target, prefix=prefix, config=config)
+    return family(config, target.cache_config, target.quant_config, prefix)
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1, "hidden_states": 0})
@@ -48,8 +59,7 @@ class HeadLayers(nn.Module):
         target = get_current_vllm_config()
         # Numbered after the target's layers: vLLM tells caches apart by the number in the layer's name.
         self.layers = nn.ModuleList(
-            LlamaDecoderLayer(target, prefix=maybe_prefix(prefix, f"layers.{first_layer + i}"), config=self.config)
-            for i in range(count)
+            _layer(self.config, target, maybe_prefix(prefix, f"layers.{first_layer + i}")) for i in range(count)
         )
         self.norm = RMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
         # The heads read no token. vLLM replaces this by the target's embedding, which it expects to find.
@@ -72,7 +82,7 @@ class HeadLayers(nn.Module):
         return drafted, drafted
 
 
-class MTPHeadsLlamaEagle3(Eagle3LlamaForCausalLM):
+class MTPHeadsEagle3(Eagle3LlamaForCausalLM):
     """The draft model: ``{"method": "eagle3", "num_speculative_tokens": k, "parallel_drafting": true}``.
 
     A subclass because vLLM's proposer accepts only its own EAGLE-3 classes; nothing of their computation is used.

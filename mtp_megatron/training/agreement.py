@@ -1,0 +1,236 @@
+"""Starting together: the ranks of a job, perhaps on several hosts, tell one another how their checks went, and all of
+them go on or none does.
+
+Each rank checks what its own host shows it (:mod:`.preflight`). Without this step a host on which a check fails would
+leave the others waiting for it until ``train.timeout_minutes``, and hosts with different recipes, data or versions
+would train something that nobody asked for. Nothing is allocated before the ranks agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
+
+from mtp_megatron import __version__, compat
+from mtp_megatron.errors import ConfigError, MTPError
+from mtp_megatron.training.checkpoint_files import differences
+from mtp_megatron.training.preflight import Plan, preflight
+from mtp_megatron.training.recipe import Recipe
+
+# May differ from host to host: where folders are mounted, and how many processes read.
+_LOCAL_KEYS = {"data": {"path", "workers"}, "run": {"path"}}
+SEEN_WITHIN = 30.0  # seconds; network file systems show other hosts' writes late
+_READ_WITHIN = timedelta(seconds=30)
+
+Exchange = Callable[[str], list[str]]
+
+
+class JobError(MTPError):
+    """This rank could start, but the job cannot: the message names the ranks and hosts that are the reason."""
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What one rank says after its checks.
+
+    Attributes:
+        rank, host: who says it.
+        error: why it cannot start; empty where it can.
+        facts: what all ranks must have in common, by the name of the setting.
+    """
+
+    rank: int
+    host: str
+    error: str
+    facts: dict[str, Any]
+
+
+def job_store(recipe: Recipe) -> Store | None:
+    """The key-value store of the launcher, through which the ranks meet; None for a process alone, or where a process
+    group exists already."""
+    if dist.is_initialized() or "RANK" not in os.environ:
+        return None
+    timeout = timedelta(minutes=recipe.train.timeout_minutes)
+    store: Store
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    return store
+
+
+def preflight_together(recipe: Recipe, world_size: int, store: Store | None) -> Plan:
+    """:func:`.preflight.preflight` on every rank; collective.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: this rank's own complaint; or, on all ranks, a setting in which they
+            differ.
+        JobError: another rank has a complaint, or did not report within ``train.timeout_minutes``.
+    """
+    if store is None and not dist.is_initialized():
+        return preflight(recipe, world_size)
+    tell = _exchange(store, "preflight", world_size, recipe.train.timeout_minutes)
+    try:
+        plan = preflight(recipe, world_size)
+    except MTPError as error:
+        with contextlib.suppress(JobError):  # also without an answer, its own complaint is what this rank has to say
+            tell(_statement(str(error), {}))
+        raise
+    compare([Statement(**json.loads(text)) for text in tell(_statement("", _facts(plan)))])
+    return plan
+
+
+def compare(statements: Sequence[Statement]) -> None:
+    """Accept the statements of all ranks, or raise on every rank alike.
+
+    Raises:
+        JobError: a rank has an error.
+        ConfigError: a rank has other settings, data or versions than rank 0.
+    """
+    failed = [statement for statement in statements if statement.error]
+    if failed:
+        first = failed[0]
+        more = f" ({len(failed)} of {len(statements)} ranks have errors)" if len(failed) > 1 else ""
+        raise JobError(f"rank {first.rank} on {first.host} cannot start: {first.error}{more}")
+    zero = statements[0]
+    for other in statements[1:]:
+        for field, value in zero.facts.items():
+            theirs = other.facts.get(field)
+            if theirs == value:
+                continue
+            shown = "; ".join(differences(value, theirs)) if isinstance(value, dict) else f"{theirs!r} here"
+            raise ConfigError(
+                field,
+                value if not isinstance(value, dict) else "...",
+                f"rank {other.rank} on {other.host} has another one than rank 0 on {zero.host} ({shown})",
+                "Start every host with the same command, data and environment.",
+            )
+
+
+def require_shared(path: Path, proof: Path, patience: float, *, token: str = "", complaint: str = "") -> None:
+    """Check that every rank finds in ``proof`` what rank 0 wrote there; collective, the process group must be up.
+
+    Args:
+        path: the folder that must be shared, for the message.
+        proof: a file in it, written by rank 0.
+        patience: seconds that the ranks may wait for it at most.
+        token: what rank 0 wrote; of no meaning on other ranks.
+        complaint: why rank 0 did not, and will raise by itself; of no meaning on other ranks.
+
+    Raises:
+        ConfigError: on every rank; names the hosts that see another folder.
+        JobError: on the other ranks, when rank 0 has a complaint.
+    """
+    said: list[Any] = [token, complaint]
+    dist.broadcast_object_list(said, src=0, device=compat.device())
+    if said[1]:
+        if dist.get_rank() == 0:
+            return
+        raise JobError(f"rank 0 cannot start: {said[1]}")
+    deadline = time.monotonic() + min(SEEN_WITHIN, patience)
+    while not (seen := _read(proof) == said[0]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (platform.node(), seen))
+    blind = sorted({host for host, saw in everyone if not saw})
+    if blind:
+        raise ConfigError(
+            "run.path",
+            str(path),
+            f"it is not one shared folder: {', '.join(blind)} cannot see what {everyone[0][0]} wrote in it",
+            "Mount the same folder there on every host.",
+        )
+
+
+def _statement(error: str, facts: dict[str, Any]) -> str:
+    return json.dumps(asdict(Statement(_rank(), platform.node(), error, facts)))
+
+
+def _facts(plan: Plan) -> dict[str, Any]:
+    tree = plan.recipe.model_dump(mode="json")
+    kept = {
+        section: {key: value for key, value in values.items() if key not in _LOCAL_KEYS.get(section, ())}
+        for section, values in tree.items()
+    }
+    return {
+        "recipe": kept,
+        "data fingerprint": plan.manifest.fingerprint,
+        "mtp_megatron version": __version__,
+        "megatron-core version": str(compat.MCORE_VERSION),
+        "torch version": torch.__version__.partition("+")[0],
+    }
+
+
+def _exchange(store: Store | None, name: str, world_size: int, minutes: float) -> Exchange:
+    if store is None:
+        return _through_group
+    return partial(through_store, store, name, _rank(), world_size, timeout=timedelta(minutes=minutes))
+
+
+def _through_group(text: str) -> list[str]:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(compat.device())  # NCCL sends from the current device
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, text)
+    return told
+
+
+def through_store(store: Store, name: str, rank: int, world_size: int, text: str, timeout: timedelta) -> list[str]:
+    """Every rank's text, by rank.
+
+    Raises:
+        JobError: names the ranks that did not report in time.
+    """
+    keys = [f"mtp_megatron/{name}/{other}" for other in range(world_size)]
+    try:
+        store.set(keys[rank], text)
+        store.wait(keys, timeout)
+        told = [store.get(key).decode() for key in keys]
+        store.set(f"{keys[rank]}/read", "")
+    except dist.DistNetworkError as error:
+        raise JobError("rank 0 has ended, and with it the job: look for its error in the log of its host.") from error
+    except dist.DistStoreError as error:
+        missing = [other for other, key in enumerate(keys) if not store.check([key])]
+        raise JobError(
+            f"{len(missing)} of {world_size} ranks did not report within {timeout.total_seconds():g} s: "
+            f"{_ranges(missing)}. Look for their errors in the logs of their hosts."
+        ) from error
+    if rank == 0:  # its process may host the store, and may end now: not before the others have read
+        with contextlib.suppress(dist.DistError):
+            store.wait([f"{key}/read" for key in keys], min(timeout, _READ_WITHIN))
+    return told
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``[0, 4, 5, 6]`` as ``0, 4-6``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"])
+
+
+def _read(file: Path) -> str | None:
+    """Its text; None if it is not there, looked up anew (NFS remembers that a name was absent until it is listed)."""
+    try:
+        list(file.parent.parent.iterdir())
+        return file.read_text(encoding="utf-8")
+    except OSError:
+        return None

@@ -1,0 +1,127 @@
+"""A job whose ranks disagree, or of which some cannot start: every rank is told why, before anything is allocated."""
+
+from __future__ import annotations
+
+import os
+import threading
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed import HashStore
+
+from mtp_megatron.errors import ConfigError
+from mtp_megatron.training.agreement import JobError, Statement, compare, through_store
+from tests.harness import run_world
+from tests.training_runs import make_data, tiny_tree
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def start_body(rank: int, world_size: int, trees: list[dict[str, Any]]) -> tuple[str, str, bool]:
+    """For ``run_world``: start to train with this rank's own recipe; returns the error, and whether a model was
+    built."""
+    from mtp_megatron.errors import MTPError
+    from mtp_megatron.training import agreement, loop
+    from mtp_megatron.training.recipe_io import parse_recipe
+
+    built = []
+
+    def build(recipe: Any) -> None:
+        built.append(recipe)
+        raise MTPError("built")
+
+    former, loop.build_trainable = loop.build_trainable, build  # what takes memory
+    patience, agreement.SEEN_WITHIN = agreement.SEEN_WITHIN, 1.0
+    try:
+        loop.train(parse_recipe(trees[rank]))
+    except MTPError as error:
+        return type(error).__name__, str(error), bool(built)
+    finally:
+        loop.build_trainable, agreement.SEEN_WITHIN = former, patience
+    raise AssertionError("nothing was raised")
+
+
+def started(*trees: dict[str, Any]) -> list[tuple[str, str, bool]]:
+    return run_world(start_body, len(trees), list(trees))
+
+
+def test_a_job_whose_ranks_agree_builds_its_model(data: Path, tmp_path: Path) -> None:
+    tree = tiny_tree(data, tmp_path / "run", parallel__pipeline=2)
+    assert started(tree, tree) == [("MTPError", "built", True)] * 2
+
+
+def test_data_missing_on_one_rank_ends_them_all(data: Path, tmp_path: Path) -> None:
+    good = tiny_tree(data, tmp_path / "run", parallel__pipeline=2)
+    bad = tiny_tree(tmp_path / "absent", tmp_path / "run", parallel__pipeline=2)
+    (kind, said, built), (own_kind, own_said, own_built) = started(good, bad)
+    assert (kind, own_kind) == ("JobError", "DataError")
+    assert said.startswith("rank 1 on ")
+    assert own_said in said
+    assert not built
+    assert not own_built
+
+
+def test_ranks_with_other_settings_are_refused_by_name(data: Path, tmp_path: Path) -> None:
+    one = tiny_tree(data, tmp_path / "run", parallel__pipeline=2)
+    other = tiny_tree(data, tmp_path / "run", parallel__pipeline=2, train__steps=9)
+    for kind, said, built in started(one, other):
+        assert kind == "ConfigError"
+        assert "rank 1 on " in said
+        assert "train.steps is 8 there and 9 here" in said
+        assert not built
+
+
+def test_a_run_folder_that_is_not_shared_is_refused_with_the_hosts_name(data: Path, tmp_path: Path) -> None:
+    """Two folders of one relative name, as on two hosts without a shared mount: see also the tests of two hosts."""
+    trees = [tiny_tree(data, tmp_path / f"run{rank}", parallel__pipeline=2) for rank in range(2)]
+    for kind, said, built in started(*trees):
+        assert kind == "ConfigError"
+        assert "it is not one shared folder" in said
+        assert os.uname().nodename in said
+        assert not built
+
+
+def test_a_wrong_world_size_is_refused_by_every_rank(data: Path, tmp_path: Path) -> None:
+    tree = tiny_tree(data, tmp_path / "run", parallel__pipeline=4)
+    for kind, said, built in started(tree, tree):
+        assert kind == "ConfigError"
+        assert said.startswith("world size=2: ")
+        assert "Start a multiple of 4 ranks" in said
+        assert not built
+
+
+# --- the exchange through the launcher's store, without processes ---
+
+
+def test_through_a_store_each_rank_gets_every_text_in_order() -> None:
+    store, told = HashStore(), {}
+
+    def rank(number: int) -> None:
+        told[number] = through_store(store, "x", number, 3, f"text {number}", timedelta(seconds=20))
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert told == {number: ["text 0", "text 1", "text 2"] for number in range(3)}
+
+
+def test_ranks_that_do_not_report_are_named() -> None:
+    store = HashStore()
+    store.set("mtp_megatron/x/3", "here")
+    with pytest.raises(JobError, match=r"^4 of 6 ranks did not report within 0\.2 s: 1-2, 4-5\."):
+        through_store(store, "x", 0, 6, "here", timedelta(seconds=0.2))
+
+
+def test_other_versions_are_refused_by_name() -> None:
+    same = [Statement(rank, f"host{rank}", "", {"torch version": "2.13.0"}) for rank in range(3)]
+    compare(same)
+    with pytest.raises(ConfigError, match="rank 3 on host3 has another one than rank 0 on host0") as caught:
+        compare([*same, Statement(3, "host3", "", {"torch version": "2.13.1"})])
+    assert caught.value.field == "torch version"
