@@ -42,6 +42,7 @@ def checkout(tmp_path: Path) -> Path:
     (tmp_path / "tools").mkdir()
     shutil.copy(ROOT / "tools/test.sh", tmp_path / "tools")
     executable(tmp_path / "tools/setup.sh", 'echo "${MTP_VENV:-.venv} ${PYTHON:-}" >>"$(dirname "$0")/calls"')
+    executable(tmp_path / "tools/setup_serving.sh", "exit 0")
     executable(tmp_path / "pyenv/versions/3.12.1/bin/python", 'echo "3 12"')
     environment(tmp_path, ".venv", "3 11", "7 passed in 2 s")
     environment(tmp_path, ".venv-py312", "3 12", "5 passed in 1 s")
