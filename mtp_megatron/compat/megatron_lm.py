@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -84,8 +85,11 @@ def pretrain(
             apart (from 0.18 on); earlier ones parse them inside, so the model provider has to check them too.
     """
     from megatron.core.enums import ModelType
-    from megatron.training import inprocess_restart
+    from megatron.training import inprocess_restart, set_startup_timestamps
     from megatron.training import pretrain as upstream
+
+    # As upstream's scripts do: whether they are set decides about a collective, so it must be alike on every rank.
+    set_startup_timestamps(program_start=time.time(), main_entry=time.time())
 
     known = inspect.signature(upstream).parameters
     settings: dict[str, Any] = {
