@@ -1,6 +1,6 @@
 """Peak memory of a microbatch under DeepSpeed, ZeRO 1 to 3, and under megatron-core's DDP, as heads are added.
 
-    python tools/bench_deepspeed.py            # about a minute on 2 cores
+    python tools/bench_deepspeed.py            # about five minutes
     python tools/bench_deepspeed.py --quick
 
 A model of one trunk layer and n heads, forward and backward, in the middle of an accumulation: gradient buffers exist
