@@ -117,9 +117,8 @@ def measure(args: argparse.Namespace) -> Result:
             if way != HOLDS_GRADIENTS:
                 result.limits.append(Limit(f"{way}: n={args.heads[-1]} over n={args.heads[0]}", row["growth"], 1.05))
     result.notes.append(
-        f"{HOLDS_GRADIENTS} accumulates in the type of the model (fp32 here) by holding a microbatch's reduced gradients "
-        "beside those before, so its row has gradients of the whole model in it, divided by the data parallel ranks: "
-        "they grow with n as the parameters do."
+        f"{HOLDS_GRADIENTS} accumulates in fp32 models by holding a microbatch's reduced gradients beside those before: "
+        "its row holds gradients of the model, divided by the data parallel ranks, which grow with n as parameters do."
     )
     return result
 
