@@ -117,7 +117,7 @@ def measure(args: argparse.Namespace) -> Result:
             if way != HOLDS_GRADIENTS:
                 result.limits.append(Limit(f"{way}: n={args.heads[-1]} over n={args.heads[0]}", row["growth"], 1.05))
     result.notes.append(
-        f"{HOLDS_GRADIENTS} accumulates in fp32 models by holding a microbatch's reduced gradients beside those before: "
+        f"{HOLDS_GRADIENTS} accumulates in fp32 models by holding a microbatch's gradients beside those before: "
         "its row holds gradients of the model, divided by the data parallel ranks, which grow with n as parameters do."
     )
     return result
