@@ -28,6 +28,7 @@ def test_every_block_says_how_it_is_run() -> None:
 
 
 @pytest.mark.deepspeed
+@pytest.mark.timeout(1200)
 def test_the_launchers_train_and_continue_one_run(tmp_path: Path) -> None:
     data = make_data(tmp_path)
     for name in ("examples", "tools"):
@@ -47,7 +48,7 @@ def test_the_launchers_train_and_continue_one_run(tmp_path: Path) -> None:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=400,
         )
         assert result.returncode == 0, f"{code}\n{result.stdout[-4000:]}\n{result.stderr[-6000:]}"
 
