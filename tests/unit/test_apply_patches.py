@@ -186,7 +186,7 @@ def test_patches_fit_the_installed_sources(tmp_path: Path) -> None:
         write(tmp_path, {name: (sources / name).read_text()})
         subprocess.run(["git", "apply", "--check", str(patch)], cwd=tmp_path, check=True)
         checked.append(patch.stem)
-        (tmp_path / name).write_text((tmp_path / name).read_text().replace("num_dense_layers", "dense_layers"))
+        (tmp_path / name).write_text((tmp_path / name).read_text().replace("mtp_num_layers = 0", "mtp_layers = 0"))
         control = subprocess.run(
             ["git", "apply", "--check", str(patch)], cwd=tmp_path, check=False, capture_output=True
         )
