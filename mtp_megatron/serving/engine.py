@@ -158,6 +158,10 @@ def explain(status: int, output: str | None) -> str:
         remedy = "Install this package there: PYTHON -m pip install --no-deps mtp-megatron (or a checkout of it)."
     elif any("NUMA" in line and "cpu" in line.lower() for line in lines[-_LAST_LINES:]):
         remedy = "Set VLLM_CPU_OMP_THREADS_BIND=nobind."
+    elif any("Unsupported CPU attention configuration" in line for line in lines[-_LAST_LINES:]):
+        remedy = (
+            "vLLM's attention for CPUs has no heads this narrow (32 and more work): use a GPU, or check without vLLM."
+        )
     return f"vLLM ended with status {status}. {remedy}" + (f"\n{last}" if last else "")
 
 
