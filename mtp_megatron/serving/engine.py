@@ -160,7 +160,7 @@ def explain(status: int, output: str | None) -> str:
         remedy = "Set VLLM_CPU_OMP_THREADS_BIND=nobind."
     elif any("Unsupported CPU attention configuration" in line for line in lines[-_LAST_LINES:]):
         remedy = (
-            "vLLM's attention for CPUs has no heads this narrow (32 and more work): use a GPU, or check without vLLM."
+            "vLLM's attention for CPUs has no heads narrower than 32: use a GPU, or check without vLLM."
         )
     return f"vLLM ended with status {status}. {remedy}" + (f"\n{last}" if last else "")
 
