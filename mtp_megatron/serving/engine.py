@@ -159,9 +159,7 @@ def explain(status: int, output: str | None) -> str:
     elif any("NUMA" in line and "cpu" in line.lower() for line in lines[-_LAST_LINES:]):
         remedy = "Set VLLM_CPU_OMP_THREADS_BIND=nobind."
     elif any("Unsupported CPU attention configuration" in line for line in lines[-_LAST_LINES:]):
-        remedy = (
-            "vLLM's attention for CPUs has no heads narrower than 32: use a GPU, or check without vLLM."
-        )
+        remedy = "vLLM's attention for CPUs has no heads narrower than 32: use a GPU, or check without vLLM."
     return f"vLLM ended with status {status}. {remedy}" + (f"\n{last}" if last else "")
 
 
