@@ -27,6 +27,7 @@ def start_body(rank: int, world_size: int, trees: list[dict[str, Any]]) -> tuple
     built."""
     from mtp_megatron.errors import MTPError
     from mtp_megatron.training import agreement, loop
+    from mtp_megatron.training import build as building
     from mtp_megatron.training.recipe_io import parse_recipe
 
     built = []
@@ -35,14 +36,14 @@ def start_body(rank: int, world_size: int, trees: list[dict[str, Any]]) -> tuple
         built.append(recipe)
         raise MTPError("built")
 
-    former, loop.build_trainable = loop.build_trainable, build  # what takes memory
+    former, building.build_trainable = building.build_trainable, build  # what takes memory
     patience, agreement.SEEN_WITHIN = agreement.SEEN_WITHIN, 1.0
     try:
         loop.train(parse_recipe(trees[rank]))
     except MTPError as error:
         return type(error).__name__, str(error), bool(built)
     finally:
-        loop.build_trainable, agreement.SEEN_WITHIN = former, patience
+        building.build_trainable, agreement.SEEN_WITHIN = former, patience
     raise AssertionError("nothing was raised")
 
 
