@@ -104,6 +104,7 @@ def test_double_counting_is_noticed() -> None:
 def test_no_temporary_of_the_unembedding() -> None:
     """Fused, the pass holds no gradient buffer of its own: it hands out `main_grad` itself."""
     from mtp_megatron.head_pass import MegatronHeadPass
+    from mtp_megatron.parameter_access import PLAIN
 
     weight = torch.nn.Parameter(torch.zeros(4, 2))
     weight.main_grad = torch.zeros(4, 2)
@@ -111,6 +112,7 @@ def test_no_temporary_of_the_unembedding() -> None:
         config=SimpleNamespace(gradient_accumulation_fusion=True),
         heads_config=SimpleNamespace(chains=((0,),)),
         unembeddings=lambda: [weight],
+        parameter_access=PLAIN,
     )
     heads = MegatronHeadPass(model, torch.zeros(1, 1, 1), {})
     assert heads._weight_gradient(0) is weight.main_grad
