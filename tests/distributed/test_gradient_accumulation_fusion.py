@@ -113,6 +113,7 @@ def test_no_temporary_of_the_unembedding() -> None:
         heads_config=SimpleNamespace(chains=((0,),)),
         unembeddings=lambda: [weight],
         parameter_access=PLAIN,
+        final_norm=torch.nn.Identity(),
     )
     heads = MegatronHeadPass(model, torch.zeros(1, 1, 1), {})
     assert heads._weight_gradient(0) is weight.main_grad
