@@ -72,7 +72,7 @@ def environment(host: Host, **more: str) -> dict[str, str]:
 
 
 def node(host: Host, head: Host, recipe: Path, log: Path, **more: str) -> subprocess.Popen[bytes]:
-    """examples/torchrun/node.sh on one of two hosts, after another command on it."""
+    """examples/torchrun/node.sh on one of two hosts."""
     env = environment(host, NNODES="2", HEAD=f"{head.name}:{PORT}", JOB_ID=recipe.parent.name, **more)
     script = [str(ROOT / "examples/torchrun/node.sh"), str(recipe)]
     return host.start(["bash", *script], log, env)
