@@ -13,7 +13,7 @@ from mtp_megatron import compat
 from mtp_megatron.compat.hybrid import hybrid_stack_spec, require_hybrid_model
 from mtp_megatron.config import HeadsConfig
 from mtp_megatron.errors import ConfigError
-from mtp_megatron.model import FutureHeads, freeze
+from mtp_megatron.model import FutureHeads, finish
 from mtp_megatron.model_checks import check_config, check_forward
 
 compat.prepare()
@@ -110,16 +110,7 @@ def build_hybrid_model(
         pg_collection=pg_collection,
         vp_stage=vp_stage,
     )
-    if post_process:
-        model.attach_heads(
-            heads,
-            true_vocab_size=vocab_size,
-            padded_vocab_size=padded_vocab_size,
-            vp_stage=vp_stage,
-            pg_collection=model.pg_collection,
-            transformer_engine=transformer_engine,
-        )
-    freeze(model, heads)
+    finish(model, heads, vocab_size, padded_vocab_size, vp_stage, transformer_engine=transformer_engine)
     return model
 
 

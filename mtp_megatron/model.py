@@ -263,7 +263,21 @@ def build_model(
     if rope_scaling is not None:
         # Megatron's own scaling knows one of llama3's four numbers; the frequencies are all that it changes.
         model.rotary_pos_emb.inv_freq = rope_scaling.apply(model.rotary_pos_emb.inv_freq)
-    if post_process:
+    finish(model, heads, vocab_size, padded_vocab_size, vp_stage, transformer_engine=transformer_engine)
+    return model
+
+
+def finish(
+    model: Any,
+    heads: HeadsConfig,
+    vocab_size: int,
+    padded_vocab_size: int,
+    vp_stage: int | None,
+    *,
+    transformer_engine: bool,
+) -> None:
+    """Attach the heads to a trunk's last stage, and freeze what ``heads.trainable`` excludes on any stage."""
+    if model.post_process:
         model.attach_heads(
             heads,
             true_vocab_size=vocab_size,
@@ -273,7 +287,6 @@ def build_model(
             transformer_engine=transformer_engine,
         )
     freeze(model, heads)
-    return model
 
 
 def freeze(model: torch.nn.Module, heads: HeadsConfig) -> None:

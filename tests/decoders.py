@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -61,19 +62,26 @@ def sentences(count: int, length: int, seed: int) -> Tensor:
     return text
 
 
-@functools.cache
-def trained_weights(steps: int = 260) -> dict[str, Tensor]:
-    """Weights after a few seconds of training; heads 2 to 4 are disturbed, so that some of their drafts are wrong."""
-    weights = {key: tensor.requires_grad_() for key, tensor in random_weights().items()}
-    optimizer = torch.optim.AdamW(weights.values(), lr=6e-3, weight_decay=0.0)
+def train_and_disturb(
+    config: DecoderConfig,
+    weights: dict[str, Tensor],
+    text: Callable[[int], Tensor],
+    *,
+    learning_rate: float,
+    steps: int,
+    noise: float,
+) -> dict[str, Tensor]:
+    """Train every head on ``text(step)`` for a few seconds, then disturb heads 2..n: some of their drafts are wrong."""
+    weights = {key: tensor.requires_grad_() for key, tensor in weights.items()}
+    optimizer = torch.optim.AdamW(weights.values(), lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
-        text = sentences(1, 120, seed=1000 + step)[0]
-        model = HeadsLlama(CONFIG, weights)  # views of the leaves, so that gradients reach them
-        caches = model.new_caches(len(text))
-        z, first = model.run(text, caches, rows=len(text))
-        logits = [first, *model.run_further_heads(z, caches, rows=len(text))]
-        loss = torch.stack([F.cross_entropy(row[: -1 - i], text[1 + i :]) for i, row in enumerate(logits)]).sum()
+        tokens = text(step)
+        model = HeadsLlama(config, weights)  # views of the leaves, so that gradients reach them
+        caches = model.new_caches(len(tokens))
+        z, first = model.run(tokens, caches, rows=len(tokens))
+        logits = [first, *model.run_further_heads(z, caches, rows=len(tokens))]
+        loss = torch.stack([F.cross_entropy(row[: -1 - i], tokens[1 + i :]) for i, row in enumerate(logits)]).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -82,8 +90,21 @@ def trained_weights(steps: int = 260) -> dict[str, Tensor]:
     with torch.no_grad():
         for key, tensor in weights.items():
             if key.startswith("mtp_heads.") and tensor.dim() == 2:
-                tensor += torch.randn(tensor.shape, generator=generator) * 0.2
+                tensor += torch.randn(tensor.shape, generator=generator) * noise
     return {key: tensor.detach() for key, tensor in weights.items()}
+
+
+@functools.cache
+def trained_weights() -> dict[str, Tensor]:
+    """Weights whose further heads are partly right."""
+    return train_and_disturb(
+        CONFIG,
+        random_weights(),
+        lambda step: sentences(1, 120, seed=1000 + step)[0],
+        learning_rate=6e-3,
+        steps=260,
+        noise=0.2,
+    )
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 SUMMARY = "convert a model between Megatron, Hugging Face and Meta's layout, or bundle it for serving"
 _LAYOUTS = {"hf": "a Hugging Face folder", "meta": "Meta's layout", "megatron": "a Megatron checkpoint"}
@@ -65,18 +66,7 @@ def run(args: argparse.Namespace) -> int:
         return _bundle(args)
     from mtp_megatron.checkpoint.convert import convert
 
-    result = convert(
-        args.source,
-        args.output,
-        to=args.to,
-        kind=args.kind,
-        heads=args.heads,
-        new_heads=args.new_heads,
-        model_recipe=args.model,
-        dtype=args.dtype,
-        max_shard_bytes=args.max_shard_size,
-        progress=not args.quiet,
-    )
+    result = convert(args.source, args.output, to=args.to, **_common(args))
     if not result.fresh:
         print(f"{result.output} holds {result.source.name} (step {result.step}) already: nothing to do")
         return 0
@@ -90,20 +80,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _common(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "kind": args.kind,
+        "heads": args.heads,
+        "new_heads": args.new_heads,
+        "model_recipe": args.model,
+        "dtype": args.dtype,
+        "max_shard_bytes": args.max_shard_size,
+        "progress": not args.quiet,
+    }
+
+
 def _bundle(args: argparse.Namespace) -> int:
     from mtp_megatron.serving.bundle import write_bundle
 
-    bundle = write_bundle(
-        args.source,
-        args.output,
-        kind=args.kind,
-        heads=args.heads,
-        new_heads=args.new_heads,
-        model_recipe=args.model,
-        dtype=args.dtype,
-        max_shard_bytes=args.max_shard_size,
-        progress=not args.quiet,
-    )
+    bundle = write_bundle(args.source, args.output, **_common(args))
     for notice in bundle.notices:
         print(f"note: {notice}", file=sys.stderr)
     print(

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mtp_megatron.data.tokenizer import ByteTokenizer
 from mtp_megatron.serving.export import DecoderConfig
-from mtp_megatron.serving.llama import HeadsLlama
+from tests.decoders import train_and_disturb
 
 # vLLM's CPU attention has no heads narrower than 32. Three trunk layers, as an EAGLE-3 draft for every reader needs.
 CONFIG = DecoderConfig(
@@ -64,29 +63,16 @@ def random_weights(config: DecoderConfig = CONFIG, seed: int = 0) -> dict[str, T
 
 
 @functools.cache
-def trained_weights(config: DecoderConfig = CONFIG, steps: int = 220) -> dict[str, Tensor]:
+def trained_weights(config: DecoderConfig = CONFIG) -> dict[str, Tensor]:
     """Heads 2 to 4 are disturbed after training, so that some of their drafts are wrong."""
-    weights = {key: tensor.requires_grad_() for key, tensor in random_weights(config).items()}
-    optimizer = torch.optim.AdamW(weights.values(), lr=5e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(steps):
-        text = sentences(1, 120, seed=1000 + step)[0]
-        model = HeadsLlama(config, weights)
-        caches = model.new_caches(len(text))
-        z, first = model.run(text, caches, rows=len(text))
-        logits = [first, *model.run_further_heads(z, caches, rows=len(text))]
-        loss = torch.stack([F.cross_entropy(row[: -1 - i], text[1 + i :]) for i, row in enumerate(logits)]).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    generator = torch.Generator().manual_seed(3)
-    noise = {"transformer": 0.2, "linear": 0.05, "medusa": 0.15}[config.head_kind]
-    with torch.no_grad():
-        for key, tensor in weights.items():
-            if key.startswith("mtp_heads.") and tensor.dim() == 2:
-                tensor += torch.randn(tensor.shape, generator=generator) * noise
-    return {key: tensor.detach() for key, tensor in weights.items()}
+    return train_and_disturb(
+        config,
+        random_weights(config),
+        lambda step: sentences(1, 120, seed=1000 + step)[0],
+        learning_rate=5e-3,
+        steps=220,
+        noise={"transformer": 0.2, "linear": 0.05, "medusa": 0.15}[config.head_kind],
+    )
 
 
 def llama_config(config: DecoderConfig = CONFIG, dtype: str = "float32") -> dict[str, Any]:

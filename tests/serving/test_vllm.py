@@ -73,21 +73,21 @@ def test_chunked_prefill_prefix_caching_and_mixed_batches(bundle, simulations, v
     assert rounds["cached"][1].drafts == expected.drafts
 
 
+def assert_as_simulated(python: str, bundle: Path, simulations, context: int, run: EngineRun, heads: int, **options):
+    """One run of vLLM gives the simulations' text, and accepts the drafts that they accept."""
+    prompts = [simulation.prompt for simulation in simulations]
+    options |= {"max_new_tokens": NEW_TOKENS, "context": context, "quiet": True}
+    (made,) = run_vllm(python, bundle, prompts, [run], **options)[run.name]
+    expected = total(simulations, heads)
+    assert made.tokens == [simulation.text for simulation in simulations]
+    assert (made.drafts, made.accepted) == (expected.drafts, expected.accepted)
+
+
 def test_tensor_parallel(bundle, simulations, vllm_python, context):
     """Two workers, each with half of the attention heads (one key/value head, held by both)."""
     options = {**EAGER, "tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    (made,) = run_vllm(
-        vllm_python,
-        bundle,
-        [simulation.prompt for simulation in simulations],
-        [EngineRun("tp2", speculative_config(bundle, HEADS_FOLDER, 3), options)],
-        max_new_tokens=NEW_TOKENS,
-        context=context,
-        quiet=True,
-    )["tp2"]
-    expected = total(simulations, 3)
-    assert made.tokens == [simulation.text for simulation in simulations]
-    assert (made.drafts, made.accepted) == (expected.drafts, expected.accepted)
+    run = EngineRun("tp2", speculative_config(bundle, HEADS_FOLDER, 3), options)
+    assert_as_simulated(vllm_python, bundle, simulations, context, run, heads=3)
 
 
 def test_tied_embeddings_and_bf16(tmp_path, vllm_python):
@@ -133,18 +133,6 @@ def test_the_eagle3_draft_needs_nothing_of_this_package(bundle, simulations, vll
     environment = {"PYTHONPATH": str(stock), "PYTHONNOUSERSITE": "1"}
     probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('mtp_megatron') is not None)"
     subprocess.run([base, "-P", "-c", probe], check=True, env=environment)
-    (made,) = run_vllm(
-        base,
-        bundle,
-        [simulation.prompt for simulation in simulations],
-        [EngineRun("stock", speculative_config(bundle, EAGLE3_FOLDER, 1), EAGER)],
-        max_new_tokens=NEW_TOKENS,
-        context=context,
-        plugin=False,
-        quiet=True,
-        environment=environment,
-    )["stock"]
-    expected = total(simulations, 1)
-    assert made.tokens == [simulation.text for simulation in simulations]
-    assert (made.drafts, made.accepted) == (expected.drafts, expected.accepted)
+    run = EngineRun("stock", speculative_config(bundle, EAGLE3_FOLDER, 1), EAGER)
+    assert_as_simulated(base, bundle, simulations, context, run, heads=1, plugin=False, environment=environment)
     assert sys.executable != base
