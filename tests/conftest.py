@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported anywhere
+# What DeepSpeed compiles, beside the interpreter it is made for. In the folder that checkouts share by default each of
+# them compiles it anew, and a build that was killed leaves a lock on which every later one waits for ever.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
 
 import pytest
 
@@ -44,6 +49,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in reasons.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("deepspeed"):
+        _compile_deepspeed()
+
+
+@functools.cache
+def _compile_deepspeed() -> None:
+    """Compile what DeepSpeed compiles at its first start, once and before any test's own timeout runs."""
+    for lock in Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("*/lock"):
+        lock.unlink(missing_ok=True)  # of a build that was killed
+    code = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if made.returncode:
+        pytest.fail(f"DeepSpeed's communication does not compile here:\n{made.stdout[-2000:]}{made.stderr[-2000:]}")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -34,7 +34,7 @@ from typing import Any
 from tests.harness_worker import Outcome, Task, Worker
 
 GRACE = 3.0  # seconds that the other ranks get, after a first error, to report theirs
-THREADS = 300  # of one worker between two worlds, above which the workers are replaced
+THREADS = 1000  # of one worker between two worlds, above which the workers are replaced
 CLEANING = 60.0  # seconds to clean up after a body; only a rank stuck in destroying its process groups needs longer
 
 _pools: dict[str, list[Worker]] = {}
@@ -81,7 +81,7 @@ def run_world(
         outcomes = _run(workers, task, timeout)
         until = time.monotonic() + CLEANING
         reusable = not fresh and all(not o.lost and w.ready(until) for o, w in zip(outcomes, workers, strict=True))
-        # Caches of megatron-core keep process groups alive, each with threads of gloo that go on polling.
+        # Caches of megatron-core keep process groups alive, each with threads of gloo.
         reusable = reusable and all(w.threads() <= THREADS for w in workers)
     finally:
         if not reusable:  # also when this process was interrupted
