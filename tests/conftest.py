@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported anywhere
+# What DeepSpeed compiles at its first start is kept in the checkout. torch's own place is shared by all environments of
+# a user, and each of them compiles it again, most of a minute, when another one was the last to start DeepSpeed.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).resolve().parents[1] / ".torch_extensions"))
 
 import pytest
 

@@ -122,7 +122,7 @@ def _engine(model: Any, stage: int, shape: Shape) -> Any:
 
 
 def _buffer_maker(engine: Any) -> Callable[[], None] | None:
-    """What ``DeepSpeedZeroOptimizer.copy_grads_in_partition`` does where it finds no buffer; it takes one that is there.
+    """What ``DeepSpeedZeroOptimizer.copy_grads_in_partition`` does where it finds no buffer; it takes one it finds.
 
     A stage 2 that accumulates in another type than the model's has a lasting buffer and makes none.
     """
