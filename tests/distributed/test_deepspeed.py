@@ -204,18 +204,20 @@ def test_other_settings_train_as_under_megatron_core(name: str, data: Path, tmp_
 
 
 OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
+SUMS_IN_FP32 = {"data_types": {"grad_accum_dtype": "fp32"}}  # as in examples/deepspeed and megatron-core's loop
 BF16: dict[str, dict[str, Any]] = {
-    "ZeRO 0": {"stage": 0},
-    "ZeRO 1, optimizer offloaded": {"stage": 1, **OFFLOADED},
-    "ZeRO 2": {"stage": 2},
-    "ZeRO 3, all offloaded": {"stage": 3, **OFFLOADED, "offload_param": {"device": "cpu"}},
+    "ZeRO 0": zero(0),
+    "ZeRO 1, optimizer offloaded": {"zero_optimization": {"stage": 1, **OFFLOADED}},
+    "ZeRO 2, sums in fp32": {"zero_optimization": {"stage": 2}, **SUMS_IN_FP32},
+    "ZeRO 3, sums in fp32": {"zero_optimization": {"stage": 3}, **SUMS_IN_FP32},
+    "ZeRO 3, all offloaded": {"zero_optimization": {"stage": 3, **OFFLOADED, "offload_param": {"device": "cpu"}}},
 }
 
 
 @pytest.mark.parametrize("name", BF16)
 def test_bf16_and_offload_to_the_cpu_learn(name: str, data: Path, tmp_path: Path) -> None:
     """fp16 is refused on a machine without a GPU (tests/unit/test_deepspeed_settings.py)."""
-    config = {"zero_optimization": BF16[name], "bf16": {"enabled": True}}
+    config = {**BF16[name], "bf16": {"enabled": True}}
     config["optimizer"] = {"type": "AdamW", "params": {"torch_adam": True}}  # its own takes a minute to compile
     tree = deepspeed_tree(data, tmp_path / "run", config, **{**RUN, "train__steps": 20})
     run_world(train_body, 2, tree, timeout=TIMEOUT)
