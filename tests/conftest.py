@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported anywhere
-# What DeepSpeed compiles at its first start is kept in the checkout. torch's own place is shared by all environments of
-# a user, and each of them compiles it again, most of a minute, when another one was the last to start DeepSpeed.
+# What DeepSpeed compiles at its first start is kept in the checkout, made by the ninja of this environment: where
+# torch would keep it, every environment of a user and every version of ninja compiles it again, most of a minute,
+# after another one did.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).resolve().parents[1] / ".torch_extensions"))
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 import pytest
 

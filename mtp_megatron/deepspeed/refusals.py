@@ -32,6 +32,14 @@ def _of_recipe(recipe: Recipe, stage: int) -> Iterator[ConfigError]:
             "and z's gradient for the stage before, in the backward pass",
             f"Set it to 1, or {_MEGATRON} runs PP x TP with optimizer.distributed (ZeRO 1).",
         )
+    if recipe.model.num_experts is not None:
+        yield ConfigError(
+            "model.num_experts",
+            recipe.model.num_experts,
+            "DeepSpeed would average the gradients of different ranks' experts, and megatron-core's schedule, which "
+            "scales the routers' load-balancing loss, does not run",
+            f"Leave it out, or {_MEGATRON} trains experts (parallel.expert).",
+        )
     for name in ("distributed", "overlap_grad_reduce", "overlap_param_gather"):
         if getattr(optimizer, name):
             yield ConfigError(

@@ -131,6 +131,12 @@ def test_auto_and_silence_mean_the_recipe() -> None:
             ["=2", "PipelineModule", "z's gradient", "leave out run.deepspeed", "optimizer.distributed (ZeRO 1)"],
         ),
         (
+            {},
+            {"model": {"num_experts": 4}, "parallel": {"expert": 2}},
+            "model.num_experts",
+            ["=4", "load-balancing", "leave out run.deepspeed"],
+        ),
+        (
             {"zero_optimization": {"stage": 1}},
             {"optimizer": {"distributed": True}},
             "optimizer.distributed",
