@@ -27,9 +27,18 @@ def _of_recipe(recipe: Recipe, stage: int) -> Iterator[ConfigError]:
         yield ConfigError(
             "parallel.pipeline",
             parallel.pipeline,
-            "DeepSpeed pipelines its own PipelineModule (ZeRO 0 and 1 only), which builds and cuts the layers itself; "
-            "these layers are megatron-core's, cut by megatron-core",
+            "DeepSpeed pipelines a PipelineModule (ZeRO 0 and 1 only), which cuts the layers itself and reads the loss "
+            "in the last stage's forward pass. megatron-core cuts these layers, and deferred heads make the loss, "
+            "and z's gradient for the stage before, in the backward pass",
             f"Set it to 1, or {_MEGATRON} runs PP x TP with optimizer.distributed (ZeRO 1).",
+        )
+    if recipe.model.num_experts is not None:
+        yield ConfigError(
+            "model.num_experts",
+            recipe.model.num_experts,
+            "DeepSpeed would average the gradients of different ranks' experts, and megatron-core's schedule, which "
+            "scales the routers' load-balancing loss, does not run",
+            f"Leave it out, or {_MEGATRON} trains experts (parallel.expert).",
         )
     for name in ("distributed", "overlap_grad_reduce", "overlap_param_gather"):
         if getattr(optimizer, name):

@@ -203,10 +203,21 @@ def test_other_settings_train_as_under_megatron_core(name: str, data: Path, tmp_
         assert_alike(metrics(run, kind), metrics(reference, kind))
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_bf16_with_offload_to_the_cpu_learns(stage: int, data: Path, tmp_path: Path) -> None:
-    config = zero(stage, bf16={"enabled": True})
-    config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
+SUMS_IN_FP32 = {"data_types": {"grad_accum_dtype": "fp32"}}  # as in examples/deepspeed and megatron-core's loop
+BF16: dict[str, dict[str, Any]] = {
+    "ZeRO 0": zero(0),
+    "ZeRO 1, optimizer offloaded": {"zero_optimization": {"stage": 1, **OFFLOADED}},
+    "ZeRO 2, sums in fp32": {"zero_optimization": {"stage": 2}, **SUMS_IN_FP32},
+    "ZeRO 3, sums in fp32": {"zero_optimization": {"stage": 3}, **SUMS_IN_FP32},
+    "ZeRO 3, all offloaded": {"zero_optimization": {"stage": 3, **OFFLOADED, "offload_param": {"device": "cpu"}}},
+}
+
+
+@pytest.mark.parametrize("name", BF16)
+def test_bf16_and_offload_to_the_cpu_learn(name: str, data: Path, tmp_path: Path) -> None:
+    """fp16 is refused on a machine without a GPU (tests/unit/test_deepspeed_settings.py)."""
+    config = {**BF16[name], "bf16": {"enabled": True}}
     config["optimizer"] = {"type": "AdamW", "params": {"torch_adam": True}}  # its own takes a minute to compile
     tree = deepspeed_tree(data, tmp_path / "run", config, **{**RUN, "train__steps": 20})
     run_world(train_body, 2, tree, timeout=TIMEOUT)

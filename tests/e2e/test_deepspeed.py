@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from mtp_megatron.cli import main
+from tests.deepspeed_runs import TIMEOUT
 from tests.e2e.test_readme import blocks, unheld
+from tests.harness import run_world
 from tests.training_runs import make_data, metrics
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +23,14 @@ SMALL = (
     "train.micro_batch_size=1 train.global_batch_size=4 train.eval_batches=1 optimizer.warmup_steps=0 "
     "optimizer.decay_steps=4 train.log_interval=1 run.tensorboard=false"
 )
+
+
+def command(rank: int, world_size: int, arguments: list[str]) -> int:
+    """``mtp-megatron ARGUMENTS`` in the checkout, by a process that no launcher started."""
+    os.chdir(ROOT)
+    for name in ("RANK", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    return main(arguments)
 
 
 def test_every_block_says_how_it_is_run() -> None:
@@ -61,7 +72,11 @@ def test_the_launchers_train_and_continue_one_run(tmp_path: Path) -> None:
         run(f"{code.replace('data/mine', str(data))} {SMALL} train.steps={steps}")
         assert max(metrics(tmp_path / "runs/zero2")) == steps
     assert sorted(metrics(tmp_path / "runs/zero2")) == [1, 2, 3, 4]
-    run(f"mtp-megatron train examples/deepspeed/small.yaml data.path={data} run.path=runs/alone {SMALL} train.steps=5")
-    assert max(metrics(tmp_path / "runs/alone")) == 5
-    run("mtp-megatron convert runs/zero2 --to hf --output hf")
+    # What they trained is exported, and one process without a launcher trains too. The commands' own processes are
+    # started elsewhere (tests/e2e/test_quickstart.py).
+    assert main(["convert", str(tmp_path / "runs/zero2"), "--to", "hf", "--output", str(tmp_path / "hf")]) == 0
     assert (tmp_path / "hf" / "config.json").is_file()
+    alone = tmp_path / "runs/alone"
+    overrides = [f"data.path={data}", f"run.path={alone}", *SMALL.split(), "train.steps=2"]
+    assert run_world(command, 1, ["train", "examples/deepspeed/small.yaml", *overrides], timeout=TIMEOUT) == [0]
+    assert max(metrics(alone)) == 2

@@ -124,7 +124,18 @@ def test_auto_and_silence_mean_the_recipe() -> None:
             "optimizer.params.adam_w_mode",
             ["decoupled"],
         ),
-        ({}, {"parallel": {"pipeline": 2}}, "parallel.pipeline", ["PipelineModule", "megatron-core's own loop"]),
+        (
+            {"zero_optimization": {"stage": 1}},
+            {"parallel": {"pipeline": 2}},
+            "parallel.pipeline",
+            ["=2", "PipelineModule", "z's gradient", "leave out run.deepspeed", "optimizer.distributed (ZeRO 1)"],
+        ),
+        (
+            {},
+            {"model": {"num_experts": 4}, "parallel": {"expert": 2}},
+            "model.num_experts",
+            ["=4", "load-balancing", "leave out run.deepspeed"],
+        ),
         (
             {"zero_optimization": {"stage": 1}},
             {"optimizer": {"distributed": True}},
@@ -231,3 +242,17 @@ def test_a_machine_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -
 def test_fp16_needs_deepspeed() -> None:
     with pytest.raises(ConfigError, match=r"run\.deepspeed"):
         check_recipe(parse_recipe({"train": {"precision": "fp16"}}), world_size=1, tokenizer_vocab_size=257)
+
+
+@pytest.mark.deepspeed
+def test_fp16_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before a model is built; on a GPU DeepSpeed trains it, with a loss scale of its own."""
+    import torch
+
+    from mtp_megatron.deepspeed.trainer import build_trainer
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="there is no GPU") as caught:
+        build_trainer(merged_recipe(recipe_of(), {"fp16": {"enabled": True}}, 1))
+    assert (caught.value.field, caught.value.value) == ("train.precision", "fp16")
+    assert "Use bf16" in str(caught.value)
