@@ -16,6 +16,7 @@ _REMEDY = (
     "Put a checkout of Megatron-LM on PYTHONPATH (a release of 0.16.1 to 0.19), or install megatron-core 0.19, whose "
     "wheel brings it"
 )
+_COMPILED = "megatron.core.datasets.helpers_cpp"
 
 
 def missing() -> str | None:
@@ -43,11 +44,25 @@ def prepare() -> None:
     cpu.install_training_loop()
     if not _undo:
         replace(HELPERS, _undo)
+        _find_compiled_helpers()
+
+
+def _find_compiled_helpers() -> None:
+    """Let a checkout use the compiled index builder of the installed wheel, where both are of the same minor release.
+
+    Else upstream compiles its own, which takes pybind11 and a python3-config of the interpreter that runs.
+    """
+    folder = versions.wheel_folder()
+    if folder is None or importlib.util.find_spec(_COMPILED) is not None:
+        return
+    package: Any = importlib.import_module("megatron.core.datasets")
+    package.__path__.append(str(folder / "datasets"))
+    _undo.append(lambda: package.__path__.remove(str(folder / "datasets")))
 
 
 def _unless_compiled(original: Callable[[], None]) -> Callable[[], None]:
     def compile_helpers() -> None:
-        if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
+        if importlib.util.find_spec(_COMPILED) is None:
             original()
 
     return compile_helpers
