@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import time
@@ -35,13 +36,20 @@ def prepare() -> None:
     """Make ``megatron.training`` usable in this process; idempotent, to be called before it is imported.
 
     Raises:
-        EnvironmentUnsupported: it is not there, or of an unsupported release.
+        EnvironmentUnsupported: it is not there, of an unsupported release, or needs a package that is missing.
     """
     problem = missing()
     if problem is not None:
         raise EnvironmentUnsupported(problem)
     devices.prepare()
-    cpu.install_training_loop()
+    try:
+        cpu.install_training_loop()
+        importlib.import_module("megatron.training")
+    except ModuleNotFoundError as error:
+        raise EnvironmentUnsupported(
+            f"megatron.training of Megatron-LM {versions.megatron_core_version()} needs the package {error.name}, "
+            "which is not installed. Install it with pip"
+        ) from error
     if not _undo:
         replace(HELPERS, _undo)
         _find_compiled_helpers()
