@@ -27,7 +27,11 @@ pytestmark = pytest.mark.skipif(TREE is None, reason=REASON)
 
 
 def run(tree: Path, ranks: int, script: Path, folder: Path, *more: object, weights: str | None = None) -> dict:
-    """What a script logged that was started by torchrun with a checkout on the path."""
+    """What a script logged that was started by torchrun with a checkout on the path.
+
+    ``weights`` is for scripts of upstream's, which import Megatron-LM before anything makes a machine without a GPU
+    ready for it (tests/megatron_lm_script.py).
+    """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     runner = [] if weights is None else [str(ROOT / "tests" / "megatron_lm_script.py"), weights]
     path = os.pathsep.join(filter(None, [str(tree), str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -70,7 +74,7 @@ def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_patched_script_trains_heads_as_the_example_does(patched: Path, tmp_path: Path) -> None:
     more = ["--mtp-heads", 3, "--train-iters", 4, "--tensor-model-parallel-size", 2, "--eval-interval", 4]
     more += ["--eval-iters", 1, "--log-throughput", "--log-timers-to-tensorboard"]
-    theirs = run(patched, 2, patched / "pretrain_gpt.py", tmp_path / "patched", *more)
+    theirs = run(patched, 2, patched / "pretrain_gpt.py", tmp_path / "patched", *more, weights="drawn")
     ours = run(patched, 2, OURS, tmp_path / "example", *more)
     for name in ("lm loss", "head 2 loss", "head 3 loss", "head 3 loss validation", "grad-norm"):
         assert theirs[name] == ours[name]
@@ -80,6 +84,6 @@ def test_the_patched_script_trains_heads_as_the_example_does(patched: Path, tmp_
 def test_without_heads_the_patched_script_is_upstreams(patched: Path, tmp_path: Path) -> None:
     assert TREE is not None
     upstream = run(TREE, 1, TREE / "pretrain_gpt.py", tmp_path / "upstream", "--train-iters", 2, weights="drawn")
-    found = run(patched, 1, patched / "pretrain_gpt.py", tmp_path / "patched", "--train-iters", 2)
+    found = run(patched, 1, patched / "pretrain_gpt.py", tmp_path / "patched", "--train-iters", 2, weights="drawn")
     assert found["lm loss"] == upstream["lm loss"]
     assert "head 2 loss" not in found
