@@ -32,7 +32,7 @@ def _filled(original: Callable[..., Any], parameters: dict[str, torch.Tensor]) -
     """Upstream's maker of the optimizer, which is the first to see the whole model; the weights go in before it."""
 
     def make(config: Any, model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> Any:
-        from megatron.training.utils import unwrap_model
+        from megatron.training.training import unwrap_model
 
         from tests.megatron_lm import as_plain_gpt
         from tests.parity import fill

@@ -276,7 +276,7 @@ def install_training_loop() -> None:
     torch_rows = [row for row in TRAINING_LOOP if row.owner == "torch.cuda"]
     for row in torch_rows:  # first: megatron.training asks for the device while it is imported
         replace(row, _undo)
-    if require_megatron_core().release < (0, 18):  # later ones do without triton by themselves
+    if require_megatron_core().release < (0, 17):  # later ones do without triton by themselves
         _stub_for_triton(_BATCH_INVARIANT, enable_batch_invariant_mode=None)
     if importlib.util.find_spec("megatron.legacy") is not None:
         replace(FUSED_KERNELS, _undo)
