@@ -39,7 +39,8 @@ if RELEASE[:2] == (0, 16) and (_found := checkout()[0]) is not None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(_found)]))
 
 needs_megatron_lm = pytest.mark.skipif(
-    megatron_lm.missing() is not None, reason=f"needs Megatron-LM's loop: {megatron_lm.missing()}"
+    megatron_lm.missing() is not None,
+    reason=f"needs Megatron-LM's loop: {megatron_lm.missing()}; or name a checkout in {CHECKOUTS[0, 16]}",
 )
 
 # What a machine without CUDA and Transformer Engine needs.
