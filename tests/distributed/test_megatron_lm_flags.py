@@ -86,10 +86,11 @@ def test_curriculum_and_growing_batches(tmp_path: Path) -> None:
     """
     sizes = [4, 4, 4, 8, 8]
     argv = flags("--mtp-heads", 3, "--mtp-curriculum-steps", 3, "--lr", 0, "--weight-decay", 0)
-    argv += ["--train-iters", str(len(sizes)), "--tensorboard-dir", str(tmp_path)]
-    if RELEASE < (0, 18):
-        argv += ["--rampup-batch-size", "4", "4", "12", "--global-batch-size", "8"]
+    argv += ["--tensorboard-dir", str(tmp_path)]
+    if RELEASE < (0, 18):  # whose rampup wants the length in samples, too
+        argv += ["--rampup-batch-size", "4", "4", "12", "--global-batch-size", "8", "--train-samples", str(sum(sizes))]
     else:  # these refuse a rampup and know a schedule by tokens: 12 samples of 32
+        argv += ["--train-iters", str(len(sizes))]
         given = argv.index("--global-batch-size")
         argv[given : given + 2] = ["--step-batch-size-schedule", "0:4 384:8"]
     run_world(train_filled, 1, argv, PARAMETERS)
