@@ -13,6 +13,17 @@
 #   MEGATRON_REPOSITORY  where that is fetched from
 #   VLLM_VERSION         of the target "serving"
 #   USER_ID              number of the user that runs everything; choose that of the mounted folders' owner
+#
+# Nobody has built this yet: there was no container engine where it was written. tests/unit/test_dockerfile.py runs its
+# commands one by one, without:
+#   not run: FROM nvcr.io/nvidia/pytorch:${PYTORCH_TAG}
+#   not run: pip install --no-deps /opt/Megatron-LM
+#   not run: pip install -c /tmp/pins.txt -r /tmp/requirements.txt
+#   not run: pip install "virtualenv>=20.26,<22"
+#   not run: virtualenv --python "$(command -v python)" /opt/serving
+#   not run: /opt/serving/bin/pip install "vllm==${VLLM_VERSION}"
+#   not run: /opt/serving/bin/pip install --no-deps /opt/mtp_megatron
+#   not run: HEALTHCHECK (its command runs in tests/unit/test_smoke.py)
 
 ARG PYTORCH_TAG=26.07-py3
 

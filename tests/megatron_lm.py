@@ -12,12 +12,35 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
 from mtp_megatron.compat import megatron_lm
-from tests.parity import EOD, Case, fill
+from mtp_megatron.compat.versions import megatron_core_version
+from tests.parity import Case, fill
+
+CHECKOUTS = {(0, 16): "MTP_MEGATRON_LM_0_16", (0, 19): "MTP_MEGATRON_LM_0_19"}
+RELEASE = (megatron_core_version() or Version("0")).release
+
+
+def checkout() -> tuple[Path | None, str]:
+    """The checkout of Megatron-LM that the environment names for the installed release, or None and why."""
+    variable = CHECKOUTS.get(RELEASE[:2])
+    if variable is None:
+        return None, f"no checkout is known for megatron-core {RELEASE}"
+    if variable not in os.environ:
+        return None, f"needs a checkout of Megatron-LM: name one in {variable}"
+    return Path(os.environ[variable]), ""
+
+
+if RELEASE[:2] == (0, 16) and (_found := checkout()[0]) is not None:
+    # The wheel has no loop. Behind it on the path, the checkout adds what the wheel lacks, in workers too; processes
+    # that tests start get all of the checkout, as a user would.
+    sys.path.append(str(_found))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(_found)]))
 
 needs_megatron_lm = pytest.mark.skipif(
-    megatron_lm.missing() is not None, reason=f"needs Megatron-LM's loop: {megatron_lm.missing()}"
+    megatron_lm.missing() is not None,
+    reason=f"needs Megatron-LM's loop: {megatron_lm.missing()}; or name a checkout in {CHECKOUTS[0, 16]}",
 )
 
 # What a machine without CUDA and Transformer Engine needs.
@@ -28,7 +51,8 @@ MODEL = """--num-layers 4 --hidden-size 32 --num-attention-heads 4 --group-query
     --ffn-hidden-size 64 --seq-length 32 --max-position-embeddings 32 --position-embedding-type rope
     --normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights
     --hidden-dropout 0 --attention-dropout 0 --make-vocab-size-divisible-by 8
-    --tokenizer-type NullTokenizer --vocab-size 63 --null-tokenizer-eod-id 0"""
+    --tokenizer-type NullTokenizer --vocab-size 63"""
+EOD = 62 if RELEASE >= (0, 18) else 63  # that tokenizer's last entry; earlier releases add it to the 63
 TRAINING = """--micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --lr-decay-style constant --log-interval 1
     --eval-interval 1000 --eval-iters 0 --num-workers 0"""
 
@@ -133,21 +157,36 @@ def train_upstream(rank: int, world_size: int, argv: Sequence[str], parameters: 
     with command_line(rank, world_size, argv):
         megatron_lm.prepare()
         from megatron.core.enums import ModelType
-        from megatron.training import pretrain
-        from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-        from megatron.training.arguments import parse_and_validate_args
-
-        model = gpt_config_from_args(parse_and_validate_args())
+        from megatron.training import get_args, pretrain
 
         def filled(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
             fill(chunks, as_plain_gpt(parameters))
             return chunks
 
-        model.pre_wrap_hooks.append(filled)
-        from megatron.training import get_args
+        if RELEASE < (0, 18):
+            pretrain(
+                samples_provider,
+                lambda *args, **kwargs: filled([_upstreams_gpt(get_args(), *args, **kwargs)])[0],
+                ModelType.encoder_or_decoder,
+                _plain_forward_step,
+            )
+            return
+        from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+        from megatron.training.arguments import parse_and_validate_args
 
+        model = gpt_config_from_args(parse_and_validate_args())
+        model.pre_wrap_hooks.append(filled)
         container = pretrain_cfg_container_from_args(get_args(), model)
         pretrain(container, samples_provider, ModelType.encoder_or_decoder, _plain_forward_step)
+
+
+def _upstreams_gpt(args: Any, pre_process: bool = True, post_process: bool = True, **more: Any) -> torch.nn.Module:
+    """What gpt_builders.py of a checkout builds from the arguments; it stands beside the packages, not in them."""
+    import importlib
+
+    builder = importlib.import_module("gpt_builders").gpt_builder
+    model: torch.nn.Module = builder(args, pre_process, post_process, **more)
+    return model
 
 
 def as_plain_gpt(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -273,8 +273,9 @@ def named_shards(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, tuple
         name = reference_name(tensor.key)
         if hybrid:
             name = re.sub(r"(?<=^decoder\.layers\.)\d+", lambda number: str(int(number[0]) // 2), name)
-        # Axes in front of the tensor's own: its layer, then its expert.
-        for axis in ("decoder.layers.", "mlp.experts.")[: tensor.prepend_axis_num]:
+        # Axes in front of the tensor's own: its layer, if layers are alike, then its expert.
+        stacked = [axis for axis in ("decoder.layers.", "mlp.experts.") if re.search(rf"{re.escape(axis)}(?!\d)", name)]
+        for axis in stacked[: tensor.prepend_axis_num]:
             name = name.replace(axis, f"{axis}{offsets.pop(0)}.")
             shape.pop(0)
         index = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))

@@ -24,6 +24,7 @@ from torch.utils import _device
 from mtp_megatron.compat import packages
 from mtp_megatron.compat.experts import draw_every_expert
 from mtp_megatron.compat.patching import Replacement, replace
+from mtp_megatron.compat.versions import require_megatron_core
 
 CPU = torch.device("cpu")
 
@@ -197,6 +198,7 @@ FUSED_KERNELS = Replacement(
 )
 
 _PAGED_STASH = "megatron.core.transformer.moe.ops.paged_stash"
+_BATCH_INVARIANT = "megatron.core.transformer.custom_layers.batch_invariant_kernels"
 _RNG_LOGGER = "megatron.core.tensor_parallel.random"
 _undo: list[Callable[[], None]] = []
 _training_loop = False
@@ -207,14 +209,14 @@ def _not_about_cpu_rng(record: logging.LogRecord) -> bool:
     return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
 
 
-def _stub_paged_stash() -> None:
-    """Megatron-core 0.19 imports triton kernels for its expert layers; CPU builds of torch have no triton."""
-    if importlib.util.find_spec("triton") is not None or _PAGED_STASH in sys.modules:
+def _stub_for_triton(module: str, **contents: Any) -> None:
+    """Put a module of kernels that are never called in the place of one that needs triton to be imported."""
+    if importlib.util.find_spec("triton") is not None or module in sys.modules:
         return
-    stub = types.ModuleType(_PAGED_STASH)
-    vars(stub).update(GLOBAL_BLOCK_SIZE=1024, paged_stash_copy_kernel=None, paged_stash_pop_kernel=None)
-    sys.modules[_PAGED_STASH] = stub
-    _undo.append(lambda: sys.modules.__delitem__(_PAGED_STASH))
+    stub = types.ModuleType(module)
+    vars(stub).update(contents)
+    sys.modules[module] = stub
+    _undo.append(lambda: sys.modules.__delitem__(module))
 
 
 def _hide(module: str) -> None:
@@ -244,7 +246,10 @@ def install() -> bool:
             replace(row, _undo)
         for module in packages.GPU_ONLY:
             _hide(module)
-        _stub_paged_stash()
+        # Imported by the expert layers of 0.19; CPU builds of torch have no triton.
+        _stub_for_triton(
+            _PAGED_STASH, GLOBAL_BLOCK_SIZE=1024, paged_stash_copy_kernel=None, paged_stash_pop_kernel=None
+        )
         for row in MEGATRON:
             replace(row, _undo)
     except BaseException:
@@ -271,6 +276,8 @@ def install_training_loop() -> None:
     torch_rows = [row for row in TRAINING_LOOP if row.owner == "torch.cuda"]
     for row in torch_rows:  # first: megatron.training asks for the device while it is imported
         replace(row, _undo)
+    if require_megatron_core().release < (0, 17):  # later ones do without triton by themselves
+        _stub_for_triton(_BATCH_INVARIANT, enable_batch_invariant_mode=None)
     if importlib.util.find_spec("megatron.legacy") is not None:
         replace(FUSED_KERNELS, _undo)
     for row in TRAINING_LOOP:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import time
@@ -16,6 +17,7 @@ _REMEDY = (
     "Put a checkout of Megatron-LM on PYTHONPATH (a release of 0.16.1 to 0.19), or install megatron-core 0.19, whose "
     "wheel brings it"
 )
+_COMPILED = "megatron.core.datasets.helpers_cpp"
 
 
 def missing() -> str | None:
@@ -34,20 +36,41 @@ def prepare() -> None:
     """Make ``megatron.training`` usable in this process; idempotent, to be called before it is imported.
 
     Raises:
-        EnvironmentUnsupported: it is not there, or of an unsupported release.
+        EnvironmentUnsupported: it is not there, of an unsupported release, or needs a package that is missing.
     """
     problem = missing()
     if problem is not None:
         raise EnvironmentUnsupported(problem)
     devices.prepare()
-    cpu.install_training_loop()
+    try:
+        cpu.install_training_loop()
+        importlib.import_module("megatron.training")
+    except ModuleNotFoundError as error:
+        raise EnvironmentUnsupported(
+            f"megatron.training of Megatron-LM {versions.megatron_core_version()} needs the package {error.name}, "
+            "which is not installed. Install it with pip"
+        ) from error
     if not _undo:
         replace(HELPERS, _undo)
+        _find_compiled_helpers()
+
+
+def _find_compiled_helpers() -> None:
+    """Let a checkout use the compiled index builder of the installed wheel, where both are of the same minor release.
+
+    Else upstream compiles its own, which takes pybind11 and a python3-config of the interpreter that runs.
+    """
+    folder = versions.wheel_folder()
+    if folder is None or importlib.util.find_spec(_COMPILED) is not None:
+        return
+    package: Any = importlib.import_module("megatron.core.datasets")
+    package.__path__.append(str(folder / "datasets"))
+    _undo.append(lambda: package.__path__.remove(str(folder / "datasets")))
 
 
 def _unless_compiled(original: Callable[[], None]) -> Callable[[], None]:
     def compile_helpers() -> None:
-        if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
+        if importlib.util.find_spec(_COMPILED) is None:
             original()
 
     return compile_helpers

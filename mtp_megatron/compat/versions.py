@@ -48,6 +48,18 @@ def megatron_core_version() -> Version | None:
     return Version(runpy.run_path(str(folder / "package_info.py"))["__version__"])
 
 
+def wheel_folder() -> Path | None:
+    """`megatron/core` of the installed wheel, where it is of the same minor release as what an import would find."""
+    try:
+        wheel = metadata.distribution("megatron-core")
+    except metadata.PackageNotFoundError:
+        return None
+    found = megatron_core_version()
+    if found is None or found.release[:2] != Version(wheel.version).release[:2]:
+        return None
+    return Path(str(wheel.locate_file("megatron/core")))
+
+
 def require_megatron_core() -> Version:
     """Version of megatron-core.
 

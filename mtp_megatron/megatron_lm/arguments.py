@@ -10,6 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
 
+import torch
+
+from mtp_megatron.compat import packages
 from mtp_megatron.config import HeadsConfig
 from mtp_megatron.errors import ConfigError
 
@@ -96,15 +99,17 @@ class Refusal:
     fine: tuple[Any, ...]
     problem: str
     remedy: str
+    field: str | None = None  # where argparse puts it, if not under its name
 
     @property
     def dest(self) -> str:
-        return self.name.removeprefix("--").replace("-", "_")
+        return self.field or self.name.removeprefix("--").replace("-", "_")
 
 
 _OFF = (None, False)
 _DROP = "Drop it, or train without --mtp-heads"
 _OPTIMIZER = "Use --use-distributed-optimizer"
+_LOW_PRECISION = "its context is entered around the trunk's layers, and the heads' layers run outside of it"
 REFUSALS = (
     Refusal(
         "--mtp-num-layers",
@@ -128,6 +133,8 @@ REFUSALS = (
     Refusal("--enable-cuda-graph", _OFF, "the heads run outside of any graph", _DROP),
     Refusal("--external-cuda-graph", _OFF, "the heads run outside of any graph", _DROP),
     Refusal("--cuda-graph-impl", (None, "none"), "the heads run outside of any graph", _DROP),
+    Refusal("--fp8-format", (None,), _LOW_PRECISION, "Drop it and train in bf16", "fp8"),
+    Refusal("--fp4-format", (None,), _LOW_PRECISION, "Drop it and train in bf16", "fp4"),
     Refusal("--use-torch-fsdp2", _OFF, "the heads are not tested with sharded modules", _OPTIMIZER),
     Refusal("--use-megatron-fsdp", _OFF, "the heads are not tested with sharded modules", _OPTIMIZER),
     Refusal("--sft", _OFF, "packed sequences are not supported", _DROP),
@@ -149,6 +156,8 @@ def check_args(args: argparse.Namespace) -> HeadsConfig:
         value = getattr(args, refusal.dest, refusal.fine[0])
         if value not in refusal.fine:
             raise ConfigError(refusal.name, value, refusal.problem, refusal.remedy)
+    _check_transformer_engine(args)
+    _check_rampup(args)
     if args.context_parallel_size > 1 and args.reset_attention_mask:
         raise ConfigError(
             "--reset-attention-mask",
@@ -169,6 +178,31 @@ def check_args(args: argparse.Namespace) -> HeadsConfig:
             "--mtp-heads", heads.n, f"--seq-length {args.seq_length} holds no target that far ahead", "Ask for fewer"
         )
     return heads
+
+
+def _check_transformer_engine(args: argparse.Namespace) -> None:
+    """Refuse Transformer Engine's layers, Megatron-LM's default, where they cannot run."""
+    if args.transformer_impl != "transformer_engine":
+        return
+    package = packages.transformer_engine(torch.cuda.is_available())
+    if package.state is not packages.State.USABLE:
+        raise ConfigError(
+            "--transformer-impl",
+            args.transformer_impl,
+            f"{package.name} is {package.state.value}" + (f" ({package.detail})" if package.detail else ""),
+            "Set it to local, or install it on a machine with a CUDA device",
+        )
+
+
+def _check_rampup(args: argparse.Namespace) -> None:
+    """Refuse an argument that Megatron-LM takes and ignores since it has another one for the same purpose (0.18)."""
+    if getattr(args, "rampup_batch_size", None) is not None and hasattr(args, "step_batch_size_schedule"):
+        raise ConfigError(
+            "--rampup-batch-size",
+            args.rampup_batch_size,
+            "this release of Megatron-LM ignores it and would train with --global-batch-size from the first step",
+            'Use --step-batch-size-schedule "TOKENS:SIZE TOKENS:SIZE ..." in place of both',
+        )
 
 
 def _choices(annotation: Any) -> tuple[str, ...]:

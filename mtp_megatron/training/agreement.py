@@ -124,7 +124,8 @@ def require_shared(path: Path, proof: Path, patience: float, *, token: str = "",
     Args:
         path: the folder that must be shared, for the message.
         proof: a file in it, written by rank 0.
-        patience: seconds that the ranks may wait for it at most.
+        patience: seconds after which the process group gives up a collective; at most half of them are waited here,
+            while ranks that see the file already are in the next collective.
         token: what rank 0 wrote; of no meaning on other ranks.
         complaint: why rank 0 did not, and will raise by itself; of no meaning on other ranks.
 
@@ -138,7 +139,7 @@ def require_shared(path: Path, proof: Path, patience: float, *, token: str = "",
         if dist.get_rank() == 0:
             return
         raise JobError(f"rank 0 cannot start: {said[1]}")
-    deadline = time.monotonic() + min(SEEN_WITHIN, patience)
+    deadline = time.monotonic() + min(SEEN_WITHIN, patience / 2)
     while not (seen := _read(proof) == said[0]) and time.monotonic() < deadline:
         time.sleep(0.2)
     everyone: list[Any] = [None] * dist.get_world_size()

@@ -12,8 +12,8 @@ import torch
 from mtp_megatron.reference import reference_loss
 from mtp_megatron.targets import document_ends_from_tokens, future_targets
 from tests.harness import run_world
-from tests.megatron_lm import CASE, Samples, flags, needs_megatron_lm, scalars, train_filled, train_upstream
-from tests.parity import EOD, make_parameters
+from tests.megatron_lm import CASE, EOD, Samples, flags, needs_megatron_lm, scalars, train_filled, train_upstream
+from tests.parity import make_parameters
 
 pytestmark = needs_megatron_lm
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 from collections.abc import Sequence
@@ -12,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from mtp_megatron.reference import reference_loss
+from mtp_megatron.targets import future_targets
 from tests.harness import run_world
-from tests.megatron_lm import CASE, flags, needs_megatron_lm, scalars, train, train_filled
+from tests.megatron_lm import CASE, RELEASE, Samples, flags, needs_megatron_lm, scalars, train, train_filled
 from tests.parity import make_parameters
 
 pytestmark = needs_megatron_lm
@@ -76,17 +80,37 @@ def test_tied_embeddings_on_two_stages(tmp_path: Path) -> None:
 
 
 def test_curriculum_and_growing_batches(tmp_path: Path) -> None:
-    """Heads join by Megatron-LM's iteration; the batch size grows as asked for."""
-    # 12 samples of 32 tokens in batches of 4, then of 8; 0.19 takes --rampup-batch-size and does nothing with it
-    schedule = ("--step-batch-size-schedule", "0:4 384:8", "--mtp-heads", 3, "--mtp-curriculum-steps", 3)
-    argv = flags(*schedule, "--train-iters", 5, "--tensorboard-dir", tmp_path)
-    given = argv.index("--global-batch-size")
-    del argv[given : given + 2]
+    """Heads join by Megatron-LM's iteration; each step's losses are means over the targets of a batch of its own size.
+
+    Nothing is learned, so that the oracle knows every step's weights.
+    """
+    sizes = [4, 4, 4, 8, 8]
+    argv = flags("--mtp-heads", 3, "--mtp-curriculum-steps", 3, "--lr", 0, "--weight-decay", 0)
+    argv += ["--tensorboard-dir", str(tmp_path)]
+    if RELEASE < (0, 18):  # whose rampup wants the length in samples, too
+        argv += ["--rampup-batch-size", "4", "4", "12", "--global-batch-size", "8", "--train-samples", str(sum(sizes))]
+    else:  # these refuse a rampup and know a schedule by tokens: 12 samples of 32
+        argv += ["--train-iters", str(len(sizes))]
+        given = argv.index("--global-batch-size")
+        argv[given : given + 2] = ["--step-batch-size-schedule", "0:4 384:8"]
     run_world(train_filled, 1, argv, PARAMETERS)
     found = scalars(tmp_path)
-    assert list(found["batch-size"].values()) == [4, 4, 4, 8, 8]
+    assert list(found["batch-size"].values()) == sizes
     assert [min(found[name]) for name in LOSSES] == [1, 2, 3]
-    assert all(torch.tensor(list(found[name].values())).isfinite().all() for name in LOSSES)
+    config = replace(CASE, heads={"n": 3}).reference_config()
+    for step, size in enumerate(sizes, start=1):
+        samples = [Samples()[sum(sizes[: step - 1]) + i] for i in range(size)]
+        tokens, labels, mask = (torch.stack([s[name] for s in samples]) for name in ("tokens", "labels", "loss_mask"))
+        with torch.no_grad():
+            wanted = reference_loss(PARAMETERS, config, tokens, future_targets(labels, 3, loss_mask=mask))
+        means = (wanted.loss_sum / wanted.tokens).tolist()
+        assert [found[name][step] for name in LOSSES[:step]] == pytest.approx(means[:step], rel=1e-5)
+
+
+@pytest.mark.skipif(RELEASE < (0, 18), reason="earlier releases honour --rampup-batch-size")
+def test_a_rampup_that_would_be_ignored_stops_the_job(tmp_path: Path) -> None:
+    argv = flags("--mtp-heads", 2, "--train-iters", 1, "--mock-data", "--rampup-batch-size", 2, 2, 8)
+    assert run_world(train, 1, argv) == [2]
 
 
 def interrupted(rank: int, world_size: int, argv: Sequence[str]) -> Any:
@@ -118,6 +142,19 @@ def test_a_signal_saves_and_stops(tmp_path: Path) -> None:
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text().strip() == "2"
 
 
-def test_bad_combinations_stop_before_anything_is_built(tmp_path: Path) -> None:
-    argv = flags("--mtp-heads", 2, "--train-iters", 1, "--mock-data", "--mtp-num-layers", 1)
-    assert run_world(train, 1, argv) == [2]
+@pytest.mark.parametrize(
+    "bad",
+    ["--mtp-num-layers 1", "--fp8-format hybrid", "--transformer-impl transformer_engine --fp8-format e4m3"],
+)
+def test_bad_combinations_stop_the_job(bad: str) -> None:
+    said = run_world(said_at_the_end, 1, flags("--mtp-heads", 2, "--train-iters", 1, "--mock-data", *bad.split()))
+    name, value = bad.split()[-2:]
+    assert said[0].startswith(f"error: {name}={int(value) if value.isdigit() else value!r}: "), said
+
+
+def said_at_the_end(rank: int, world_size: int, argv: Sequence[str]) -> str:
+    """For ``run_world``: the message of a job that was refused."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert train(rank, world_size, argv) == 2
+    return next(line for line in said.getvalue().splitlines() if line.startswith("error: "))

@@ -17,12 +17,13 @@ from mtp_megatron.cli import main
 from mtp_megatron.serving.export import open_export
 from mtp_megatron.serving.llama import HeadsLlama
 from tests.harness import parallel, run_world
-from tests.megatron_lm import needs_megatron_lm, scalars, train
+from tests.megatron_lm import EOD, needs_megatron_lm, scalars, train
 
 pytestmark = needs_megatron_lm
 
 ROOT = Path(__file__).resolve().parents[2]
-HEADS, VOCAB, SAVED, STEPS = 3, 63, 2, 4
+HEADS, SAVED, STEPS = 3, 2, 4
+VOCAB = EOD + 1
 TOKENS = torch.randint(0, VOCAB, (32,), generator=torch.Generator().manual_seed(3))
 
 
@@ -42,9 +43,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     example = str(ROOT / "examples" / "megatron_lm" / "pretrain_mtp.py")
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     result = subprocess.run(
         [*launcher, example, *(word.replace("runs/lm", str(folder)) for word in documented())],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
         capture_output=True,
         text=True,
         check=False,

@@ -71,11 +71,11 @@ def environment(host: Host, **more: str) -> dict[str, str]:
     }
 
 
-def node(host: Host, head: Host, recipe: Path, log: Path, **more: str) -> subprocess.Popen[bytes]:
-    """examples/torchrun/node.sh on one of two hosts."""
+def node(host: Host, head: Host, recipe: Path, log: Path, *, before: str = ":", **more: str) -> subprocess.Popen[bytes]:
+    """examples/torchrun/node.sh on one of two hosts, after another command on it."""
     env = environment(host, NNODES="2", HEAD=f"{head.name}:{PORT}", JOB_ID=recipe.parent.name, **more)
     script = [str(ROOT / "examples/torchrun/node.sh"), str(recipe)]
-    return host.start(["bash", *script], log, env)
+    return host.start(["sh", "-c", f'{before} && exec bash "$@"', "sh", *script], log, env)
 
 
 def written(tree: dict[str, Any], folder: Path) -> Path:
@@ -149,6 +149,23 @@ def test_a_lost_host_that_comes_back_joins_again(
     assert ended(agents, log) == [0, 0], log.read_text()
     assert "continuing from" in log.read_text()
     assert metrics(run) == metrics(undisturbed)
+
+
+def test_a_run_folder_that_one_host_does_not_share_is_named(
+    hosts: tuple[Host, Host], data: Path, tmp_path: Path
+) -> None:
+    """The second host has a file system of its own where the first one has the run's folder."""
+    mount, log = tmp_path / "mount", tmp_path / "log"
+    mount.mkdir()
+    recipe = written(settings(data, mount / "run", train__timeout_minutes=0.4), tmp_path)
+    agents = [node(hosts[0], hosts[0], recipe, log, MAX_RESTARTS="0")]
+    agents.append(node(hosts[1], hosts[0], recipe, log, before=f"mount -t tmpfs none {mount}", MAX_RESTARTS="0"))
+    assert ended(agents, log) == [1, 1], log.read_text()
+    said = log.read_text()
+    errors = [line for line in said.splitlines() if line.startswith("error: run.path=")]
+    assert len(errors) == 2, said  # each host says it
+    assert f"{hosts[1].name} cannot see what {hosts[0].name} wrote in it" in errors[0]
+    assert "parameters:" not in said, "a model was built"
 
 
 def test_ssh_starts_all_hosts_and_a_request_to_stop_saves(

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
-from mtp_megatron.compat import cpu, megatron_lm
+from mtp_megatron.compat import cpu, megatron_lm, versions
 from tests.harness import run_world
 from tests.megatron_lm import needs_megatron_lm
 
@@ -57,3 +58,24 @@ def test_a_release_without_the_loop_is_named(monkeypatch: pytest.MonkeyPatch) ->
     assert "PYTHONPATH" in problem
     with pytest.raises(megatron_lm.EnvironmentUnsupported, match=r"without megatron\.training"):
         megatron_lm.prepare()
+
+
+def test_a_package_that_the_loop_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of 0.16.1 imports six, which nothing installs."""
+
+    def fails() -> None:
+        raise ModuleNotFoundError("No module named 'six'", name="six")
+
+    monkeypatch.setattr(megatron_lm, "missing", lambda: None)
+    monkeypatch.setattr(megatron_lm.devices, "prepare", lambda: None)
+    monkeypatch.setattr(cpu, "install_training_loop", fails)
+    with pytest.raises(megatron_lm.EnvironmentUnsupported, match=r"needs the package six, which is not installed"):
+        megatron_lm.prepare()
+
+
+def test_a_checkout_of_the_same_minor_release_gets_the_wheels_compiled_helpers(monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = versions.wheel_folder()
+    assert wheel is not None
+    assert list((wheel / "datasets").glob("helpers_cpp.*")), "the wheel brings them"
+    monkeypatch.setattr(versions, "megatron_core_version", lambda: Version("0.17.1"))
+    assert versions.wheel_folder() is None

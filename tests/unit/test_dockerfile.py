@@ -1,6 +1,6 @@
 """The Dockerfile as far as it can be held without a container engine: linted, and its own commands run one by one.
 
-Nothing here builds the image. Not run at all: the base image, ``pip install`` from a package index, and vLLM.
+Nothing here builds the image; what is not run is listed in the Dockerfile's first lines.
 """
 
 from __future__ import annotations
@@ -144,6 +144,20 @@ def test_vllm_is_the_release_that_the_serving_tests_use() -> None:
 
 
 # --- the commands, run ---
+
+
+def test_the_header_names_every_command_that_no_test_runs() -> None:
+    """Whatever fetches from a registry or a package index, or needs what was fetched."""
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    named = [line.partition("not run: ")[2].partition(" (")[0] for line in lines if line.startswith("#   not run: ")]
+    logical = [f"{keyword} {rest}" for keyword, rest in instructions()]
+    for words in named:
+        assert any(words in instruction for instruction in logical), f"{words}: not in the Dockerfile"
+    installs = [part.strip() for line in logical if line.startswith("RUN") for part in line[4:].split("&&")]
+    installs = [part for part in installs if re.search(r"\bpip install\b|^virtualenv", part)]
+    run_here = {"pip install --no-deps .": test_the_plugin_installs_from_what_is_copied_alone}
+    missing = [part for part in installs if part not in run_here and not any(words in part for words in named)]
+    assert missing == []
 
 
 def test_shell_commands_parse() -> None:

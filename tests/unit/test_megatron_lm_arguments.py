@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mtp_megatron.compat import megatron_lm
+from mtp_megatron.compat import megatron_lm, packages, versions
 from mtp_megatron.config import HeadsConfig
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.megatron_lm.arguments import FLAGS, REFUSALS, add_mtp_args, check_args, heads_from_args
@@ -92,6 +92,25 @@ def test_what_cannot_work_with_heads_is_refused_by_name(refusal: Any) -> None:
         check_args(parse("--mtp-heads", "2", **{refusal.dest: wrong}))
 
 
+def test_transformer_engine_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is Megatron-LM's default."""
+    found = packages.Package("transformer-engine", packages.State.MISSING)
+    monkeypatch.setattr(packages, "transformer_engine", lambda cuda: found)
+    with pytest.raises(ConfigError, match=r"^--transformer-impl='transformer_engine': .*missing\. Set it to local"):
+        check_args(parse("--mtp-heads", "2", transformer_impl="transformer_engine"))
+    found = packages.Package("transformer-engine", packages.State.USABLE, "2.9")
+    check_args(parse("--mtp-heads", "2", transformer_impl="transformer_engine"))
+
+
+def test_a_rampup_that_would_be_ignored_is_refused() -> None:
+    """Releases that ignore it have another argument instead."""
+    rampup = ["2", "2", "16"]
+    check_args(parse("--mtp-heads", "2", rampup_batch_size=rampup))
+    check_args(parse("--mtp-heads", "2", rampup_batch_size=None, step_batch_size_schedule="0:4 384:8"))
+    with pytest.raises(ConfigError, match=r"^--rampup-batch-size=.*ignores it.*--step-batch-size-schedule"):
+        check_args(parse("--mtp-heads", "2", rampup_batch_size=rampup, step_batch_size_schedule=None))
+
+
 def test_masks_are_not_cut_for_context_parallelism() -> None:
     check_args(parse("--mtp-heads", "2", reset_attention_mask=True))
     with pytest.raises(ConfigError, match="--reset-attention-mask"):
@@ -116,10 +135,13 @@ def test_no_clash_with_megatron_lm() -> None:
     known = {action.dest for action in parser._actions}
     add_mtp_args(parser)
     assert not {flag.dest for flag in FLAGS} & {field.name for field in dataclasses.fields(TransformerConfig)}
-    names = {refusal.name for refusal in REFUSALS} | {"--reset-attention-mask", "--context-parallel-size"}
-    gone = {"--use-legacy-models"}  # of earlier releases
-    dests = {name.removeprefix("--").replace("-", "_") for name in names - gone}
+    others = {"--use-legacy-models"}  # of earlier releases
+    if versions.require_megatron_core().release < (0, 18):
+        others = {"--logits-load-dir", "--logits-save-dir", "--dataloader-inter-document-masking"}
+    dests = {refusal.dest for refusal in REFUSALS if refusal.name not in others}
+    dests |= {"reset_attention_mask", "context_parallel_size", "rampup_batch_size"}
     assert dests <= known, f"refused, and not there: {dests - known}"
+    assert ("step_batch_size_schedule" in known) == (versions.require_megatron_core().release >= (0, 18))
 
 
 def test_missing_megatron_lm_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
