@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported anywhere
-# What DeepSpeed compiles, beside the interpreter it is made for, by its own ninja: another one would compile it again. In
+# What DeepSpeed compiles, beside the interpreter it is made for, by its own ninja (another compiles again). In
 # torch's default folder every checkout compiles anew, and a build that was killed leaves a lock that blocks all others.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
