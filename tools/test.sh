@@ -17,7 +17,7 @@ main=.venv second=.venv-py312
 # at most, the long runs of the quickstart and the README, which go through the same commands again, and DeepSpeed.
 shared=(tests/distributed tests/unit/test_compat.py tests/unit/test_compat_training_loop.py
   tests/unit/test_megatron_lm_arguments.py tests/e2e/test_export.py tests/e2e/test_train_robustness.py
-  tests/e2e/test_megatron_lm.py)
+  tests/e2e/test_megatron_lm.py tests/e2e/test_megatron_lm_scripts.py)
 if (($#)); then default_lanes=main; else default_lanes="py312 main"; fi
 lanes=" ${MTP_LANES:-$default_lanes} "
 [[ "$lanes" =~ ^\ +((main|py312)\ +)+$ ]] || { echo "error: MTP_LANES='${MTP_LANES}' may name main and py312" >&2; exit 2; }
