@@ -96,8 +96,8 @@ REPLACEMENTS: tuple[Replacement, ...] = (
 )
 
 
-class _FlashMemory(torch.autograd.Function):
-    """What fused attention keeps: query, key, value, output and one logarithm per row; no ``[s, s]`` matrix."""
+class _Attention(torch.autograd.Function):
+    """Keeps query, key, value, output and one logarithm per row; no ``[s, s]`` matrix."""
 
     @staticmethod
     def forward(ctx, query, key, value):  # type: ignore[no-untyped-def]
@@ -113,30 +113,67 @@ class _FlashMemory(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-def _flash_attention(original: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(self: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output: Tensor = _FlashMemory.apply(query, key, value)
-        return output
+class _RMSNorm(torch.autograd.Function):
+    """Keeps its input and one number per row, not the input in fp32."""
 
-    return forward
+    @staticmethod
+    def forward(ctx, inputs, weight):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(inputs, weight, inputs.new_empty(inputs.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(inputs)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        inputs, weight, _ = ctx.saved_tensors
+        return torch.empty_like(inputs), torch.empty_like(weight)
 
 
-FLASH_ATTENTION = Replacement(
-    "megatron.core.transformer.dot_product_attention.DotProductAttention",
-    "forward",
-    _flash_attention,
-    "keeps [s, s] matrices; fused attention, which needs a GPU, does not",
+class _SwiGLU(torch.autograd.Function):
+    """Keeps its input ``[..., 2f]`` alone."""
+
+    @staticmethod
+    def forward(ctx, inputs):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(inputs)
+        return inputs.new_empty(*inputs.shape[:-1], inputs.shape[-1] // 2)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return torch.empty_like(ctx.saved_tensors[0])
+
+
+def _attention(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, query, key, value, *args, **kwargs: _Attention.apply(query, key, value)
+
+
+def _rms_norm(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, inputs: _RMSNorm.apply(inputs, self.weight)
+
+
+def _swiglu(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda inputs, *args, **kwargs: _SwiGLU.apply(inputs)
+
+
+# What a kernel that needs a GPU keeps for its backward pass, in place of what the unfused operations keep.
+FUSED_KERNELS: tuple[Replacement, ...] = (
+    Replacement(
+        "megatron.core.transformer.dot_product_attention.DotProductAttention",
+        "forward",
+        _attention,
+        "keeps [s, s] matrices",
+    ),
+    Replacement("torch.nn.RMSNorm", "forward", _rms_norm, "keeps its input in fp32 too"),
+    Replacement("megatron.core.transformer.mlp", "bias_swiglu_impl", _swiglu, "is compiled for a GPU"),
 )
 
 
 @contextlib.contextmanager
-def fake_rank(rank: int, world_size: int, *, flash_attention: bool) -> Iterator[None]:
+def fake_rank(rank: int, world_size: int, *, fused_kernels: bool) -> Iterator[None]:
     """Be one rank of a world that does not exist; tensors made inside are fake.
 
     Args:
         rank: the rank to be.
         world_size: ranks of the job.
-        flash_attention: attention takes the memory of a fused kernel in place of megatron-core's own.
+        fused_kernels: attention, norms and SwiGLU take the memory of fused kernels. SwiGLU needs
+            ``bias_activation_fusion`` in Megatron's configuration besides.
 
     Raises:
         RuntimeError: a CUDA device is visible, or this process belongs to a process group: both would be used.
@@ -151,7 +188,7 @@ def fake_rank(rank: int, world_size: int, *, flash_attention: bool) -> Iterator[
 
     undo: list[Callable[[], None]] = []
     try:
-        for row in (*REPLACEMENTS, *((FLASH_ATTENTION,) if flash_attention else ())):
+        for row in (*REPLACEMENTS, *(FUSED_KERNELS if fused_kernels else ())):
             replace(row, undo)
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         # The schedules read scalars that exist outside, such as the seeds' generators.

@@ -19,8 +19,8 @@ CATEGORIES = (
     "batch",
     "other",
 )
-"""In the order of a table. *main gradients* are the buffers in which DDP sums them, *gradients* those on their way there;
-*head* and *trunk activations* hold the gradients of activations too."""
+"""In the order of a table. *main gradients* are the buffers in which DDP sums them, *gradients* those on their way
+there; *head* and *trunk activations* hold the gradients of activations too."""
 
 _HEAD_MODULES = ("heads.", "final_norm", "output_layer", "unembedding_heads")
 

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,7 +72,7 @@ class Trace:
         coordinates: of the rank, by kind of parallelism.
         parameters: of this rank.
         num_microbatches: of a step; ``traced_microbatches`` of them were run, enough to reach the steady state.
-        fused_attention: attention took the memory of a fused kernel.
+        fused_kernels: attention, norms and SwiGLU took the memory of a GPU's fused kernels.
         seconds: that the trace took.
     """
 
@@ -83,37 +83,39 @@ class Trace:
     parameters: int
     num_microbatches: int
     traced_microbatches: int
-    fused_attention: bool
+    fused_kernels: bool
     memory: StepMemory
     seconds: float
 
 
-def trace_rank(recipe: Recipe, rank: int, world_size: int, *, fused_attention: bool | None = None) -> Trace:
+def trace_rank(recipe: Recipe, rank: int, world_size: int, *, fused_kernels: bool | None = None) -> Trace:
     """Build rank ``rank`` of the job and take one training step, on fake tensors.
 
     Args:
         recipe: resolved and checked (:func:`mtp_megatron.training.validate.check_recipe`).
-        fused_attention: attention takes the memory of a fused kernel, as on GPUs, instead of megatron-core's own,
-            which keeps ``[s, s]`` matrices; None: where the recipe asks for Transformer Engine.
+        fused_kernels: attention, norms and SwiGLU take the memory of fused kernels, as on GPUs, instead of
+            megatron-core's own, which keep more (``[s, s]`` matrices); None: where the recipe asks for Transformer
+            Engine.
 
     Raises:
         ConfigError: a recipe that cannot be traced: experts, DeepSpeed.
     """
     check_traceable(recipe, rank, world_size)
     start = time.perf_counter()
-    fused = recipe.train.transformer_engine if fused_attention is None else fused_attention
-    # Transformer Engine needs a GPU: megatron-core's own layers stand for its, which keep the same activations or fewer.
+    fused = recipe.train.transformer_engine if fused_kernels is None else fused_kernels
+    # Transformer Engine needs a GPU: megatron-core's own layers stand for its.
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"transformer_engine": False})})
     logging.getLogger("megatron").setLevel(logging.ERROR)
     whole = num_microbatches(recipe, world_size)
     makers = Makers()
     memory = LiveMemory(makers)
-    with fake_rank(rank, world_size, flash_attention=fused), model_parallel_world(recipe), memory:
+    with fake_rank(rank, world_size, fused_kernels=fused), model_parallel_world(recipe), memory:
         from mtp_megatron.training.build import build_trainable
 
         trainable = build_trainable(recipe)
-        # As on GPUs: there a stage's output is freed when it has been sent.
-        trainable.config.deallocate_pipeline_outputs = fused
+        if fused:  # as transformer_config sets them on GPUs
+            trainable.config.deallocate_pipeline_outputs = True
+            trainable.config.bias_activation_fusion = True
         coordinates = _coordinates()
         enough = min(whole, _steady_state(recipe, coordinates["PP"]))
         measured = step_memory(recipe, trainable, memory, makers, enough)
@@ -127,7 +129,7 @@ def trace_rank(recipe: Recipe, rank: int, world_size: int, *, fused_attention: b
         parameters=parameters,
         num_microbatches=whole,
         traced_microbatches=enough,
-        fused_attention=fused,
+        fused_kernels=fused,
         memory=measured,
         seconds=time.perf_counter() - start,
     )
