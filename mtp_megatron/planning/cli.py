@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import warnings
@@ -10,49 +11,85 @@ from pathlib import Path
 
 from mtp_megatron.data.manifest import MANIFEST_FILE, load_manifest
 from mtp_megatron.errors import ConfigError
+from mtp_megatron.planning.estimate import Hardware
+from mtp_megatron.planning.presets import PRESETS, read_plan
 from mtp_megatron.training.recipe import Recipe
-from mtp_megatron.training.recipe_io import load_recipe
 from mtp_megatron.training.validate import check_recipe
 
 SUMMARY = "Say what a training job will take before it starts. Needs no GPU and no data."
 
 _EPILOG = """\
-  mtp-megatron plan examples/recipes/paper_13b.yaml --trace 7 --gpus 32
-  mtp-megatron plan recipe.yaml heads.n=8 parallel.pipeline=4 --trace 3 --json
+  mtp-megatron plan 13B --gpus 32 --picture pipeline.svg
+  mtp-megatron plan examples/recipes/paper_13b.yaml --gpus 32 --trace 7
+  mtp-megatron plan path/to/config.json heads.n=8 parallel.tensor=4 --json
 
---trace builds one rank of the job with the code that trains and takes a training step, on tensors that have shapes and
-no memory. docs/planning.md says what the figure holds and what it does not.
+Without --trace, formulas say what every pipeline stage takes, and a simulator how long a step lasts. --trace builds one
+rank of the job with the code that trains and takes a training step, on tensors that have shapes and no memory.
+docs/planning.md says what the figures hold and what they do not.
 """
+_UNITS = {
+    "tflops": "1e12 matrix operations per second of a GPU at its peak",
+    "efficiency": "share of them that a layer reaches",
+    "link": "GB/s between GPUs of a tensor parallel group",
+    "network": "GB/s from a GPU to another stage or replica",
+    "memory": "GB on a GPU",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the subcommand."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _EPILOG
-    parser.add_argument("recipe", help="YAML recipe; 'mtp-megatron train --describe' lists its keys")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
-    parser.add_argument("--trace", type=int, required=True, metavar="RANK", help="the rank whose memory is wanted")
-    parser.add_argument(
-        "--gpus", type=int, metavar="N", help="ranks of the job (default: the fewest that the layout takes)"
-    )
+    parser.epilog = _EPILOG.replace("%", "%%")
+    parser.add_argument("model", help=f"a size ({', '.join(PRESETS)}), a YAML recipe or a Hugging Face config.json")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
+    parser.add_argument("--gpus", type=int, metavar="N", help="ranks (default: the fewest that the layout takes)")
+    parser.add_argument("--json", action="store_true", help="print JSON: bytes, seconds, operations")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the pipeline: .png, .svg or .pdf")
+    for field in dataclasses.fields(Hardware):
+        meaning = f"{_UNITS[field.name]} (default: {field.default})"
+        parser.add_argument(f"--{field.name}", type=float, default=field.default, metavar="X", help=meaning)
+    parser.add_argument("--trace", type=int, metavar="RANK", help="the exact memory of this rank instead")
     parser.add_argument(
         "--kernels",
         choices=("own", "fused"),
-        help="attention, norms and SwiGLU: megatron-core's own, as on a CPU, or a GPU's fused ones (default: fused "
-        "where train.transformer_engine is set)",
+        help="with --trace: attention, norms and SwiGLU are megatron-core's own, as on a CPU, or a GPU's fused ones "
+        "(default: fused where train.transformer_engine is set)",
     )
-    parser.add_argument("--top", type=int, default=10, metavar="N", help="how many of the largest tensors to show")
-    parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
+    parser.add_argument("--top", type=int, default=10, metavar="N", help="with --trace: how many tensors to show")
 
 
 def run(args: argparse.Namespace) -> int:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for one: a plan is the same on every machine
-    recipe = checked(load_recipe(args.recipe, args.overrides), args.gpus)
+    recipe = checked(read_plan(args.model, args.overrides), args.gpus)
     world_size = args.gpus or recipe.smallest_world
+    if args.trace is not None:
+        return _trace(args, recipe, world_size)
+    from mtp_megatron.planning import report
+    from mtp_megatron.planning.estimate import estimate
+    from mtp_megatron.planning.picture import save_picture
+
+    figures = {field.name: getattr(args, field.name) for field in dataclasses.fields(Hardware)}
+    for name, value in figures.items():
+        if not value > 0:
+            raise ConfigError(f"--{name}", value, "not a positive number", f"Give {_UNITS[name]}.")
+    hardware = Hardware(**figures)
+    plan = estimate(recipe, world_size, hardware)
+    if args.picture is not None:
+        save_picture(args.picture, plan.schedule, args.model, head_seconds=plan.head_seconds)
+    if args.json:
+        print(json.dumps(report.as_json(recipe, world_size, hardware, plan), indent=2))
+    else:
+        print(report.table(recipe, world_size, hardware, plan))
+    return 0
+
+
+def _trace(args: argparse.Namespace, recipe: Recipe, world_size: int) -> int:
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     from mtp_megatron.planning import trace_report
     from mtp_megatron.planning.trace import trace_rank
 
+    if args.picture is not None:
+        raise ConfigError("--picture", str(args.picture), "a trace has no times to draw", "Leave --trace out.")
     fused = None if args.kernels is None else args.kernels == "fused"
     trace = trace_rank(recipe, args.trace, world_size, fused_kernels=fused)
     if args.json:

@@ -1,6 +1,6 @@
 """Memory and arithmetic of every pipeline rank by formula: instant, where a trace takes seconds.
 
-Held against the trace (:mod:`.trace`, fused kernels), which runs the code that trains: tests/distributed/test_plan.py.
+Held against the trace (:mod:`.trace`, fused kernels), which runs the code that trains: tests/unit/test_plan_cost.py.
 The formulas know what megatron-core's layers keep for their backward pass when attention, norms and SwiGLU are fused.
 """
 
