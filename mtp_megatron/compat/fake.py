@@ -140,6 +140,19 @@ class _SwiGLU(torch.autograd.Function):
         return torch.empty_like(ctx.saved_tensors[0])
 
 
+class _Rotary(torch.autograd.Function):
+    """Keeps the angles, which all layers share, and no cosine or sine of them."""
+
+    @staticmethod
+    def forward(ctx, inputs, angles):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(angles)
+        return torch.empty_like(inputs)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return torch.empty_like(grad), None
+
+
 def _attention(original: Callable[..., Any]) -> Callable[..., Any]:
     return lambda self, query, key, value, *args, **kwargs: _Attention.apply(query, key, value)
 
@@ -152,6 +165,10 @@ def _swiglu(original: Callable[..., Any]) -> Callable[..., Any]:
     return lambda inputs, *args, **kwargs: _SwiGLU.apply(inputs)
 
 
+def _rotary(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda inputs, angles, *args, **kwargs: _Rotary.apply(inputs, angles)
+
+
 # What a kernel that needs a GPU keeps for its backward pass, in place of what the unfused operations keep.
 FUSED_KERNELS: tuple[Replacement, ...] = (
     Replacement(
@@ -159,6 +176,9 @@ FUSED_KERNELS: tuple[Replacement, ...] = (
         "forward",
         _attention,
         "keeps [s, s] matrices",
+    ),
+    Replacement(
+        "megatron.core.transformer.attention", "apply_rotary_pos_emb", _rotary, "keeps a cosine and a sine per layer"
     ),
     Replacement("torch.nn.RMSNorm", "forward", _rms_norm, "keeps its input in fp32 too"),
     Replacement("megatron.core.transformer.mlp", "bias_swiglu_impl", _swiglu, "is compiled for a GPU"),
@@ -172,7 +192,7 @@ def fake_rank(rank: int, world_size: int, *, fused_kernels: bool) -> Iterator[No
     Args:
         rank: the rank to be.
         world_size: ranks of the job.
-        fused_kernels: attention, norms and SwiGLU take the memory of fused kernels. SwiGLU needs
+        fused_kernels: attention, rotary positions, norms and SwiGLU take the memory of fused kernels. SwiGLU needs
             ``bias_activation_fusion`` in Megatron's configuration besides.
 
     Raises:

@@ -20,10 +20,9 @@ def describe_maker(maker: Maker) -> str:
 def top_tensors(alive: list[Allocation], count: int) -> list[dict[str, Any]]:
     """The largest tensors, equal ones of one category together, with the first one's maker."""
     groups: dict[tuple[Any, ...], list[Allocation]] = {}
-    for allocation in alive:
-        groups.setdefault((allocation.category, allocation.shape, allocation.dtype, allocation.operation), []).append(
-            allocation
-        )
+    for item in alive:
+        kind = (item.category, item.shape, item.dtype, item.operation, Maker(*item.maker).backward)
+        groups.setdefault(kind, []).append(item)
     largest = sorted(groups.values(), key=lambda group: -sum(item.nbytes for item in group))[:count]
     return [
         {
