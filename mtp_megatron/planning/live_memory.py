@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class Allocation:
     shape: tuple[int, ...]
     dtype: torch.dtype
     operation: str
-    maker: tuple[str, ...]
+    maker: Any
     category: str | None = None
 
 
@@ -47,7 +48,7 @@ class LiveMemory(TorchDispatchMode):
         peak_at: how many events had passed then.
     """
 
-    def __init__(self, maker: Callable[[], tuple[str, ...]] = tuple) -> None:
+    def __init__(self, maker: Callable[[], Any] = tuple) -> None:
         super().__init__()
         self.current = 0
         self.peak = 0

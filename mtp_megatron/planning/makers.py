@@ -50,7 +50,7 @@ class Makers:
         if node is None:
             return Maker(self.phase, self.head, "", False)
         # The first node of a module's backward pass is the one that made its output, which _leave has signed.
-        self._backward = node.metadata.get(_KEY, self._backward)
+        self._backward = _notes(node).get(_KEY, self._backward)
         return Maker(self.phase, self.head, self._backward, True)
 
     @contextmanager
@@ -98,7 +98,7 @@ class Makers:
         name = self._stack.pop()
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
-                leaf.grad_fn.metadata.setdefault(_KEY, name)
+                _notes(leaf.grad_fn).setdefault(_KEY, name)
 
     def _run_heads(self, memory: LiveMemory) -> Callable[[Any], Any]:
         def make(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -108,7 +108,7 @@ class Makers:
                     allocation.category = "z"
                 loss = original(z, _NamedHeads(heads, self), report, **options)
                 if loss.grad_fn is not None:
-                    loss.grad_fn.metadata[_KEY] = ""  # the heads run in its backward pass: no module's
+                    _notes(loss.grad_fn)[_KEY] = ""  # the heads run in its backward pass: no module's
                 return loss
 
             return run_heads
@@ -124,6 +124,12 @@ class Makers:
                 self.head = before
 
         return linear_cross_entropy
+
+
+def _notes(node: Any) -> dict[str, str]:
+    """What can be written on an autograd node."""
+    notes: dict[str, str] = node.metadata
+    return notes
 
 
 class _NamedHeads:

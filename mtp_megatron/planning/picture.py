@@ -36,20 +36,21 @@ def save_picture(
         raise ConfigError("--picture", str(path), "it needs matplotlib, which is not installed", remedy) from error
     figure = Figure(figsize=(10, 1.6 + 0.45 * schedule.ranks), layout="constrained")
     axes = figure.subplots()
+    spans: dict[tuple[int, str], list[tuple[float, float]]] = {}  # of one rank and colour: drawn at once
     for work in schedule.passes:
         heads = 0.0
         if work.backward and head_seconds:
             heads = head_seconds[work.chunk * schedule.ranks + work.rank]
-        shade = min(work.chunk, len(_FORWARD) - 1)
+        colour = (_BACKWARD if work.backward else _FORWARD)[min(work.chunk, len(_FORWARD) - 1)]
         # Heads run first in the backward pass: the trunk's part waits for their gradient.
-        parts = [(work.start, heads, _HEADS)] if heads else []
-        parts.append(
-            (work.start + heads, work.end - work.start - heads, (_BACKWARD if work.backward else _FORWARD)[shade])
-        )
-        for start, length, colour in parts:
-            axes.barh(
-                work.rank, length / unit, left=start / unit, height=0.8, color=colour, edgecolor="white", linewidth=0.4
-            )
+        for start, length, shade in (
+            (work.start, heads, _HEADS),
+            (work.start + heads, work.end - work.start - heads, colour),
+        ):
+            if length:
+                spans.setdefault((work.rank, shade), []).append((start / unit, length / unit))
+    for (rank, colour), bars in spans.items():
+        axes.broken_barh(bars, (rank - 0.4, 0.8), facecolors=colour, edgecolor="white", linewidth=0.3)
     axes.set_yticks(range(schedule.ranks), [f"stage {rank}" for rank in range(schedule.ranks)])
     axes.invert_yaxis()
     axes.set_xlim(0, schedule.seconds / unit)

@@ -170,8 +170,8 @@ def step_memory(
     }
     for allocation in alive:
         if allocation.category is None:
-            allocation.category = categorise(allocation, Maker(*allocation.maker), unembeddings)
-    return StepMemory(memory.peak, followed.peaks, standing, alive, Maker(*alive[-1].maker))
+            allocation.category = categorise(allocation, allocation.maker, unembeddings)
+    return StepMemory(memory.peak, followed.peaks, standing, alive, alive[-1].maker)
 
 
 def _mark_standing(trainable: Trainable, memory: LiveMemory) -> None:

@@ -21,7 +21,7 @@ def top_tensors(alive: list[Allocation], count: int) -> list[dict[str, Any]]:
     """The largest tensors, equal ones of one category together, with the first one's maker."""
     groups: dict[tuple[Any, ...], list[Allocation]] = {}
     for item in alive:
-        kind = (item.category, item.shape, item.dtype, item.operation, Maker(*item.maker).backward)
+        kind = (item.category, item.shape, item.dtype, item.operation, item.maker.backward)
         groups.setdefault(kind, []).append(item)
     largest = sorted(groups.values(), key=lambda group: -sum(item.nbytes for item in group))[:count]
     return [
@@ -31,7 +31,7 @@ def top_tensors(alive: list[Allocation], count: int) -> list[dict[str, Any]]:
             "shape": list(group[0].shape),
             "dtype": str(group[0].dtype).removeprefix("torch."),
             "category": group[0].category,
-            "made_by": describe_maker(Maker(*group[0].maker)),
+            "made_by": describe_maker(group[0].maker),
         }
         for group in largest
     ]
