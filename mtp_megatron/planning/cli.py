@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -84,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _trace(args: argparse.Namespace, recipe: Recipe, world_size: int) -> int:
+    logging.getLogger("megatron").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     from mtp_megatron.planning import trace_report
     from mtp_megatron.planning.trace import trace_rank

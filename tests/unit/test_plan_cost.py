@@ -27,6 +27,11 @@ CASES: dict[str, tuple[list[int], int, list[str]]] = {
     "13B": ([0, 1], 16, ["model.num_trunk_layers=4", "parallel.layout=Ettt|tL"]),
     "34B": ([0, 1, 3], 64, ["model.num_trunk_layers=8", "parallel.layout=Ettt|ttt|tt|L"]),
     "70B": ([0, 3, 7], 128, ["model.num_trunk_layers=15", "parallel.layout=Ett|tt|tt|tt|tt|tt|tt|tL"]),
+    "13B recomputed": (
+        [0, 1],
+        16,
+        ["model.num_trunk_layers=6", "parallel.layout=Ettt|tttL", "train.recompute=full", "heads.n=2"],
+    ),
     "7B interleaved": (
         [0, 1],
         4,
