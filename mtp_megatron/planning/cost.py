@@ -116,7 +116,8 @@ def _activations(recipe: Recipe, sizes: Sizes, chunks: list[Stage], rank: int, w
     element, shared = sizes.element, sizes.tokens_shard * sizes.hidden
     whole = layer_activations(recipe, sizes)
     kept = element * shared if recipe.train.recompute == "full" else whole
-    transient = _layer_backward(recipe, sizes) + (whole if recipe.train.recompute == "full" else 0)
+    # A recomputed layer's activations exist only while it goes back; its input was kept anyway.
+    transient = _layer_backward(recipe, sizes) + (whole - kept if recipe.train.recompute == "full" else 0)
     batch = 8 * sizes.tokens * (recipe.heads.n + 3)
     # A chunk of no layers (the heads alone) keeps its input, which is z.
     sizes_held = [
