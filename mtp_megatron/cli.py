@@ -37,6 +37,7 @@ SUBCOMMANDS: dict[str, Subcommand] = {
         "check a serving bundle: files, tensors, what torch and vLLM decode",
     ),
     "serve": Subcommand("mtp_megatron.serving.serve_cli", "serve a bundle with vLLM, its heads drafting"),
+    "plan": Subcommand("mtp_megatron.planning.cli", "say what a job will take, before it starts"),
     "report": Subcommand("mtp_megatron.reporting.cli", "summarise a run as report.json and report.png"),
 }
 

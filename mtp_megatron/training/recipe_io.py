@@ -61,9 +61,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             f"it holds a {type(tree).__name__}, not sections",
             "Write 'model:', 'train:' and so on.",
         )
+    return parse_recipe(overridden(tree, overrides))
+
+
+def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Nested plain data with ``section.key=value`` settings applied, in place; see :func:`load_recipe`."""
     for override in overrides:
         _apply_override(tree, override)
-    return parse_recipe(tree)
+    return tree
 
 
 def parse_recipe(tree: dict[str, Any]) -> Recipe:

@@ -1,0 +1,122 @@
+"""``mtp-megatron plan``: what a job will take, before it starts."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+
+from mtp_megatron.data.manifest import MANIFEST_FILE, load_manifest
+from mtp_megatron.errors import ConfigError
+from mtp_megatron.planning.estimate import Hardware
+from mtp_megatron.planning.presets import PRESETS, read_plan
+from mtp_megatron.training.recipe import Recipe
+from mtp_megatron.training.validate import check_recipe
+
+SUMMARY = "Say what a training job will take before it starts. Needs no GPU and no data."
+
+_EPILOG = """\
+  mtp-megatron plan 13B --gpus 32 --picture pipeline.svg
+  mtp-megatron plan examples/recipes/paper_13b.yaml --gpus 32 --trace 7
+  mtp-megatron plan path/to/config.json heads.n=8 parallel.tensor=4 --json
+
+Without --trace, formulas say what every pipeline stage takes, and a simulator how long a step lasts. --trace builds one
+rank of the job with the code that trains and takes a training step, on tensors that have shapes and no memory.
+docs/planning.md says what the figures hold and what they do not.
+"""
+_UNITS = {
+    "tflops": "1e12 matrix operations per second of a GPU at its peak",
+    "efficiency": "share of them that a layer reaches",
+    "link": "GB/s between GPUs of a tensor parallel group",
+    "network": "GB/s from a GPU to another stage or replica",
+    "memory": "GB on a GPU",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the subcommand."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG.replace("%", "%%")
+    parser.add_argument("model", help=f"a size ({', '.join(PRESETS)}), a YAML recipe or a Hugging Face config.json")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
+    parser.add_argument("--gpus", type=int, metavar="N", help="ranks (default: the fewest that the layout takes)")
+    parser.add_argument("--json", action="store_true", help="print JSON: bytes, seconds, operations")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the pipeline: .png, .svg or .pdf")
+    for field in dataclasses.fields(Hardware):
+        meaning = f"{_UNITS[field.name]} (default: {field.default})"
+        parser.add_argument(f"--{field.name}", type=float, default=field.default, metavar="X", help=meaning)
+    parser.add_argument("--trace", type=int, metavar="RANK", help="the exact memory of this rank instead")
+    parser.add_argument(
+        "--kernels",
+        choices=("own", "fused"),
+        help="with --trace: attention, norms and SwiGLU are megatron-core's own, as on a CPU, or a GPU's fused ones "
+        "(default: fused where train.transformer_engine is set)",
+    )
+    parser.add_argument("--top", type=int, default=10, metavar="N", help="with --trace: how many tensors to show")
+
+
+def run(args: argparse.Namespace) -> int:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for one: a plan is the same on every machine
+    recipe = checked(read_plan(args.model, args.overrides), args.gpus)
+    world_size = args.gpus or recipe.smallest_world
+    if args.trace is not None:
+        return _trace(args, recipe, world_size)
+    from mtp_megatron.planning import report
+    from mtp_megatron.planning.estimate import estimate
+    from mtp_megatron.planning.picture import save_picture
+
+    figures = {field.name: getattr(args, field.name) for field in dataclasses.fields(Hardware)}
+    for name, value in figures.items():
+        if not value > 0:
+            raise ConfigError(f"--{name}", value, "not a positive number", f"Give {_UNITS[name]}.")
+    hardware = Hardware(**figures)
+    plan = estimate(recipe, world_size, hardware)
+    if args.picture is not None:
+        save_picture(args.picture, plan.schedule, args.model, head_seconds=plan.head_seconds)
+    if args.json:
+        print(json.dumps(report.as_json(recipe, world_size, hardware, plan), indent=2))
+    else:
+        print(report.table(recipe, world_size, hardware, plan))
+    return 0
+
+
+def _trace(args: argparse.Namespace, recipe: Recipe, world_size: int) -> int:
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    from mtp_megatron.planning import trace_report
+    from mtp_megatron.planning.trace import trace_rank
+
+    if args.picture is not None:
+        raise ConfigError("--picture", str(args.picture), "a trace has no times to draw", "Leave --trace out.")
+    fused = None if args.kernels is None else args.kernels == "fused"
+    trace = trace_rank(recipe, args.trace, world_size, fused_kernels=fused)
+    if args.json:
+        print(json.dumps(trace_report.as_json(trace, args.top), indent=2))
+    else:
+        print(trace_report.table(trace, args.top))
+    return 0
+
+
+def checked(recipe: Recipe, gpus: int | None) -> Recipe:
+    """The recipe resolved and checked as before a training, with the data set's vocabulary where it names none.
+
+    Raises:
+        ConfigError: a setting that cannot work, or no vocabulary.
+    """
+    if gpus is not None and gpus < 1:
+        raise ConfigError("--gpus", gpus, "a job has at least one rank", "Give a positive number.")
+    vocab_size = recipe.model.vocab_size
+    if vocab_size is None:
+        if not (Path(recipe.data.path) / MANIFEST_FILE).is_file():
+            raise ConfigError(
+                "model.vocab_size",
+                None,
+                f"a plan needs it, and data.path={recipe.data.path} holds no data set that says it",
+                "Give model.vocab_size=32000, for example, or preprocess the data first.",
+            )
+        vocab_size = load_manifest(recipe.data.path).vocab_size
+    return check_recipe(recipe, world_size=gpus or recipe.smallest_world, tokenizer_vocab_size=vocab_size)

@@ -1,0 +1,53 @@
+"""The commands of docs/planning.md run, and a trace of a 13B rank stays within its limits."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BLOCKS = re.findall(
+    r"^(?:<!-- test: (.+?) -->\n)?```bash\n(.*?)^```$",
+    (ROOT / "docs/planning.md").read_text(),
+    re.MULTILINE | re.DOTALL,
+)
+TRACE_MEMORY = 2**30
+TRACE_SECONDS = 30  # of the processor, Python's start and imports included; this machine may be shared
+
+
+def test_every_block_is_run() -> None:
+    assert len(BLOCKS) >= 2
+    assert {directive for directive, _ in BLOCKS} == {"run"}
+
+
+@pytest.mark.parametrize("code", [code for _, code in BLOCKS], ids=lambda code: " ".join(code.split()[1:3]))
+def test_the_command_does_what_the_document_says(code: str, tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    program, *arguments = code.split()
+    assert program == "mtp-megatron"
+    output = tmp_path / "output"
+    with output.open("w") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mtp_megatron", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+        _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    text = output.read_text()
+    assert process.returncode == 0, text
+    if "--trace" in arguments:
+        assert "rank 31 of 32" in text
+        assert "Adam moments" in text
+        assert used.ru_maxrss * 1024 < TRACE_MEMORY
+        assert used.ru_utime < TRACE_SECONDS
+    else:
+        assert "13,0" in text
+        assert (tmp_path / "pipeline.svg").stat().st_size > 10_000
