@@ -7,7 +7,8 @@
 # Lanes:
 #   main   all tests, in .venv: Python 3.11 and the oldest supported megatron-core, or what tools/setup.sh picks
 #   py312  the tests that touch megatron-core, in .venv-py312: Python 3.12 and the newest supported megatron-core
-# MTP_LANES=main leaves the second one out; MTP_LANES=py312 runs it alone, with pytest's arguments if there are any.
+# They run side by side. MTP_LANES=main leaves the second one out; MTP_LANES=py312 runs it alone, with pytest's arguments
+# if there are any.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -74,20 +75,32 @@ if [[ "$lanes" == *" main "* ]]; then
   echo "== mypy" && in_lane $main mypy mtp_megatron
 fi
 
-status=0 failed=""
-if [[ "$lanes" == *" py312 "* ]]; then
-  echo "== pytest, lane py312"
-  if (($#)); then selection=("$@"); else selection=("${shared[@]}"); fi
-  output=$(mktemp)
-  trap 'rm -f "$output"' EXIT
-  in_lane $second python -m pytest -rs "${selection[@]}" | tee "$output" || { status=1; failed=$(tail -n 1 "$output"); }
-fi
-if [[ "$lanes" == *" main "* ]]; then
+selection=("${shared[@]}")
+if (($#)); then selection=("$@"); fi
+status=0
+if [[ "$lanes" == " main " ]]; then
   echo "== pytest"
   in_lane $main python -m pytest -rs "$@" || status=1
-  if [[ -n "$failed" ]]; then
-    echo "== lane py312 failed; its summary:"
-    echo "$failed"
-  fi
+elif [[ "$lanes" != *" main "* ]]; then
+  echo "== pytest, lane py312"
+  in_lane $second python -m pytest -rs "${selection[@]}" || status=1
+else
+  # Side by side: half of the tests keep one core busy at most. The second lane's output follows the first one's.
+  logs=$(mktemp -d)
+  (
+    # shellcheck source=/dev/null
+    source "$second/bin/activate"
+    exec python -m pytest -rs -p no:cacheprovider "${selection[@]}"
+  ) >"$logs/py312" 2>&1 &
+  job=$!
+  trap 'kill $job 2>/dev/null || true; rm -rf "$logs"' EXIT
+  echo "== pytest (lane py312 runs beside it, its output follows)"
+  in_lane $main python -m pytest -rs "$@" | tee "$logs/main" || status=1
+  last=$logs/main
+  wait $job || { status=1; last=$logs/py312; }
+  echo "== pytest, lane py312"
+  cat "$logs/py312"
+  echo "== $(basename "$last"):"
+  tail -n 1 "$last"
 fi
 exit $status
