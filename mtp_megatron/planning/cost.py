@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mtp_megatron.errors import ConfigError
-from mtp_megatron.loss import CHUNK_ELEMENTS, MAX_CHUNK_TOKENS
+from mtp_megatron.loss import VocabShard, chunk_tokens_for
 from mtp_megatron.planning.shapes import (
     Sizes,
     Stage,
@@ -172,7 +172,8 @@ def _heads(recipe: Recipe, sizes: Sizes, layer: int) -> int:
     summed = 4 * table * copies + (4 * residual if heads.n > 1 else 0)  # fp32: of the unembedding(s) and of z
     features = element * 2 * residual
     hidden = element * sizes.tokens * sizes.hidden * (2 if recipe.parallel.sequence_parallel else 1)
-    chunk = min(sizes.tokens, heads.loss_chunk_tokens or max(16, min(MAX_CHUNK_TOKENS, CHUNK_ELEMENTS // sizes.rows)))
+    shard = VocabShard(0, sizes.rows, sizes.rows)
+    chunk = min(sizes.tokens, chunk_tokens_for(shard, heads.loss_chunk_tokens))
     logits = chunk * sizes.rows * (element + (4 if element < 4 else 0))
     outer = element * table if element < 4 else 0
     loss = kept + summed + features + hidden + logits + outer
