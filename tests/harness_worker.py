@@ -153,7 +153,6 @@ def main(connection: Connection, directory: str) -> None:
         import torch
 
         torch.set_num_threads(1)
-        _share_gloo_device()
         while True:
             try:
                 rank, task, path, cwd = connection.recv()
@@ -165,27 +164,6 @@ def main(connection: Connection, directory: str) -> None:
             connection.send(_outcome(rank, task))  # before cleaning up, which may hang after an error
             _clean()
             connection.send(READY)
-
-
-def _share_gloo_device() -> None:
-    """Let all gloo process groups of this process use one device, in place of one each.
-
-    Every device has a thread that wakes up a hundred times a second. A Megatron world has dozens of groups on each
-    rank, and its caches keep those of earlier worlds alive: they took a quarter of two cores.
-    """
-    from torch.distributed import ProcessGroupGloo
-
-    original = ProcessGroupGloo.__init__
-    devices: list[Any] = []
-
-    def init(self: Any, store: Any, rank: int, size: int, timeout: timedelta) -> None:
-        if not devices:
-            devices.append(ProcessGroupGloo.create_default_device())
-        options = ProcessGroupGloo._Options()
-        options._devices, options._timeout = devices, timeout
-        original(self, store, rank, size, options)
-
-    ProcessGroupGloo.__init__ = init  # type: ignore[method-assign]
 
 
 def _outcome(rank: int, task: Task) -> Outcome:

@@ -23,6 +23,7 @@ from torch.utils import _device
 
 from mtp_megatron.compat import packages
 from mtp_megatron.compat.experts import draw_every_expert
+from mtp_megatron.compat.gloo import share_device
 from mtp_megatron.compat.patching import Replacement, replace
 from mtp_megatron.compat.versions import require_megatron_core
 
@@ -147,6 +148,12 @@ TORCH: tuple[Replacement, ...] = (
     Replacement("torch", "ones", _on_cpu, "megatron makes causal masks with device='cuda'"),
     Replacement("torch", "empty", _on_cpu, "fully parallel loading of checkpoints allocates with device='cuda'"),
     Replacement("torch", "empty_like", _on_cpu, "fully parallel loading of checkpoints allocates with device='cuda'"),
+    Replacement(
+        "torch.distributed.ProcessGroupGloo",
+        "__init__",
+        share_device,
+        "each of megatron's dozens of groups has a thread that polls: a sixth of two cores",
+    ),
 )
 
 MEGATRON: tuple[Replacement, ...] = (
