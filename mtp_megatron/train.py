@@ -50,10 +50,12 @@ def _report(error: MTPError) -> None:
     from mtp_megatron.training.step import TrainingDiverged
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    # In one write each, line end included: the ranks share a log, and print() would write the line end by itself.
     if local_rank == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"error: {error}\n")
     elif not isinstance(error, ConfigError | JobError | TrainingDiverged):
-        print(f"[rank {os.environ.get('RANK')}] error: {error}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"[rank {os.environ.get('RANK')}] error: {error}\n")
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -44,6 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         pretrain_mtp()
     except MTPError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")  # in one write: the ranks share a log
         return 2
     return 0
