@@ -16,7 +16,7 @@ from mtp_megatron.serving.decode import generate
 from mtp_megatron.serving.engine import EngineError, explain, find_python, run_vllm
 from mtp_megatron.serving.llama import HeadsLlama
 from mtp_megatron.serving.simulate import Counts, Simulation, simulate
-from mtp_megatron.serving.verify import VerificationError, check_heads, compare_counts, compare_text
+from mtp_megatron.serving.verify import VerificationError, check_heads, compare_counts, compare_text, padded_drafts
 from tests.serving.models import CONFIG, sentences, trained_weights, write_export
 
 
@@ -83,6 +83,17 @@ def test_differences_are_named():
         compare_counts("engine", Counts(5, (3, 1)), Counts(5, (3, 2)))
     with pytest.raises(VerificationError, match="eagle_aux_hidden_state_layer_ids"):
         compare_counts("engine", Counts(9, (0, 0)), Counts(5, (3, 2)))
+
+
+def test_a_padded_prompt_of_one_token_may_count_as_a_draft():
+    def prompt(*tokens: int) -> Simulation:
+        return Simulation(tokens, (), 1, (), 1.0)
+
+    assert padded_drafts([prompt(3), prompt(3, 4), prompt(5)]) == 2
+    compare_counts("engine", Counts(6, (3, 2)), Counts(5, (3, 2)), padded=1)
+    for counts in (Counts(7, (3, 2)), Counts(4, (3, 2)), Counts(6, (3, 1))):
+        with pytest.raises(VerificationError, match="drafts accepted at each position"):
+            compare_counts("engine", counts, Counts(5, (3, 2)), padded=1)
 
 
 def test_verify_without_an_engine(bundle, capsys):
