@@ -18,6 +18,7 @@ import torch.distributed as dist
 from mtp_megatron import compat
 from mtp_megatron.compat import packages
 from mtp_megatron.deepspeed import settings
+from mtp_megatron.deepspeed.extensions import warn_of_stale_locks
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.targets import IGNORE_INDEX
 from mtp_megatron.training.batches import Microbatch
@@ -142,6 +143,7 @@ def build_trainer(recipe: Recipe, initial: Path | None = None) -> DeepSpeedTrain
     from mtp_megatron.deepspeed.unit import MegatronUnit
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warn_of_stale_locks()
     os.environ.setdefault("LOCAL_RANK", "0")  # asked for by DeepSpeed; a process that no launcher started has none
     if recipe.run.deepspeed is None:
         raise ValueError("run.deepspeed is null: the recipe names no DeepSpeed configuration")
