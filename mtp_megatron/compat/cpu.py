@@ -22,6 +22,7 @@ import torch
 from torch.utils import _device
 
 from mtp_megatron.compat import packages
+from mtp_megatron.compat.eager import JIT_FUSER, import_megatron
 from mtp_megatron.compat.experts import draw_every_expert
 from mtp_megatron.compat.gloo import share_device
 from mtp_megatron.compat.patching import Replacement, replace
@@ -157,6 +158,7 @@ TORCH: tuple[Replacement, ...] = (
 )
 
 MEGATRON: tuple[Replacement, ...] = (
+    JIT_FUSER,
     Replacement(
         "megatron.core.tensor_parallel.random", "_get_cuda_rng_state", _get_state, "raises inside forked RNG regions"
     ),
@@ -257,6 +259,7 @@ def install() -> bool:
         _stub_for_triton(
             _PAGED_STASH, GLOBAL_BLOCK_SIZE=1024, paged_stash_copy_kernel=None, paged_stash_pop_kernel=None
         )
+        import_megatron()
         for row in MEGATRON:
             replace(row, _undo)
     except BaseException:

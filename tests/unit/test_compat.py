@@ -142,6 +142,26 @@ class TestStandIns:
         assert torch.equal(torch.rand(3), first)
         assert torch.equal(torch.Generator().manual_seed(5).get_state(), state)
 
+    def test_megatron_is_imported_without_the_compiler(self) -> None:
+        code = """
+import sys
+import torch
+compiler = torch.compile
+from mtp_megatron import compat
+compat.prepare()
+import megatron.core.models.gpt, megatron.core.optimizer, megatron.core.pipeline_parallel
+from megatron.core import jit
+from megatron.core.fusions.fused_bias_swiglu import swiglu
+print("torch._inductor.compile_fx" in sys.modules, torch.compile is compiler, swiglu.__module__, type(swiglu).__name__)
+from mtp_megatron.compat import cpu, fallbacks
+fallbacks.uninstall()
+cpu.uninstall()
+print(jit.jit_fuser is compiler)
+"""
+        result = run(code)
+        expected = ["False", "True", "megatron.core.fusions.fused_bias_swiglu", "function", "True"]
+        assert result.stdout.split() == expected, result.stderr
+
     def test_packages_for_gpus_are_hidden_from_megatron(self, tmp_path: Path) -> None:
         for name in ("transformer_engine", "apex"):
             parts = (
