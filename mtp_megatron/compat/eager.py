@@ -31,7 +31,7 @@ def import_megatron() -> None:
     if "megatron.core" in sys.modules:
         return
     with _no_compiler():
-        jit = importlib.import_module("megatron.core.jit")
+        jit: Any = importlib.import_module("megatron.core.jit")
     jit.jit_fuser = torch.compile  # what it would have been: JIT_FUSER replaces it, and puts it back
 
 
