@@ -235,7 +235,7 @@ class TestReport:
     PARTS = (
         *("python", "device", "torch", "CUDA", "megatron-core", "megatron.training"),
         *("transformer-engine", "apex", "deepspeed", "layers", "optimizer", "stand-ins for CUDA"),
-        "unembedding's weight gradient",
+        *("FP8 and FP4 in the trunk", "unembedding's weight gradient"),
     )
 
     def report(self, *options: str) -> str:
