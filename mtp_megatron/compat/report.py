@@ -9,7 +9,7 @@ import torch
 
 from mtp_megatron import __version__
 from mtp_megatron.compat import cpu, devices, fallbacks, fp8, packages, versions
-from mtp_megatron.compat.kernels import FUSIONS
+from mtp_megatron.compat.kernels import FUSIONS, slower_without_apex
 from mtp_megatron.compat.packages import State
 
 # What mtp_megatron.model_checks refuses on every machine.
@@ -112,6 +112,7 @@ def lines(verbose: bool = False) -> Iterable[str]:
     yield _row("optimizer", _optimizer(cuda))
     for fusion in FUSIONS:
         yield _row(fusion.setting, "on" if fusion.available else f"off: needs {fusion.needs}")
+    yield _row("without Apex", slower_without_apex() or ("nothing is slower" if cuda else "no difference on the CPU"))
     yield _row("FP8 and FP4 in the trunk", _low_precision())
     yield _row("unembedding's weight gradient", _weight_gradient())
     stand_ins = () if cuda else (*cpu.TORCH, *cpu.MEGATRON)
