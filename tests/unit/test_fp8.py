@@ -173,6 +173,24 @@ def test_layers_in_bf16_get_a_configuration_without_fp8() -> None:
     assert off.hidden_size == config.hidden_size
 
 
+def test_the_documents_table_is_the_codes() -> None:
+    text = (ROOT / "docs/fp8.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .*?`?(?:train.fp4=)?(\w+)`.*? \| (.+?) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    written = {name.replace("e2m1", fp8.NVFP4): tuple(rest) for name, *rest in rows}
+    assert written == {
+        name: (
+            ".".join(map(str, scaling.since))
+            + (f" to below {'.'.join(map(str, scaling.before))}" if scaling.before else " or higher"),
+            str(scaling.cuda),
+            str(scaling.transformer_engine),
+        )
+        for name, scaling in fp8.SCALINGS.items()
+    }
+    directives = re.findall(r"<!-- test: (.+?) -->\n```bash", text)
+    assert len(directives) == text.count("```bash")
+    assert set(directives) == {"not run, it needs a GPU"}
+
+
 @no_cuda
 def test_the_models_own_builder_refuses_too() -> None:
     from mtp_megatron.model import build_model

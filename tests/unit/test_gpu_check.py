@@ -1,4 +1,4 @@
-"""tools/gpu_check.sh without a GPU: what it would run fits its time and its tools, it degrades by name, it fails loudly."""
+"""tools/gpu_check.sh without a GPU: what it would run fits its time and its tools; it degrades and fails by name."""
 
 from __future__ import annotations
 
@@ -100,11 +100,11 @@ def test_wheels_without_transformer_engine_leave_it_out_by_name(tmp_path: Path, 
 @pytest.mark.slow
 def test_dry_run(tmp_path: Path) -> None:
     """The steps whose tools have no test of their own."""
-    said = check("--dry-run", "--out", str(tmp_path), "--only", "kernels,fp8_curves,last_stage")
+    said = check("--dry-run", "--out", str(tmp_path), "--only", "fp8_curves,last_stage")
     assert said.returncode == 0, said.stdout + said.stderr
     steps = json.loads((tmp_path / "summary.json").read_text())["steps"]
-    assert [(step["name"], step["result"]) for step in steps[-3:]] == [
-        (name, "passed") for name in ("kernels", "fp8_curves", "last_stage")
+    assert [(step["name"], step["result"]) for step in steps[-2:]] == [
+        (name, "passed") for name in ("fp8_curves", "last_stage")
     ]
     curves = json.loads((tmp_path / "fp8_curves.json").read_text())
     assert [row["run"] for row in curves["rows"]] == ["bf16", "fp32"], "FP8 cannot run here"
@@ -115,4 +115,4 @@ def test_dry_run(tmp_path: Path) -> None:
         (n, way) for n in (1, 2) for way in ("deferred", "joint")
     }
     assert all(row["peak_mib"] > 0 for row in stage["rows"])
-    assert "apply_rope_fusion" in (tmp_path / "summary.txt").read_text(), "the kernels' choice"
+    assert "megatron-core's own (transformer-engine: " in (tmp_path / "summary.txt").read_text(), "whose layers"
