@@ -42,7 +42,7 @@ class HeadsConfig(pydantic.BaseModel):
         False, description="run the heads' layers in the trunk's FP8 or FP4 too, not in bf16; not with delayed scaling"
     )
     loss_chunk_tokens: int | None = pydantic.Field(
-        None, ge=1, description="tokens whose logits exist at one time; null: chosen from the vocabulary shard"
+        None, ge=1, description="tokens whose logits exist at one time; null: by vocabulary shard and GPU memory"
     )
     loss_weights: tuple[float, ...] | None = pydantic.Field(
         None, description="weight of each head's loss; null: 1 for every head, the paper's unweighted sum"

@@ -63,9 +63,9 @@ else
   step tests 120 -m pytest -q -p no:cacheprovider -m gpu tests/gpu
   step fp8_curves 110 tools/gpu_fp8_curves.py --json "$out/fp8_curves.json"
   step last_stage 75 tools/gpu_last_stage.py --json "$out/last_stage.json"
-  step bench_memory 45 tools/bench_memory.py --dtype bf16 --json "$out/bench_memory.json"
-  step bench_loss 45 tools/bench_loss.py --dtype bf16 --tp 1 --json "$out/bench_loss.json"
-  step bench_step 45 tools/bench_step.py --dtype bf16 --json "$out/bench_step.json"
+  step bench_memory 45 tools/bench_memory.py --dtype bf16 --hidden 1024 --json "$out/bench_memory.json"
+  step bench_loss 45 tools/bench_loss.py --dtype bf16 --tp 1 --tokens 16384 --hidden 2048 --json "$out/bench_loss.json"
+  step bench_step 45 tools/bench_step.py --dtype bf16 --hidden 1024 --sequence 1024 --vocab 32768 --json "$out/bench_step.json"
 fi
 
 for name in ${only//,/ }; do
