@@ -94,8 +94,12 @@ has_gpu() { "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_availabl
 
 # Installs into an environment in the results' folder. 100 s at most, of which Transformer Engine takes what is left.
 install_wheels() {
-  local needed=$out/requirements.txt
-  "$python" -m venv --clear --system-site-packages "$out/venv" || return
+  local needed=$out/requirements.txt folder
+  "$python" -m venv --clear --without-pip --system-site-packages "$out/venv" || return
+  # Where PYTHON is of an environment itself, its packages (pip too) are not the system's.
+  for folder in "$out"/venv/lib/python*/site-packages; do
+    if [[ -d $folder ]]; then "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$folder/base.pth"; fi
+  done
   "$python" - >"$needed" <<'PY'
 import tomllib
 print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]))
@@ -138,7 +142,8 @@ if [[ -n ${WHEELS:-} ]] && has_gpu; then
     ended transformer_engine "left out, see transformer_engine.txt" "$SECONDS" "not to be installed from $WHEELS"
   fi
 elif ! "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("transformer_engine") is None)'; then
-  ended transformer_engine "left out" 0 "it is not installed, and WHEELS names no folder of wheels to install it from"
+  if has_gpu; then why="it is not installed; WHEELS=DIR installs it from a folder of wheels"; else why="it needs a GPU"; fi
+  ended transformer_engine "left out" 0 "$why"
 fi
 
 status=0

@@ -1,6 +1,6 @@
 """FP8 on a GPU that has it: the trunk learns in every recipe that works here, the heads stay in BF16.
 
-Never run where this was written: there was no GPU. tests/unit/test_fp8.py has what can be tested without one.
+Never run where this was written: there was no GPU. tests/unit/test_fp8_contexts.py has what can be tested without one.
 """
 
 from __future__ import annotations
