@@ -38,8 +38,11 @@ class HeadsConfig(pydantic.BaseModel):
         "deferred",
         description="deferred: head by head in the backward pass, memory flat in n; joint: plain autograd, an oracle",
     )
+    fp8: bool = pydantic.Field(
+        False, description="run the heads' layers in the trunk's FP8 or FP4 too, not in bf16; not with delayed scaling"
+    )
     loss_chunk_tokens: int | None = pydantic.Field(
-        None, ge=1, description="tokens whose logits exist at one time; null: chosen from the vocabulary shard"
+        None, ge=1, description="tokens whose logits exist at one time; null: by vocabulary shard and GPU memory"
     )
     loss_weights: tuple[float, ...] | None = pydantic.Field(
         None, description="weight of each head's loss; null: 1 for every head, the paper's unweighted sum"
@@ -97,6 +100,8 @@ class HeadsConfig(pydantic.BaseModel):
                 f"a chain of kind={self.kind} heads is not defined",
                 "Use kind=transformer, or arrangement=parallel",
             )
+        if self.fp8 and self.kind != "transformer":
+            raise ConfigError("fp8", True, f"kind={self.kind} heads are no layers of a transformer", "Leave it out")
         if self.trainable == "new_heads" and self.n < 2:
             raise ConfigError("trainable", self.trainable, "there is no head beside head 1", "Set n to 2 or more")
         if self.kind == "medusa" and self.n < 2:

@@ -95,7 +95,7 @@ def build_hybrid_model(
             that the heads cannot work with.
     """
     _check_pattern(config, pattern)
-    check_config(config, vocab_size, padded_vocab_size)
+    check_config(config, vocab_size, padded_vocab_size, fp8_heads=heads.fp8, transformer_engine=transformer_engine)
     model = MTPHybridModel(
         config=config,
         hybrid_stack_spec=hybrid_stack_spec(config, transformer_engine=transformer_engine),

@@ -7,6 +7,7 @@ collectives per chunk cross the tensor-parallel group: the maximum, then one pac
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,12 @@ from mtp_megatron.targets import IGNORE_INDEX
 CHUNK_ELEMENTS = 1 << 24
 """Default size of one chunk's logits, in elements (64 MiB in fp32)."""
 MAX_CHUNK_TOKENS = 1024
+# On a GPU every chunk reads the unembedding and its fp32 gradient again, so that short ones are bound by bandwidth:
+# chunks may be longer there, as far as its memory allows.
+CUDA_MEMORY_SHARE = 32
+"""A chunk's logits and softmax take at most one part in this many of a GPU's memory."""
+CUDA_MAX_CHUNK_TOKENS = 4096
+_BYTES = 2 + 4  # of a logit in bf16 and of its softmax in fp32
 
 
 @dataclass(frozen=True)
@@ -73,15 +80,28 @@ class TokenSums:
     predictions: Tensor | None
 
 
-def chunk_tokens_for(shard: VocabShard, chunk_tokens: int | None = None) -> int:
+def chunk_tokens_for(shard: VocabShard, chunk_tokens: int | None = None, device: torch.device | None = None) -> int:
     """Tokens per chunk: the given number, or as many as keep a chunk's logits at about ``CHUNK_ELEMENTS``.
 
-    The same on every rank of the group, whatever its own share of an uneven vocabulary: each chunk is a collective.
+    On a CUDA device it is what fits into its memory's ``CUDA_MEMORY_SHARE``, if that is more. All of its memory counts,
+    in whole powers of two: what is *free* differs between ranks, and each chunk is a collective. For the same reason it
+    does not depend on a rank's own share of an uneven vocabulary.
     """
     if chunk_tokens is not None:
         return chunk_tokens
-    rows = -(-shard.vocab_size // shard.size)
-    return max(16, min(MAX_CHUNK_TOKENS, CHUNK_ELEMENTS // max(rows, 1)))
+    rows = max(1, -(-shard.vocab_size // shard.size))
+    tokens = max(16, min(MAX_CHUNK_TOKENS, CHUNK_ELEMENTS // rows))
+    if device is None or device.type != "cuda":
+        return tokens
+    elements = _cuda_memory(device) // CUDA_MEMORY_SHARE // _BYTES
+    return max(tokens, min(CUDA_MAX_CHUNK_TOKENS, elements // rows // 16 * 16))
+
+
+@functools.cache
+def _cuda_memory(device: torch.device) -> int:
+    """Bytes of a GPU, rounded down to a power of two: those of one model differ by some MB."""
+    total: int = torch.cuda.get_device_properties(device).total_memory
+    return 1 << (total.bit_length() - 1)
 
 
 @torch.no_grad()
@@ -125,7 +145,7 @@ def linear_cross_entropy(
     correct = torch.zeros_like(loss)
     predicted = torch.empty(tokens, dtype=torch.int64, device=hidden.device) if predictions else None
     hidden_grad = None if grad_scale is None else torch.empty_like(hidden)
-    chunk = min(chunk_tokens_for(shard, chunk_tokens), max(tokens, 1))
+    chunk = min(chunk_tokens_for(shard, chunk_tokens, hidden.device), max(tokens, 1))
     logits_buffer = hidden.new_empty(chunk, shard.rows)
     # Where it has their type, the softmax overwrites the logits: one buffer instead of two.
     softmax_buffer = logits_buffer if compute == hidden.dtype else torch.empty_like(logits_buffer, dtype=compute)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -50,8 +51,10 @@ class FutureHeads:
         transformer_engine: bool = False,
     ) -> None:
         """Build heads, final norm and, where replicated, the further unembeddings on this stage."""
-        config = self.config
         self.heads_config = heads
+        # Megatron-core enters FP8, and builds FP8 parameters, inside of a TransformerBlock; what is built here is in
+        # none, and its configuration says so too.
+        config = self.config if heads.fp8 else compat.without_fp8(self.config)
         self.true_vocab_size = true_vocab_size
         self.head_weights: tuple[float, ...] = heads.weights_at(0)
         self.tensor_parallel_group = pg_collection.tp
@@ -117,7 +120,8 @@ class FutureHeads:
         layer = self.heads[head]
         if isinstance(layer, IdentityHead | PostNormHead):
             return inputs
-        output: Tensor = layer(hidden_states=inputs, **layer_kwargs)[0]
+        with compat.fp8_context(self.config) if self.heads_config.fp8 else nullcontext():
+            output: Tensor = layer(hidden_states=inputs, **layer_kwargs)[0]
         return output
 
     def head_features(self, head: int, outputs: Tensor) -> Tensor:
@@ -245,7 +249,7 @@ def build_model(
         ConfigError: a setting of ``config`` that the heads cannot work with.
     """
     compat.prepare()
-    check_config(config, vocab_size, padded_vocab_size)
+    check_config(config, vocab_size, padded_vocab_size, fp8_heads=heads.fp8, transformer_engine=transformer_engine)
     compat.take_load_balancing_loss()  # what an earlier model of this process left, perhaps of other layers
     model = MTPGPTModel(
         config=config,

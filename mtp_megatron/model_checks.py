@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mtp_megatron.compat import fp8
 from mtp_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
 
 
-def check_config(config: TransformerConfig, vocab_size: int, padded_vocab_size: int) -> None:
-    """Refuse settings of ``config`` that the heads cannot work with.
+def check_config(
+    config: TransformerConfig,
+    vocab_size: int,
+    padded_vocab_size: int,
+    *,
+    fp8_heads: bool = False,
+    transformer_engine: bool = False,
+) -> None:
+    """Refuse settings of ``config`` that the heads, or this machine, cannot work with.
 
     Raises:
         ConfigError: names the field.
@@ -45,15 +53,29 @@ def check_config(config: TransformerConfig, vocab_size: int, padded_vocab_size: 
             "the heads run inside the backward pass, and a graph captured from the forward pass would leave them out",
             "Set it to 'none'",
         )
-    for field in ("fp8", "fp4"):
-        if getattr(config, field, None):
-            raise ConfigError(
-                field,
-                getattr(config, field),
-                "megatron-core enters its low-precision context around the trunk's layers, and the heads' layers run "
-                "outside of it",
-                "Leave it unset and train in bf16",
-            )
+    if getattr(config, "fp8_output_proj", False):
+        raise ConfigError(
+            "fp8_output_proj", True, "the heads compute the unembedding themselves, in the weights' type", "Turn it off"
+        )
+    _check_low_precision(config, fp8_heads, transformer_engine)
+
+
+def _check_low_precision(config: TransformerConfig, heads: bool, transformer_engine: bool) -> None:
+    request = fp8.Request(
+        fp8=config.fp8,
+        fp8_recipe=getattr(config.fp8_recipe, "value", config.fp8_recipe),
+        fp8_param=config.fp8_param,
+        fp4=getattr(config, "fp4", None),
+        first_last_layers_bf16=config.first_last_layers_bf16,
+        heads=heads,
+        bf16=config.bf16,
+        transformer_engine=transformer_engine,
+    )
+    if request.wanted:
+        if request.fp8 and request.fp8_recipe not in fp8.SCALINGS:
+            raise ConfigError("fp8_recipe", request.fp8_recipe, "it is not tested with heads", "Choose another one")
+        fp8.check_machine(request, fp8.this_machine(), {})
+    fp8.check_request(request, {"heads": "heads.fp8"})
 
 
 def check_forward(packed_seq_params: Any) -> None:

@@ -36,7 +36,9 @@ DEFERRED, JOINT, NATIVE = "deferred (this project)", "joint (plain autograd)", "
 MIB = 2**20
 
 
-def stage_step(way: str, n: int, shape: Shape, chunk: int | None, device: torch.device) -> Callable[[], torch.Tensor]:
+def stage_step(
+    way: str, n: int, shape: Shape, chunk: int | None, device: torch.device, transformer_engine: bool = False
+) -> Callable[[], torch.Tensor]:
     """The last stage's step of n predictions, a callable that returns dL/dz; parameters and buffers are made here."""
     tokens, labels = tokens_and_labels(shape, device)
     source = torch.randn(shape.sequence, shape.batch, shape.hidden, generator=torch.Generator().manual_seed(2))
@@ -45,7 +47,7 @@ def stage_step(way: str, n: int, shape: Shape, chunk: int | None, device: torch.
         run = _native(n, shape, device, tokens, labels)
     else:
         settings = {"n": n, "execution": "deferred" if way == DEFERRED else "joint", "loss_chunk_tokens": chunk}
-        run = _heads(HeadsConfig.parse(settings), shape, device, labels)
+        run = _heads(HeadsConfig.parse(settings), shape, device, labels, transformer_engine)
 
     def step() -> torch.Tensor:
         z = source.clone().requires_grad_()
@@ -57,9 +59,9 @@ def stage_step(way: str, n: int, shape: Shape, chunk: int | None, device: torch.
 
 
 def _heads(
-    heads: HeadsConfig, shape: Shape, device: torch.device, labels: torch.Tensor
+    heads: HeadsConfig, shape: Shape, device: torch.device, labels: torch.Tensor, transformer_engine: bool
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    model = mtp_model(shape, 1, heads, device, pre_process=False)
+    model = mtp_model(shape, 1, heads, device, pre_process=False, transformer_engine=transformer_engine)
     targets = future_targets(labels, heads.n)
     rotary = model.rotary_pos_emb(shape.sequence)
 

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mtp_megatron.compat.devices import backend, device, prepare
     from mtp_megatron.compat.experts import aux_loss_coefficient, take_load_balancing_loss
-    from mtp_megatron.compat.kernels import fusions
+    from mtp_megatron.compat.fp8 import fp8_context, without_fp8
+    from mtp_megatron.compat.kernels import fusions, slower_without_apex
     from mtp_megatron.compat.specs import layer_spec, norm_class, trunk_block_spec
     from mtp_megatron.compat.versions import MCORE_VERSION
 
@@ -29,12 +30,15 @@ _LAZY = {
     "aux_loss_coefficient": "mtp_megatron.compat.experts",
     "backend": "mtp_megatron.compat.devices",
     "device": "mtp_megatron.compat.devices",
+    "fp8_context": "mtp_megatron.compat.fp8",
     "fusions": "mtp_megatron.compat.kernels",
     "prepare": "mtp_megatron.compat.devices",
     "layer_spec": "mtp_megatron.compat.specs",
     "norm_class": "mtp_megatron.compat.specs",
+    "slower_without_apex": "mtp_megatron.compat.kernels",
     "take_load_balancing_loss": "mtp_megatron.compat.experts",
     "trunk_block_spec": "mtp_megatron.compat.specs",
+    "without_fp8": "mtp_megatron.compat.fp8",
 }
 
 __all__ = [
@@ -42,12 +46,15 @@ __all__ = [
     "aux_loss_coefficient",
     "backend",
     "device",
+    "fp8_context",
     "fusions",
     "layer_spec",
     "norm_class",
     "prepare",
+    "slower_without_apex",
     "take_load_balancing_loss",
     "trunk_block_spec",
+    "without_fp8",
 ]
 
 

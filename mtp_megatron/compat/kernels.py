@@ -59,3 +59,24 @@ FUSIONS: tuple[Fusion, ...] = (
 def fusions() -> dict[str, bool]:
     """Keyword arguments for TransformerConfig: every fused kernel that works on this machine on, the others off."""
     return {fusion.setting: fusion.available for fusion in FUSIONS}
+
+
+def slower_without_apex(cuda: bool | None = None) -> str | None:
+    """One line for the log: what runs slower because NVIDIA's Apex, or a part of it, is missing; None if nothing does.
+
+    Megatron-core itself takes Adam and gradient clipping from Transformer Engine, else from Apex, else from torch, and
+    its LayerNorm from Apex (its RMSNorm is torch's either way). Without a GPU Apex would not be used: None.
+    """
+    cuda = torch.cuda.is_available() if cuda is None else cuda
+    if not cuda:
+        return None
+    slower = []
+    apex = packages.apex(cuda).state is packages.State.USABLE
+    if not apex and not _transformer_engine():
+        slower += ["Adam and gradient clipping are torch's", "so is LayerNorm (RMSNorm is anyway)"]
+    if packages.locate("fused_weight_gradient_mlp_cuda") is None:
+        slower.append("weight gradients are added to their fp32 buffers in a pass of their own")
+    if not slower:
+        return None
+    missing = "Apex's fused_weight_gradient_mlp_cuda" if apex else "NVIDIA Apex"
+    return f"without {missing} this is slower: {'; '.join(slower)}. `python -m mtp_megatron.compat` lists the kernels."

@@ -7,8 +7,12 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass
+from importlib import metadata
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from mtp_megatron.compat.versions import EnvironmentUnsupported, installed_version
 
@@ -88,6 +92,16 @@ def transformer_engine(cuda: bool) -> Package:
         remedy = 'its PyTorch part is missing; run: pip install --no-build-isolation "transformer-engine[pytorch]"'
         return Package("transformer-engine", State.WRONG, _version("transformer-engine"), remedy)
     return _needs_gpu("transformer-engine", _version("transformer-engine"), cuda)
+
+
+def transformer_engine_pin() -> SpecifierSet:
+    """Versions of Transformer Engine that the installed megatron-core names in its metadata; any, if it names none."""
+    try:
+        lines = metadata.requires("megatron-core") or []
+    except metadata.PackageNotFoundError:  # a checkout on the path
+        lines = []
+    named = (Requirement(line) for line in lines)
+    return next((r.specifier for r in named if r.name == "transformer-engine" and str(r.specifier)), SpecifierSet())
 
 
 def deepspeed() -> Package:

@@ -8,14 +8,13 @@ from collections.abc import Iterable
 import torch
 
 from mtp_megatron import __version__
-from mtp_megatron.compat import cpu, devices, fallbacks, packages, versions
-from mtp_megatron.compat.kernels import FUSIONS
+from mtp_megatron.compat import cpu, devices, fallbacks, fp8, packages, versions
+from mtp_megatron.compat.kernels import FUSIONS, slower_without_apex
 from mtp_megatron.compat.packages import State
 
 # What mtp_megatron.model_checks refuses on every machine.
 ALWAYS_REFUSED = (
     "CUDA graphs (cuda_graph_impl): the heads run inside the backward pass",
-    "FP8 and FP4 (fp8, fp4): megatron-core's context covers the trunk's layers, not the heads'",
     "packed sequences (packed_seq_params): targets are [n, batch, sequence]",
     "megatron-core's own multi-token prediction (mtp_num_layers) beside these heads",
 )
@@ -49,6 +48,13 @@ def _optimizer(cuda: bool) -> str:
         if package.state is State.USABLE:
             return f"FusedAdam of {package.name}"
     return "Adam of torch, with megatron-core's loading of its state repaired"
+
+
+def _low_precision() -> str:
+    """Which FP8 and FP4 recipes work, or why none does."""
+    machine = fp8.this_machine()
+    found = [name for name, scaling in fp8.SCALINGS.items() if fp8.why_not(scaling, machine) is None]
+    return ", ".join(found) or f"none: {fp8.why_not(fp8.SCALINGS['delayed'], machine)}"
 
 
 def problems() -> list[str]:
@@ -106,6 +112,8 @@ def lines(verbose: bool = False) -> Iterable[str]:
     yield _row("optimizer", _optimizer(cuda))
     for fusion in FUSIONS:
         yield _row(fusion.setting, "on" if fusion.available else f"off: needs {fusion.needs}")
+    yield _row("without Apex", slower_without_apex() or ("nothing is slower" if cuda else "no difference on the CPU"))
+    yield _row("FP8 and FP4 in the trunk", _low_precision())
     yield _row("unembedding's weight gradient", _weight_gradient())
     stand_ins = () if cuda else (*cpu.TORCH, *cpu.MEGATRON)
     yield _row("stand-ins for CUDA", f"{len(stand_ins)} (--verbose lists them)" if stand_ins else "none")

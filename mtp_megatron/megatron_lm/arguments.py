@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import torch
 
-from mtp_megatron.compat import packages
+from mtp_megatron.compat import fp8, packages
 from mtp_megatron.config import HeadsConfig
 from mtp_megatron.errors import ConfigError
 
@@ -42,6 +42,7 @@ FLAGS = (
     Flag("--mtp-head-arrangement", "arrangement"),
     Flag("--mtp-unembedding", "unembedding"),
     Flag("--mtp-execution", "execution"),
+    Flag("--mtp-fp8-heads", "fp8"),
     Flag("--mtp-loss-weights", "loss_weights", float, "+"),
     Flag("--mtp-loss-decay", "loss_decay", float),
     Flag("--mtp-loss-chunk-tokens", "loss_chunk_tokens", int),
@@ -63,9 +64,11 @@ def add_mtp_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     for flag in FLAGS:
         field = HeadsConfig.model_fields[flag.field]
         text = flag.help or str(field.description)
-        if flag.help is None and field.default is not None:
+        if flag.help is None and field.default not in (None, False):
             text += f" (default: {field.default})"
         settings: dict[str, Any] = {"type": flag.type} if flag.type else {"choices": _choices(field.annotation)}
+        if field.annotation is bool:
+            settings = {"action": "store_true"}
         if flag.nargs:
             settings["nargs"] = flag.nargs
         group.add_argument(flag.name, default=None, help=text.replace("%", "%%"), **settings)
@@ -109,7 +112,6 @@ class Refusal:
 _OFF = (None, False)
 _DROP = "Drop it, or train without --mtp-heads"
 _OPTIMIZER = "Use --use-distributed-optimizer"
-_LOW_PRECISION = "its context is entered around the trunk's layers, and the heads' layers run outside of it"
 REFUSALS = (
     Refusal(
         "--mtp-num-layers",
@@ -133,8 +135,7 @@ REFUSALS = (
     Refusal("--enable-cuda-graph", _OFF, "the heads run outside of any graph", _DROP),
     Refusal("--external-cuda-graph", _OFF, "the heads run outside of any graph", _DROP),
     Refusal("--cuda-graph-impl", (None, "none"), "the heads run outside of any graph", _DROP),
-    Refusal("--fp8-format", (None,), _LOW_PRECISION, "Drop it and train in bf16", "fp8"),
-    Refusal("--fp4-format", (None,), _LOW_PRECISION, "Drop it and train in bf16", "fp4"),
+    Refusal("--fp8-output-proj", _OFF, "the heads compute the unembedding themselves, in the weights' type", _DROP),
     Refusal("--use-torch-fsdp2", _OFF, "the heads are not tested with sharded modules", _OPTIMIZER),
     Refusal("--use-megatron-fsdp", _OFF, "the heads are not tested with sharded modules", _OPTIMIZER),
     Refusal("--sft", _OFF, "packed sequences are not supported", _DROP),
@@ -156,6 +157,7 @@ def check_args(args: argparse.Namespace) -> HeadsConfig:
         value = getattr(args, refusal.dest, refusal.fine[0])
         if value not in refusal.fine:
             raise ConfigError(refusal.name, value, refusal.problem, refusal.remedy)
+    _check_low_precision(args, heads)
     _check_transformer_engine(args)
     _check_rampup(args)
     if args.context_parallel_size > 1 and args.reset_attention_mask:
@@ -178,6 +180,37 @@ def check_args(args: argparse.Namespace) -> HeadsConfig:
             "--mtp-heads", heads.n, f"--seq-length {args.seq_length} holds no target that far ahead", "Ask for fewer"
         )
     return heads
+
+
+_NAMES = {
+    "fp8": "--fp8-format",
+    "fp8_recipe": "--fp8-recipe",
+    "fp8_param": "--fp8-param-gather",
+    "fp4": "--fp4-format",
+    "first_last_layers_bf16": "--first-last-layers-bf16",
+    "heads": "--mtp-fp8-heads",
+    "bf16": "--bf16",
+    "transformer_engine": "--transformer-impl to transformer_engine",
+}
+
+
+def _check_low_precision(args: argparse.Namespace, heads: HeadsConfig) -> None:
+    """FP8 and FP4 of the trunk, which upstream enters; refused where they cannot work."""
+    request = fp8.Request(
+        fp8=getattr(args, "fp8", None),
+        fp8_recipe=getattr(args, "fp8_recipe", "delayed"),
+        fp8_param=getattr(args, "fp8_param_gather", False),
+        fp4=getattr(args, "fp4", None),
+        first_last_layers_bf16=getattr(args, "first_last_layers_bf16", False),
+        heads=heads.fp8,
+        bf16=getattr(args, "bf16", False),
+        transformer_engine=args.transformer_impl == "transformer_engine",
+    )
+    if request.fp8 and request.fp8_recipe not in fp8.SCALINGS:
+        raise ConfigError("--fp8-recipe", request.fp8_recipe, "it is not tested with heads", "Choose another one")
+    if request.wanted:
+        fp8.check_machine(request, fp8.this_machine(), _NAMES)
+    fp8.check_request(request, _NAMES)
 
 
 def _check_transformer_engine(args: argparse.Namespace) -> None:

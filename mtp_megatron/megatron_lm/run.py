@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mtp_megatron.compat import megatron_lm
+from mtp_megatron.compat import kernels, megatron_lm
 from mtp_megatron.errors import MTPError
 from mtp_megatron.megatron_lm.arguments import add_mtp_args, check_args
 
@@ -26,6 +27,9 @@ def pretrain_mtp(args_defaults: dict[str, Any] | None = None) -> None:
     from mtp_megatron.megatron_lm.model import get_embedding_ranks, model_provider
     from mtp_megatron.megatron_lm.step import forward_step
 
+    slower = kernels.slower_without_apex()
+    if slower is not None and os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"{slower}\n")
     megatron_lm.pretrain(
         train_valid_test_datasets_provider,
         model_provider,

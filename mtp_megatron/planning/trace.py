@@ -99,6 +99,10 @@ def check_traceable(recipe: Recipe, rank: int, world_size: int) -> None:
         raise ConfigError(
             "run.deepspeed", recipe.run.deepspeed, "a trace follows megatron-core's optimizer", "Set it to null."
         )
+    for name in ("fp8", "fp4"):
+        if getattr(recipe.train, name) is not None:
+            problem = "Transformer Engine's layers, which keep what FP8 needs, are not traced"
+            raise ConfigError(f"train.{name}", getattr(recipe.train, name), problem, "Trace it in bf16.")
     if recipe.model.num_experts is not None:
         raise ConfigError(
             "model.num_experts",

@@ -12,6 +12,7 @@ import torch
 
 from mtp_megatron import compat
 from mtp_megatron.rope import RopeScaling
+from mtp_megatron.training.low_precision import config_fields
 from mtp_megatron.training.recipe import ModelSection, OptimizerSection, Recipe, padded_vocab_size
 from mtp_megatron.training.step import BatchIterator, LossFunction, run_schedule, training_loss
 
@@ -148,6 +149,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         # Freed while gloo still reads it, the interleaved schedule's output reaches the next stage as garbage.
         deallocate_pipeline_outputs=compat.device().type == "cuda",
         **_experts(recipe),
+        **config_fields(recipe),
         **recompute,
         **compat.fusions(),
     )
@@ -241,6 +243,7 @@ def _wrap(recipe: Recipe, config: TransformerConfig, models: Sequence[MTPGPTMode
         use_distributed_optimizer=settings.distributed,
         overlap_grad_reduce=settings.overlap_grad_reduce,
         overlap_param_gather=settings.overlap_param_gather,
+        fp8_param_gather=recipe.train.fp8_param,
     )
     modules = [Float16Module(config, model) for model in models] if config.bf16 else list(models)
     # Buckets serve the overlap; only the first chunk's reduction is exposed, as in Megatron-LM's get_model.
@@ -259,6 +262,7 @@ def _wrap(recipe: Recipe, config: TransformerConfig, models: Sequence[MTPGPTMode
             params_dtype=config.params_dtype,
             use_distributed_optimizer=settings.distributed,
             overlap_param_gather=settings.overlap_param_gather,
+            fp8_recipe=recipe.train.fp8_recipe if recipe.train.fp8 else None,
         ),
         chunks,
     )

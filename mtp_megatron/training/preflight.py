@@ -1,5 +1,5 @@
 """Every check that can be made before a process group exists or anything is allocated. Imports neither torch nor
-megatron."""
+megatron, unless the recipe asks for FP8: then torch, to look at the device."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from mtp_megatron.data.manifest import Manifest, load_manifest
 from mtp_megatron.errors import CheckpointError, ConfigError
 from mtp_megatron.training.architecture import check_architecture
 from mtp_megatron.training.checkpoint_files import find_checkpoint, latest_complete, read_mtp_config
+from mtp_megatron.training.low_precision import check_machine
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.run_folder import RunFolder, check_run_folder
 from mtp_megatron.training.validate import check_recipe, data_parallel_size
@@ -45,6 +46,7 @@ def preflight(recipe: Recipe, world_size: int) -> Plan:
     manifest = load_manifest(recipe.data.path)
     recipe = _merged(recipe, world_size)
     recipe = check_recipe(recipe, world_size=world_size, tokenizer_vocab_size=manifest.vocab_size)
+    check_machine(recipe)
     folder = check_run_folder(recipe)
     resumed = latest_complete(folder.checkpoints, warn=False)
     if resumed is not None:

@@ -163,6 +163,22 @@ class TrainSection(Section):
         default=None, description="recompute the trunk's activations in backward: full layers, or attention alone"
     )
     transformer_engine: bool = Field(default=False, description="build layers from Transformer Engine's modules")
+    fp8: Literal["hybrid", "e4m3"] | None = Field(
+        default=None,
+        description="the trunk's matrices in FP8: e4m3, or e4m3 forward and e5m2 backward (hybrid); null: bf16",
+    )
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = Field(
+        default="delayed", description="how FP8 numbers are scaled; docs/fp8.md says which GPU has which"
+    )
+    fp8_param: bool = Field(
+        default=False, description="keep the trunk's matrices in FP8 between steps; needs optimizer.distributed"
+    )
+    fp4: Literal["e2m1"] | None = Field(default=None, description="the trunk's matrices in NVFP4 in place of FP8")
+    first_last_layers_bf16: bool = Field(
+        default=False, description="the trunk's first and last layers stay in bf16; not with fp8_recipe delayed"
+    )
+    num_layers_at_start_in_bf16: int = Field(default=1, ge=0, description="how many, with first_last_layers_bf16")
+    num_layers_at_end_in_bf16: int = Field(default=1, ge=0, description="how many, with first_last_layers_bf16")
     timeout_minutes: float = Field(default=10.0, gt=0, description="longest wait of a collective, then the job fails")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mtp_megatron.errors import ConfigError
+from mtp_megatron.training.low_precision import check_low_precision
 from mtp_megatron.training.recipe import Recipe, padded_vocab_size
 from mtp_megatron.training.validate_experts import check_experts
 
@@ -29,6 +30,7 @@ def check_recipe(recipe: Recipe, *, world_size: int, tokenizer_vocab_size: int) 
     _check_batches(recipe, world_size)
     _check_schedule(recipe)
     _check_precision(recipe)
+    check_low_precision(recipe)
     _check_frozen_stages(recipe)
     check_experts(recipe, world_size)
     return recipe

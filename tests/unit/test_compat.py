@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -236,6 +237,54 @@ class TestPackages:
         assert packages.apex(cuda=False).state is State.IDLE
         packages.require_no_wrong_package(cuda=True)
 
+    @no_cuda
+    def test_megatron_core_and_the_fusions_take_the_right_apex(self, tmp_path: Path) -> None:
+        """In a process that believes in a GPU; the packages have the names that megatron-core imports, and no more."""
+        parts = {
+            "apex/optimizers": "class FusedAdam: pass\nclass FusedSGD: pass",
+            "apex/multi_tensor_apply": "def multi_tensor_applier(*args): pass",
+            "apex/normalization/fused_layer_norm": "class FusedLayerNormAffineFunction: pass",
+        }
+        package(tmp_path, "apex", *(part.removeprefix("apex/") for part in parts), "normalization")
+        for part, code in parts.items():
+            (tmp_path / part / "__init__.py").write_text(code)
+        (tmp_path / "amp_C.py").write_text("multi_tensor_l2norm = multi_tensor_scale = None")
+        (tmp_path / "fused_weight_gradient_mlp_cuda.py").write_text("")
+        code = """
+import torch
+torch.cuda.is_available = lambda: True
+from mtp_megatron import compat
+from megatron.core.models import backends
+from megatron.core.optimizer import Adam, clip_grads
+print(Adam.__module__, clip_grads.multi_tensor_applier.__module__)
+print(backends.LocalSpecProvider().layer_norm(rms_norm=False).__name__)
+print(compat.fusions()["gradient_accumulation_fusion"], compat.slower_without_apex())
+"""
+        result = run(code, tmp_path)
+        assert result.stdout.split() == ["apex.optimizers", "apex.multi_tensor_apply", "FusedLayerNorm", "True", "None"]
+
+    def test_a_missing_apex_is_one_line_on_gpus_alone(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert compat.slower_without_apex(cuda=False) is None
+        monkeypatch.setattr(packages, "locate", lambda name: None)
+        said = compat.slower_without_apex(cuda=True)
+        assert said is not None
+        assert re.search(r"^without NVIDIA Apex .* Adam and gradient clipping .* LayerNorm .* weight gradients", said)
+        assert "\n" not in said
+        monkeypatch.undo()
+        monkeypatch.syspath_prepend(str(folder))
+        package(folder, "transformer_engine", "pytorch")
+        said = compat.slower_without_apex(cuda=True)
+        assert said is not None
+        assert "Adam" not in said, "Transformer Engine brings one"
+        assert "weight gradients" in said
+        package(folder, "apex", "multi_tensor_apply", "normalization", "optimizers")
+        (folder / "amp_C.py").write_text("")
+        said = compat.slower_without_apex(cuda=True)
+        assert said is not None
+        assert said.startswith("without Apex's fused_weight_gradient_mlp_cuda")
+        (folder / "fused_weight_gradient_mlp_cuda.py").write_text("")
+        assert compat.slower_without_apex(cuda=True) is None
+
     def test_transformer_engine_without_its_torch_part(self, folder: Path) -> None:
         package(folder, "transformer_engine", "common")
         with pytest.raises(EnvironmentUnsupported, match="PyTorch part"):
@@ -255,7 +304,7 @@ class TestReport:
     PARTS = (
         *("python", "device", "torch", "CUDA", "megatron-core", "megatron.training"),
         *("transformer-engine", "apex", "deepspeed", "layers", "optimizer", "stand-ins for CUDA"),
-        "unembedding's weight gradient",
+        *("without Apex", "FP8 and FP4 in the trunk", "unembedding's weight gradient"),
     )
 
     def report(self, *options: str) -> str:

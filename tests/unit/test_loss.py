@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -263,6 +264,23 @@ def test_default_chunk_bounds_the_logits(monkeypatch: pytest.MonkeyPatch) -> Non
     case = inputs(torch.float64, tokens=50)
     assert error(ours(*case), plain(*case)) <= 1e-12
     assert widths == [(20, VOCAB), (20, VOCAB), (10, VOCAB)]
+
+
+def test_on_a_gpu_its_memory_bounds_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tokens(gibibytes: float, rows: int, index: int) -> int:
+        properties = SimpleNamespace(total_memory=int(gibibytes * 2**30))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        return loss_module.chunk_tokens_for(VocabShard.of(rows, rows, None), None, torch.device("cuda", index))
+
+    shard = VocabShard.of(131072, 131072, None)
+    assert loss_module.chunk_tokens_for(shard, None, torch.device("cpu")) == 128
+    assert loss_module.chunk_tokens_for(shard, 40, torch.device("cuda", 0)) == 40
+    a_gpu = tokens(79.1, 131072, 90)
+    assert a_gpu * 131072 * 6 <= 64 * 2**30 / 32 < (a_gpu + 16) * 131072 * 6
+    assert tokens(79.6, 131072, 91) == a_gpu, "ranks on GPUs of one model have to agree"
+    assert tokens(139.8, 131072, 92) > a_gpu
+    assert tokens(139.8, 32768, 93) == loss_module.CUDA_MAX_CHUNK_TOKENS
+    assert tokens(3.9, 131072, 94) == 128, "never shorter than on a CPU"
 
 
 # The autograd form ----------------------------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ import dataclasses
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
-from mtp_megatron.compat import megatron_lm, packages, versions
+from mtp_megatron.compat import fp8, megatron_lm, packages, versions
 from mtp_megatron.config import HeadsConfig
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.megatron_lm.arguments import FLAGS, REFUSALS, add_mtp_args, check_args, heads_from_args
@@ -36,7 +37,7 @@ def test_every_setting_of_the_model_and_its_loss_has_a_flag() -> None:
     assert {flag.field for flag in FLAGS} == set(HeadsConfig.model_fields) - {"new_heads"}, "new_heads is for run.load"
     command = """--mtp-heads 3 --mtp-head-kind transformer --mtp-head-arrangement causal --mtp-unembedding replicated
         --mtp-execution joint --mtp-loss-decay 0.5 --mtp-loss-chunk-tokens 64 --mtp-curriculum-steps 10
-        --mtp-trainable heads --mtp-documents separate"""
+        --mtp-trainable heads --mtp-documents separate --mtp-fp8-heads"""
     args = parse(*command.split())
     assert heads_from_args(args) == HeadsConfig(
         n=3,
@@ -49,6 +50,7 @@ def test_every_setting_of_the_model_and_its_loss_has_a_flag() -> None:
         curriculum_steps=10,
         trainable="heads",
         documents="separate",
+        fp8=True,
     )
     assert heads_from_args(parse("--mtp-heads", "2", "--mtp-loss-weights", "1", "0.5")).loss_weights == (1.0, 0.5)
 
@@ -102,6 +104,52 @@ def test_transformer_engine_is_refused_where_it_cannot_run(monkeypatch: pytest.M
     check_args(parse("--mtp-heads", "2", transformer_impl="transformer_engine"))
 
 
+LOW_PRECISION = {"transformer_impl": "transformer_engine", "bf16": True, "fp8": "hybrid", "fp8_recipe": "tensorwise"}
+
+
+def on(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None) -> None:
+    """A machine with Transformer Engine, and a device of this compute capability or none."""
+    package = packages.Package("transformer-engine", packages.State.USABLE, "2.10.0")
+    machine = fp8.Machine("a device", capability, Version("13.0"), package)
+    monkeypatch.setattr(fp8, "this_machine", lambda: machine)
+    monkeypatch.setattr(packages, "transformer_engine", lambda cuda: package)
+
+
+def test_fp8_goes_through_to_the_trunk_where_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, (9, 0))
+    assert not check_args(parse("--mtp-heads", "2", **LOW_PRECISION)).fp8
+    assert check_args(parse("--mtp-heads", "2", "--mtp-fp8-heads", **LOW_PRECISION)).fp8
+    check_args(parse("--mtp-heads", "2", **LOW_PRECISION | {"fp8_recipe": "delayed", "fp8_param_gather": True}))
+
+
+@pytest.mark.parametrize(
+    ("argv", "host", "says"),
+    [
+        ([], {"fp8_recipe": "mxfp8"}, r"--fp8-recipe='mxfp8': .*10\.0.*Set --fp8-recipe to tensorwise"),
+        ([], {"fp8": None, "fp4": "e2m1"}, r"--fp4-format='e2m1': .*Set --fp8-format and --fp8-recipe to hybrid"),
+        ([], {"fp8_recipe": "custom"}, "--fp8-recipe='custom': "),
+        ([], {"bf16": False}, "--fp8-format='hybrid': .*Set --bf16"),
+        ([], {"transformer_impl": "local"}, "--fp8-format='hybrid': .*--transformer-impl to transformer_engine"),
+        ([], {"fp8_recipe": "delayed", "first_last_layers_bf16": True}, "--first-last-layers-bf16=True: "),
+        (["--mtp-fp8-heads"], {"fp8_recipe": "delayed"}, "--mtp-fp8-heads=True: .*history"),
+        (["--mtp-fp8-heads"], {"fp8": None}, "--mtp-fp8-heads=True: .*--fp8-format"),
+    ],
+)
+def test_fp8_is_refused_by_the_flags_name(
+    argv: list[str], host: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(monkeypatch, (9, 0))
+    with pytest.raises(ConfigError, match=f"^{says}"):
+        check_args(parse("--mtp-heads", "2", *argv, **LOW_PRECISION | host))
+
+
+def test_fp8_without_a_device_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, None)
+    for host in ({}, {"transformer_impl": "local"}):
+        with pytest.raises(ConfigError, match=r"^--fp8-format='hybrid': .*no CUDA device.*8\.9"):
+            check_args(parse("--mtp-heads", "2", **LOW_PRECISION | host))
+
+
 def test_a_rampup_that_would_be_ignored_is_refused() -> None:
     """Releases that ignore it have another argument instead."""
     rampup = ["2", "2", "16"]
@@ -137,9 +185,10 @@ def test_no_clash_with_megatron_lm() -> None:
     assert not {flag.dest for flag in FLAGS} & {field.name for field in dataclasses.fields(TransformerConfig)}
     others = {"--use-legacy-models"}  # of earlier releases
     if versions.require_megatron_core().release < (0, 18):
-        others = {"--logits-load-dir", "--logits-save-dir", "--dataloader-inter-document-masking"}
+        others = {"--logits-load-dir", "--logits-save-dir", "--dataloader-inter-document-masking", "--fp8-output-proj"}
     dests = {refusal.dest for refusal in REFUSALS if refusal.name not in others}
     dests |= {"reset_attention_mask", "context_parallel_size", "rampup_batch_size"}
+    dests |= {"fp8", "fp8_recipe", "fp8_param_gather", "fp4", "first_last_layers_bf16", "bf16"}
     assert dests <= known, f"refused, and not there: {dests - known}"
     assert ("step_batch_size_schedule" in known) == (versions.require_megatron_core().release >= (0, 18))
 

@@ -16,8 +16,6 @@ from mtp_megatron.model_checks import check_config, check_forward
 
 REFUSED: dict[str, Any] = {
     "cuda_graph_impl": "local",
-    "fp8": "hybrid",
-    "fp4": "e2m1",
     "mtp_num_layers": 1,
     "defer_embedding_wgrad_compute": True,
 }

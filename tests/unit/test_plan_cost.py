@@ -137,6 +137,8 @@ def test_balanced_layouts(trunk: int, heads: int, stages: int, layout: str) -> N
         ("model.hidden_dropout=0.1", "model.hidden_dropout"),
         ("heads.execution=joint", "heads.execution"),
         ("heads.n=23 parallel.pipeline=2", "heads.n"),
+        ("train.fp8=hybrid", "train.fp8"),
+        ("train.fp4=e2m1", "train.fp4"),
     ],
 )
 def test_what_the_formulas_do_not_know_is_refused_by_name(setting: str, field: str) -> None:

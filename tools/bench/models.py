@@ -70,7 +70,12 @@ def transformer_config(shape: Shape, num_layers: int, **more: Any) -> Any:
 
 
 def mtp_model(
-    shape: Shape, num_trunk_layers: int, heads: HeadsConfig, device: torch.device, pre_process: bool = True
+    shape: Shape,
+    num_trunk_layers: int,
+    heads: HeadsConfig,
+    device: torch.device,
+    pre_process: bool = True,
+    transformer_engine: bool = False,
 ) -> MTPGPTModel:
     """This project's model: a trunk with ``heads.n`` heads."""
     from mtp_megatron.model import build_model
@@ -82,6 +87,7 @@ def mtp_model(
         padded_vocab_size=shape.vocab,
         max_sequence_length=shape.sequence,
         pre_process=pre_process,
+        transformer_engine=transformer_engine,
     )
     return _ready(model, device, shape.dtype)
 

@@ -1,0 +1,124 @@
+"""The recipe's FP8 and FP4: its rules, and its settings in the words of megatron-core. Imports neither torch nor
+megatron."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mtp_megatron.compat import fp8
+from mtp_megatron.errors import ConfigError
+from mtp_megatron.training.recipe import Recipe
+
+NAMES = {
+    **{name: f"train.{name}" for name in ("fp8", "fp8_recipe", "fp8_param", "fp4", "first_last_layers_bf16")},
+    "heads": "heads.fp8",
+    "bf16": "train.precision=bf16",
+    "transformer_engine": "train.transformer_engine=true",
+}
+
+
+def request_of(recipe: Recipe) -> fp8.Request:
+    """What the recipe asks for."""
+    train = recipe.train
+    return fp8.Request(
+        fp8=train.fp8,
+        fp8_recipe=train.fp8_recipe,
+        fp8_param=train.fp8_param,
+        fp4=train.fp4,
+        first_last_layers_bf16=train.first_last_layers_bf16,
+        heads=recipe.heads.fp8,
+        bf16=train.precision == "bf16",
+        transformer_engine=train.transformer_engine,
+    )
+
+
+def config_fields(recipe: Recipe) -> dict[str, Any]:
+    """Fields of TransformerConfig; none where the recipe asks for no FP8."""
+    train = recipe.train
+    if not request_of(recipe).wanted:
+        return {}
+    names = (
+        *("fp8", "fp8_recipe", "fp8_param", "fp4", "first_last_layers_bf16"),
+        *("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"),
+    )
+    return {name: getattr(train, name) for name in names}
+
+
+def check_low_precision(recipe: Recipe) -> None:
+    """Refuse what cannot work on any machine; the recipe must be resolved.
+
+    Raises:
+        ConfigError: names the field, its value and the remedy.
+    """
+    request = request_of(recipe)
+    fp8.check_request(request, NAMES)
+    if not request.wanted:
+        return
+    kind = "train.fp8" if request.fp8 else "train.fp4"
+    value = request.fp8 or request.fp4
+    if recipe.run.deepspeed is not None:
+        raise ConfigError(kind, value, "it is not tested under DeepSpeed", "Leave it or run.deepspeed out.")
+    if recipe.model.num_experts is not None:
+        raise ConfigError(
+            kind, value, "experts get uneven numbers of tokens, and FP8 is not tested with them", "Leave it out."
+        )
+    if request.fp8_param and not recipe.optimizer.distributed:
+        raise ConfigError(
+            "train.fp8_param",
+            True,
+            "megatron-core keeps the full weights beside FP8 ones in its distributed optimizer alone",
+            "Set optimizer.distributed=true, or this to false.",
+        )
+    _check_layers_in_bf16(recipe)
+    _check_multiples(recipe, request.scaling)
+
+
+def check_machine(recipe: Recipe) -> None:
+    """Refuse FP8 or FP4 that does not work where this process runs.
+
+    Raises:
+        ConfigError: names the field, why, and the recipe that would work on this device.
+    """
+    request = request_of(recipe)
+    if request.wanted:
+        fp8.check_machine(request, fp8.this_machine(), NAMES)
+
+
+def _check_layers_in_bf16(recipe: Recipe) -> None:
+    train, most = recipe.train, recipe.model.num_trunk_layers // recipe.parallel.pipeline
+    if not train.first_last_layers_bf16:
+        return
+    for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+        if getattr(train, name) > most:
+            raise ConfigError(
+                f"train.{name}",
+                getattr(train, name),
+                f"megatron-core takes at most the {most} layers of one pipeline stage",
+                f"Set it to <= {most}.",
+            )
+
+
+def _check_multiples(recipe: Recipe, scaling: fp8.Scaling) -> None:
+    """Every multiplication in FP8 works on whole blocks."""
+    model, parallel, train = recipe.model, recipe.parallel, recipe.train
+    tokens = train.micro_batch_size * recipe.train_seq_length // parallel.context
+    if parallel.sequence_parallel:
+        tokens //= parallel.tensor
+    groups = model.num_query_groups or model.num_attention_heads
+    queries = model.num_attention_heads * model.attention_head_size
+    keys = groups * model.attention_head_size
+    for name, value, size in (
+        ("train.micro_batch_size", train.micro_batch_size, tokens),
+        ("model.hidden_size", model.hidden_size, model.hidden_size),
+        ("model.num_attention_heads", model.num_attention_heads, queries // parallel.tensor),
+        ("model.num_query_groups", groups, (queries + 2 * keys) // parallel.tensor),
+        ("model.ffn_hidden_size", model.ffn_hidden_size, (model.ffn_hidden_size or 0) // parallel.tensor),
+    ):
+        if size % scaling.multiple:
+            what = "tokens of a microbatch" if name.startswith("train.") else "channels"
+            raise ConfigError(
+                name,
+                value,
+                f"it makes {size} {what} on a rank, and {scaling.name} scaling takes multiples of {scaling.multiple}",
+                "Change it or the parallel sizes.",
+            )
