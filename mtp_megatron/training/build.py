@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mtp_megatron import compat
+from mtp_megatron.layout import trunk_layout
 from mtp_megatron.rope import RopeScaling
 from mtp_megatron.training.recipe import ModelSection, OptimizerSection, Recipe, padded_vocab_size
 from mtp_megatron.training.step import BatchIterator, LossFunction, run_schedule, training_loss
@@ -139,7 +140,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence_parallel,
-        pipeline_model_parallel_layout=parallel.layout,
+        pipeline_model_parallel_layout=trunk_layout(parallel.layout),
         # The heads' loss is a sum over tokens; gradients are divided by the global batch's count of targets of head 1.
         calculate_per_token_loss=True,
         # Interleaved stages must not batch their sends and receives: with two stages the results are silently wrong.
