@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from tests.parity import (
     reference_step,
     step_body,
 )
+from tests.training_runs import interrupted_copy, largest_difference, make_data, metrics, tiny_tree, train_body
 
 FOUR = {"n": 4}
 PP2 = Case(world=2, pp=2, layout="Ettttmm|mmL", heads=FOUR)
@@ -111,3 +114,50 @@ def test_the_comparison_can_fail(mutate: Callable, suspects: set[str]) -> None:
     problems = gradient_problems(megatron_step(case, parameters, mutate), reference_step(case, parameters), 1e-3)
     for suspect in suspects:
         assert any(problem.startswith(suspect) for problem in problems), problems
+
+
+# --- training runs ---
+
+SPREAD = {"parallel__pipeline": 2, "parallel__layout": "Ettttm|mmL"}  # three heads
+SPREAD_VPP = {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2, "parallel__layout": "Ett|ttm|m|mL"}
+LAST = {"parallel__pipeline": 2, "parallel__layout": "Etttt|L"}
+SHARDED = {
+    "optimizer__distributed": True,
+    "optimizer__overlap_grad_reduce": True,
+    "optimizer__overlap_param_gather": True,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize(
+    ("world", "settings"),
+    [(2, {}), (4, {"model__tied_embeddings": True, **SHARDED})],
+    ids=["untied", "tied, distributed optimizer, overlapped"],
+)
+def test_a_run_goes_on_alike_in_other_layouts(world: int, settings: dict[str, Any], data: Path, tmp_path: Path) -> None:
+    """Fresh weights of a spread layout, whose copies must start equal; saved at step 4, resumed elsewhere and back."""
+    whole = tmp_path / "whole"
+    run_world(train_body, world, tiny_tree(data, whole, **SPREAD, **settings))
+    for name, layout in {"last": LAST, "vpp": SPREAD_VPP, "same": SPREAD}.items():
+        resumed = interrupted_copy(whole, tmp_path / name, step=4)
+        run_world(train_body, world, tiny_tree(data, resumed, **layout, **settings))
+        tolerance = 0.0 if name == "same" else 1e-5
+        assert largest_difference(metrics(resumed), metrics(whole)) <= tolerance, name
+        assert largest_difference(metrics(resumed, "valid"), metrics(whole, "valid")) <= tolerance, name
+        for step, record in metrics(resumed, "valid").items():
+            assert record["tokens_per_forward"] == pytest.approx(
+                metrics(whole, "valid")[step]["tokens_per_forward"], abs=0.02
+            )
+            assert record["head_accuracy"] == pytest.approx(metrics(whole, "valid")[step]["head_accuracy"], abs=0.01)
+        for step, record in metrics(resumed).items():
+            assert record["grad_norm"] == pytest.approx(metrics(whole)[step]["grad_norm"], rel=1e-4)
+    again = interrupted_copy(tmp_path / "last", tmp_path / "again", step=8)
+    for run, layout in [(again, SPREAD), (tmp_path / "last", LAST)]:
+        run_world(
+            train_body, world, tiny_tree(data, run, **layout, **settings, train__steps=10, optimizer__decay_steps=8)
+        )
+    assert largest_difference(metrics(again), metrics(tmp_path / "last")) < 1e-5
