@@ -9,15 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mtp_megatron.errors import ConfigError
+from mtp_megatron.layout import StageLayout
 from mtp_megatron.loss import VocabShard, chunk_tokens_for
-from mtp_megatron.planning.shapes import (
-    Sizes,
-    Stage,
-    heads_flops,
-    layer_flops,
-    stage_parameters,
-    stages_of,
-)
+from mtp_megatron.planning.shapes import Sizes, heads_flops, layer_flops, stage_parameters, stages_of
 from mtp_megatron.planning.simulate import order
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.validate import data_parallel_size, num_microbatches
@@ -91,7 +85,7 @@ def check_known(recipe: Recipe) -> None:
             raise ConfigError(field, value, "the cost model does not know it", "Leave it out, or try --trace RANK.")
 
 
-def _rank(recipe: Recipe, sizes: Sizes, chunks: list[Stage], rank: int, world_size: int) -> RankCost:
+def _rank(recipe: Recipe, sizes: Sizes, chunks: list[StageLayout], rank: int, world_size: int) -> RankCost:
     parameters = sum(stage_parameters(recipe, sizes, chunk) for chunk in chunks)
     half = recipe.train.precision == "bf16"
     shards = data_parallel_size(recipe, world_size) * recipe.parallel.context if recipe.optimizer.distributed else 1
@@ -113,7 +107,9 @@ def _rank(recipe: Recipe, sizes: Sizes, chunks: list[Stage], rank: int, world_si
     )
 
 
-def _activations(recipe: Recipe, sizes: Sizes, chunks: list[Stage], rank: int, world_size: int, shard: int) -> int:
+def _activations(
+    recipe: Recipe, sizes: Sizes, chunks: list[StageLayout], rank: int, world_size: int, shard: int
+) -> int:
     """The most beyond what stays between steps: over the backward passes in their order, and the optimizer's step."""
     element, shared = sizes.element, sizes.tokens_shard * sizes.hidden
     whole = layer_activations(recipe, sizes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mtp_megatron.layout import StageLayout
 from mtp_megatron.training.recipe import Recipe, padded_vocab_size
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -64,42 +65,9 @@ class Sizes:
         return (self.queries + 2 * self.keys) * h, self.queries * h, 2 * self.ffn * h, self.ffn * h
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A (virtual) pipeline stage: trunk layers, and whether the embedding or the heads are on it."""
-
-    layers: int
-    first: bool
-    last: bool
-
-
-def stages_of(recipe: Recipe) -> list[Stage]:
+def stages_of(recipe: Recipe) -> list[StageLayout]:
     """All (virtual) stages in the order of the model; stage ``i`` is chunk ``i // PP`` of pipeline rank ``i % PP``."""
-    parallel = recipe.parallel
-    count = parallel.pipeline * (parallel.virtual_pipeline or 1)
-    if parallel.layout is None:
-        layers = [recipe.model.num_trunk_layers // count] * count
-    else:
-        layers = [part.count("t") for part in _expanded(parallel.layout, parallel.pipeline)]
-    return [Stage(number, index == 0, index == count - 1) for index, number in enumerate(layers)]
-
-
-def _expanded(layout: str, ranks: int) -> list[str]:
-    if set(layout) <= set("Et|L"):
-        return layout.split("|")
-    # Megatron's shorthand, such as "Et*3|(tt|)*2L": its own parser knows it.
-    from mtp_megatron import compat
-
-    compat.prepare()
-    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-
-    parsed = PipelineParallelLayerLayout(layout, ranks)
-    chunks = len(parsed.layout[0])
-    return [
-        "".join("t" if kind.name == "decoder" else "" for kind in parsed.layout[rank][chunk])
-        for chunk in range(chunks)
-        for rank in range(ranks)
-    ]
+    return list(recipe.stages)
 
 
 def layer_parameters(recipe: Recipe, sizes: Sizes) -> int:
@@ -118,7 +86,7 @@ def head_parameters(recipe: Recipe, sizes: Sizes) -> int:
     return (heads.n - 1) * (sizes.hidden**2 + (sizes.hidden if heads.kind == "medusa" else 0))
 
 
-def stage_parameters(recipe: Recipe, sizes: Sizes, stage: Stage) -> int:
+def stage_parameters(recipe: Recipe, sizes: Sizes, stage: StageLayout) -> int:
     """Of one (virtual) stage on this rank."""
     table = sizes.rows * sizes.hidden
     total = stage.layers * layer_parameters(recipe, sizes)

@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mtp_megatron.config import HeadsConfig
+from mtp_megatron.layout import StageLayout, stage_layouts
 
 MIN_LR_FRACTION = 0.03  # cosine to 0.03 of the peak: Gloeckle et al. 2024, appendix on hyperparameters
 
@@ -104,7 +105,8 @@ class ParallelSection(Section):
     )
     layout: str | None = Field(
         default=None,
-        description="trunk layers by stage, E embedding, t layer, L heads and loss: 'Ett|tt|L'; null: even",
+        description="layers by stage: E embedding, t trunk layer, m head, L loss: 'Etttmm|tmmL'; null: even; "
+        "without m: all heads on the last stage",
     )
 
 
@@ -225,6 +227,17 @@ class Recipe(Section):
     def smallest_world(self) -> int:
         """Fewest ranks that a job can have: whole copies of the model, and EP ranks on every stage."""
         return self.parallel.pipeline * math.lcm(self.parallel.tensor * self.parallel.context, self.parallel.expert)
+
+    @property
+    def stages(self) -> tuple[StageLayout, ...]:
+        """All (virtual) stages in the model's order; stage ``i`` is chunk ``i // PP`` of pipeline rank ``i % PP``."""
+        return stage_layouts(
+            self.parallel.layout,
+            ranks=self.parallel.pipeline,
+            chunks=self.parallel.virtual_pipeline or 1,
+            trunk_layers=self.model.num_trunk_layers,
+            heads=self.heads.n,
+        )
 
     @property
     def train_seq_length(self) -> int:

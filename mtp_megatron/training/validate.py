@@ -6,6 +6,7 @@ from mtp_megatron.errors import ConfigError
 from mtp_megatron.training.low_precision import check_low_precision
 from mtp_megatron.training.recipe import Recipe, padded_vocab_size
 from mtp_megatron.training.validate_experts import check_experts
+from mtp_megatron.training.validate_layout import check_layout
 
 
 def check_recipe(recipe: Recipe, *, world_size: int, tokenizer_vocab_size: int) -> Recipe:
@@ -26,7 +27,7 @@ def check_recipe(recipe: Recipe, *, world_size: int, tokenizer_vocab_size: int) 
     recipe = recipe.resolved(vocab_size=tokenizer_vocab_size)
     _check_shapes(recipe)
     _check_tensor_parallel(recipe)
-    _check_layout(recipe)
+    check_layout(recipe)
     _check_batches(recipe, world_size)
     _check_schedule(recipe)
     _check_precision(recipe)
@@ -140,52 +141,6 @@ def _check_tensor_parallel(recipe: Recipe) -> None:
             )
         share = recipe.train_seq_length // parallel.context
         _divides("parallel.tensor", tensor, "train.seq_length", share, " under sequence_parallel")
-
-
-def _check_layout(recipe: Recipe) -> None:
-    layers, parallel = recipe.model.num_trunk_layers, recipe.parallel
-    stages, chunks = parallel.pipeline, parallel.virtual_pipeline or 1
-    if chunks > 1 and stages == 1:
-        raise ConfigError(
-            "parallel.virtual_pipeline", chunks, "it interleaves pipeline stages, and there is one", "Set it to null."
-        )
-    if parallel.layout is not None:
-        _check_explicit_layout(parallel.layout, layers, stages, parallel.virtual_pipeline)
-    elif layers % (stages * chunks):
-        cut = f"{stages} stages" + (f" of {chunks} chunks" if chunks > 1 else "")
-        raise ConfigError(
-            "model.num_trunk_layers",
-            layers,
-            f"it does not divide into {cut}",
-            f"Choose a multiple of {stages * chunks}, or give parallel.layout.",
-        )
-
-
-def _check_explicit_layout(layout: str, layers: int, stages: int, chunks: int | None) -> None:
-    # Only an explicit layout is worth the seconds that importing megatron takes here.
-    from mtp_megatron import compat
-
-    compat.prepare()
-    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-
-    def refuse(problem: str) -> ConfigError:
-        return ConfigError(
-            "parallel.layout",
-            layout,
-            problem,
-            f"Name one E, {layers} t and one L, stages cut by '|': 'Ett|tt|L' is 4 layers on 3 stages.",
-        )
-
-    try:
-        parsed = PipelineParallelLayerLayout(layout, stages)
-        parsed.validate_layer_layout(layers, None)
-    except (AssertionError, KeyError, ValueError, NotImplementedError) as error:  # upstream's checks are asserts
-        raise refuse(str(error)) from error
-    if parsed.virtual_pipeline_model_parallel_size != (chunks or 1):
-        raise refuse(
-            f"it names {parsed.virtual_pipeline_model_parallel_size * stages} chunks, but parallel.pipeline={stages} "
-            f"and parallel.virtual_pipeline={chunks} make {stages * (chunks or 1)}"
-        )
 
 
 def _check_batches(recipe: Recipe, world_size: int) -> None:

@@ -57,7 +57,7 @@ def check_experts(recipe: Recipe, world_size: int) -> None:
             "megatron-core's expert layers need it with parallel.tensor > 1",
             "Set it to true.",
         )
-    if parallel.layout is not None and any("t" not in stage for stage in parallel.layout.split("|")):
+    if parallel.layout is not None and any(stage.layers == 0 for stage in recipe.stages):
         # Expert parameters have an optimizer of their own, and a checkpoint wants the same optimizers on every stage.
         raise ConfigError(
             "parallel.layout",

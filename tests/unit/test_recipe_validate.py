@@ -18,6 +18,8 @@ from mtp_megatron.training.run_folder import RunFolder, check_run_folder
 from mtp_megatron.training.validate import check_recipe, data_parallel_size, num_microbatches
 from tests.training_runs import make_data, tiny_tree
 
+SPREAD = {"parallel__pipeline": 2, "parallel__layout": "Ettttmm|mL"}  # heads on two stages
+
 
 def recipe_of(**overrides: Any) -> Recipe:
     return parse_recipe(tiny_tree(Path("data"), Path("run"), **overrides))
@@ -38,6 +40,8 @@ def test_good_recipes_pass_resolved() -> None:
         (2, {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2}),
         (3, {"parallel__pipeline": 3, "parallel__layout": "Ett|tt|L"}),
         (4, {"parallel__pipeline": 2}),
+        (2, SPREAD),
+        (2, {"parallel__pipeline": 2, "parallel__layout": "Ett|ttmmmL", "heads__unembedding": "replicated"}),
         (1, {"train__seq_length": 16, "model__vocab_size": 300}),
     ]:
         check_recipe(recipe_of(**overrides), world_size=world, tokenizer_vocab_size=257)
@@ -76,6 +80,24 @@ def test_good_recipes_pass_resolved() -> None:
         ("parallel.layout", "4 chunks", 2, {"parallel__pipeline": 2, "parallel__layout": "Et|t|tt|L"}),
         ("parallel.layout", "x", 2, {"parallel__pipeline": 2, "parallel__layout": "Exxxx|L"}),
         ("parallel.layout", "embedding", 2, {"parallel__pipeline": 2, "parallel__layout": "tttt|L"}),
+        *(
+            ("parallel.layout", says, 2, {"parallel__pipeline": 2, "parallel__layout": layout})
+            for says, layout in [
+                ("names 2 heads (m), and heads.n=3", "Ettttm|mL"),
+                ("trunk layers (t) come after it", "Ettm|ttmmL"),
+                ("no head (m) is on the last stage", "Ettttmmm|L"),
+                ("after the loss", "Ettttmm|Lm"),
+            ]
+        ),
+        ("parallel.layout", "neither", 3, {"parallel__pipeline": 3, "parallel__layout": "Ettttmm||mL"}),
+        *(
+            (f"heads.{field}", "several stages", 2, {**SPREAD, f"heads__{field}": value, **more})
+            for field, value, more in [
+                ("arrangement", "causal", {}),
+                ("unembedding", "replicated", {}),
+                ("new_heads", "copy", {"run__load": "elsewhere"}),
+            ]
+        ),
         ("world size", "x parallel.pipeline=2 = 4", 6, {"parallel__tensor": 2, "parallel__pipeline": 2}),
         ("train.global_batch_size", "multiple of 3", 3, {}),
         (
