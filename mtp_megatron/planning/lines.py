@@ -8,19 +8,39 @@ import yaml
 
 from mtp_megatron.training.recipe import Recipe
 
+_HEADS = ("heads", "n")
+_DERIVED = (
+    "model.num_query_groups",
+    "model.ffn_hidden_size",
+    "optimizer.min_lr",
+    "optimizer.decay_steps",
+    "train.seq_length",
+)
+"""Settings that :meth:`.Recipe.resolved` fills in where they are null."""
+
 
 def recipe_tree(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Every setting that differs from its default, as a recipe file nests them."""
+    """Every setting that differs from its default, and the number of heads, as a recipe file nests them."""
+    for key in _DERIVED:
+        without = changed(recipe, {key: None})
+        if without.resolved() == recipe.resolved():
+            recipe = without
     ours, default = recipe.model_dump(mode="json"), Recipe().model_dump(mode="json")
-    changed = {
-        section: {key: value for key, value in values.items() if value != default[section][key]}
+    return {
+        section: changes
         for section, values in ours.items()
+        if (
+            changes := {
+                key: value
+                for key, value in values.items()
+                if value != default[section][key] or (section, key) == _HEADS
+            }
+        )
     }
-    return {section: values for section, values in changed.items() if values}
 
 
 def recipe_lines(recipe: Recipe) -> str:
-    """:func:`recipe_tree` as YAML; reading it back gives an equal recipe."""
+    """:func:`recipe_tree` as YAML; reading it back gives a recipe that resolves to the same one."""
     return yaml.safe_dump(recipe_tree(recipe), sort_keys=False, width=1000)
 
 

@@ -152,10 +152,10 @@ def _arrival(
 
 @functools.lru_cache(maxsize=4096)
 def in_flight(ranks: int, rank: int, microbatches: int, chunks: int = 1) -> frozenset[tuple[int, tuple[int, ...]]]:
-    """What a rank holds when its backward passes begin: ``(chunk that goes back, microbatches held of each chunk)``.
+    """What a rank may hold most of when a backward pass begins: ``(chunk that goes back, microbatches held of each)``.
 
-    Every distinct moment of a step, in no order. A microbatch is held of a chunk from its forward to the end of its
-    backward pass.
+    Moments at which another one holds as much of every chunk are left out. A microbatch is held of a chunk from its
+    forward to the end of its backward pass.
 
     Raises:
         ValueError: as :func:`order`.
@@ -164,14 +164,23 @@ def in_flight(ranks: int, rank: int, microbatches: int, chunks: int = 1) -> froz
     if microbatches > 4 * ranks:
         microbatches = 4 * ranks + (microbatches % ranks if chunks > 1 else 0)
     held = [0] * chunks
-    moments = set()
+    moments: list[set[tuple[int, ...]]] = [set() for _ in range(chunks)]
     for work in order(ranks, rank, microbatches, chunks):
         if work.backward:
-            moments.add((work.chunk, tuple(held)))
+            moments[work.chunk].add(tuple(held))
             held[work.chunk] -= 1
         else:
             held[work.chunk] += 1
-    return frozenset(moments)
+    return frozenset((chunk, most) for chunk, counts in enumerate(moments) for most in _maximal(counts))
+
+
+def _maximal(moments: set[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Those that no other one equals or exceeds in every place."""
+    kept: list[tuple[int, ...]] = []
+    for counts in sorted(moments, key=sum, reverse=True):
+        if not any(all(a >= b for a, b in zip(other, counts, strict=True)) for other in kept):
+            kept.append(counts)
+    return kept
 
 
 def least_seconds(
