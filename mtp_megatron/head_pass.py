@@ -30,13 +30,19 @@ class MegatronHeadPass:
         self.model = model
         self.targets = targets
         self.layer_kwargs = layer_kwargs
-        self.chains: Sequence[Sequence[int]] = model.heads_config.chains
+        self.chains: Sequence[Sequence[int]] = model.chains
         self.unembeddings = model.unembeddings()
         self.access = model.parameter_access
-        self.shared: Sequence[Tensor] = [] if self.access.sharded else self.unembeddings
         self._gradients: dict[int, Tensor] = {}
         self._norm = [parameter for parameter in model.final_norm.parameters() if parameter.requires_grad]
-        self._norm_gradients_to_come = model.heads_config.n
+        self._norm_gradients_to_come = len(model.owned_heads)
+        # Copies on several stages lie in buckets of their own (MTPGPTModel.mark_copies): under overlap_grad_reduce the
+        # norm's would be reduced when the first head has added to it. So its gradient too is delivered once.
+        self._norm_sums: list[Tensor] | None = [] if model.heads_are_spread else None
+        self.shared: Sequence[Tensor] = [] if self.access.sharded else self.unembeddings
+        if self._norm_sums is not None:
+            self._norm_sums = [torch.zeros_like(weight, dtype=_wide(weight)) for weight in self._norm]
+            self.shared = [*self.unembeddings, *self._norm]
 
     def forward_head(self, head: int, inputs: Tensor) -> Tensor:
         return self.model.run_head_layer(head, inputs, self.layer_kwargs)
@@ -74,14 +80,30 @@ class MegatronHeadPass:
                 gradient = _scatter_sequence(gradient, group)
             else:
                 dist.all_reduce(gradient, group=group)
+        if self._norm_sums is not None:
+            return sums, self._backward_beside_the_norm(head, features, leaf, gradient)
         with self._one_of_the_norm_gradients():
             torch.autograd.backward(features, gradient)
         return sums, leaf.grad
 
+    def _backward_beside_the_norm(self, head: int, features: Tensor, leaf: Tensor, gradient: Tensor) -> Tensor:
+        """dL/doutputs; the norm's gradient is added to ``_norm_sums``, the head's own parameters accumulate theirs."""
+        layer = self.model.heads[head]
+        own = [p for p in layer.parameters() if p.requires_grad] if isinstance(layer, PostNormHead) else []
+        wanted = [leaf, *self._norm, *own]
+        leaf_gradient, *others = torch.autograd.grad(features, wanted, gradient)
+        for total, part in zip(self._norm_sums or [], others, strict=False):
+            total += part
+        if own:
+            torch.autograd.backward(own, others[len(self._norm) :])
+        return leaf_gradient
+
     def shared_gradients(self) -> Sequence[Tensor | None]:
         gradients, self._gradients = self._gradients, {}
         if not self.access.sharded:
-            return [self._deliver(weight, gradients.get(which)) for which, weight in enumerate(self.shared)]
+            delivered = [self._deliver(weight, gradients.get(which)) for which, weight in enumerate(self.unembeddings)]
+            sums, self._norm_sums = self._norm_sums or [], None
+            return [*delivered, *map(self._deliver, self._norm, sums)] if sums else delivered
         tied = self.model.share_embeddings_and_output_weights
         for which, weight in enumerate(self.unembeddings):
             # The first one of a tied model gets another gradient when the embedding's own backward runs.
@@ -94,7 +116,7 @@ class MegatronHeadPass:
 
     def skip(self, head: int, layer: bool) -> None:
         module = self.model.heads[head]
-        after_norm = [*self.model.final_norm.parameters()]
+        after_norm = [*self.model.final_norm.parameters()] if self._norm_sums is None else []
         if layer or isinstance(module, PostNormHead):
             after_norm += module.parameters()
         idle = [parameter for parameter in after_norm if parameter.requires_grad]
@@ -120,8 +142,7 @@ class MegatronHeadPass:
             return weight.main_grad  # type: ignore[attr-defined]
         if which not in self._gradients:
             # Summed over heads and chunks in fp32, rounded to the parameter's type once.
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            self._gradients[which] = torch.zeros_like(weight, dtype=wide)
+            self._gradients[which] = torch.zeros_like(weight, dtype=_wide(weight))
         return self._gradients[which]
 
     def _deliver(self, weight: Tensor, gradient: Tensor | None) -> Tensor | None:
@@ -132,6 +153,10 @@ class MegatronHeadPass:
         # Fused into main_grad, or no head had a loss. DDP wants to see a gradient all the same; it adds this one only
         # where it was not fused or where the weight has a second use (a tied embedding), so it must be zero.
         return torch.zeros_like(weight)
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def _gather_sequence(local: Tensor, group: dist.ProcessGroup) -> Tensor:

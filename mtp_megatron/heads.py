@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -51,13 +52,14 @@ class PostNormHead(MegatronModule):
 
 
 class HeadLayers(torch.nn.ModuleList):
-    """The n heads; ``heads[i]`` is head i + 1 of the paper."""
+    """The n heads; ``heads[i]`` is head i + 1 of the paper, None where another pipeline stage holds it."""
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         # Megatron takes a plain ModuleList for one replicated blob and would save a single TP shard of each head.
         state: dict[str, Any] = {}
         for index, head in enumerate(self):
-            state.update(sharded_state_dict_default(head, f"{prefix}{index}.", sharded_offsets, metadata))
+            if head is not None:
+                state.update(sharded_state_dict_default(head, f"{prefix}{index}.", sharded_offsets, metadata))
         return state
 
 
@@ -67,18 +69,22 @@ def build_heads(
     layer_spec: ModuleSpec,
     *,
     first_layer_number: int,
+    owned: Collection[int],
     vp_stage: int | None = None,
     pg_collection: Any = None,
 ) -> HeadLayers:
-    """Build the n heads of one stage.
+    """Build the heads of one stage.
 
     Args:
         layer_spec: spec of a transformer layer, as the trunk has them.
         first_layer_number: 1-based number of head 1's layer: one more than the trunk's layers.
+        owned: the stage's heads, 0-based; the others' places hold None.
     """
     layers = HeadLayers()
     for index in range(heads.n):
-        if heads.kind == "transformer":
+        if index not in owned:
+            layers.append(None)  # type: ignore[arg-type]  # keeps the names of modules and parameters global
+        elif heads.kind == "transformer":
             layer = build_module(
                 layer_spec, config=config, layer_number=1, vp_stage=vp_stage, pg_collection=pg_collection
             )

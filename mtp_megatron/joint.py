@@ -28,7 +28,7 @@ def joint_loss(
     shard = model.vocab_shard()
     if model.heads_config.trainable != "all":
         z = z * 0 + z.detach()  # z keeps a (zero) gradient, as in the deferred heads
-    for chain in model.heads_config.chains:
+    for chain in model.chains:
         inputs = z
         for head in chain:
             inputs = model.run_head_layer(head, inputs, layer_kwargs)

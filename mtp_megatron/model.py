@@ -1,7 +1,8 @@
-"""A Megatron trunk with n future-token heads on its last stage."""
+"""A Megatron trunk with n future-token heads on its last stage, or on several."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from mtp_megatron import compat
+from mtp_megatron.carry import carry
 from mtp_megatron.config import HeadsConfig
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.head_pass import MegatronHeadPass
@@ -38,6 +40,8 @@ class FutureHeads:
     share_embeddings_and_output_weights: bool
     parameter_access: ParameterAccess = PLAIN
     """Set by a host whose engine shards parameters or reduces a gradient when it arrives."""
+    owned_heads: tuple[int, ...] = ()
+    """Heads (0-based) on this stage."""
 
     def attach_heads(
         self,
@@ -48,10 +52,15 @@ class FutureHeads:
         vp_stage: int | None,
         pg_collection: Any,
         transformer_engine: bool = False,
+        owned: Sequence[int] | None = None,
     ) -> None:
-        """Build heads, final norm and, where replicated, the further unembeddings on this stage."""
+        """Build heads, final norm and, where replicated, the further unembeddings on this stage.
+
+        ``owned`` names the stage's heads (0-based); None: all.
+        """
         config = self.config
         self.heads_config = heads
+        self.owned_heads = tuple(range(heads.n) if owned is None else owned)
         self.true_vocab_size = true_vocab_size
         self.head_weights: tuple[float, ...] = heads.weights_at(0)
         self.tensor_parallel_group = pg_collection.tp
@@ -60,6 +69,7 @@ class FutureHeads:
             heads,
             compat.layer_spec(config, transformer_engine=transformer_engine),
             first_layer_number=config.num_layers + 1,
+            owned=self.owned_heads,
             vp_stage=vp_stage,
             pg_collection=pg_collection,
         )
@@ -80,6 +90,16 @@ class FutureHeads:
                     )
                 )
 
+    @property
+    def heads_are_spread(self) -> bool:
+        """Whether other stages hold heads too; asked on a stage that holds some."""
+        return len(self.owned_heads) < self.heads_config.n
+
+    @property
+    def chains(self) -> tuple[tuple[int, ...], ...]:
+        """This stage's groups of heads that run one after another."""
+        return tuple(chain for chain in self.heads_config.chains if set(chain) <= set(self.owned_heads))
+
     def set_head_weights(self, weights: tuple[float, ...]) -> None:
         """Weights of the heads' losses from now on (a schedule over training); length n."""
         if len(weights) != self.heads_config.n:
@@ -92,7 +112,7 @@ class FutureHeads:
         """``[V/tp, h]`` weights: one that all heads share, or one for each head."""
         if self.parameter_access.unembeddings is not None:
             return list(self.parameter_access.unembeddings)
-        return [self._unembedding(), *(layer.get_parameter("weight") for layer in self.unembedding_heads)]
+        return [self.unembedding(), *(layer.get_parameter("weight") for layer in self.unembedding_heads)]
 
     def await_unembedding(self, which: int) -> None:
         """Fire the hooks that calling the owner of ``unembeddings()[which]`` would fire first.
@@ -107,8 +127,9 @@ class FutureHeads:
         for hook in owner._forward_pre_hooks.values():
             hook(owner, ())
 
-    def _unembedding(self) -> Tensor:
-        if self.share_embeddings_and_output_weights:
+    def unembedding(self) -> Tensor:
+        """``[V/tp, h]``: the weight that head 1, or all heads, use here."""
+        if self.share_embeddings_and_output_weights and self.pre_process:  # type: ignore[attr-defined]
             return self.shared_embedding_or_output_weight()  # type: ignore[attr-defined]
         return self.output_layer.weight  # type: ignore[return-value]
 
@@ -169,7 +190,9 @@ class FutureHeads:
         training = torch.is_grad_enabled()
         weights = self.head_weights if training else self.heads_config.base_weights()
         sums_dtype = torch.promote_types(z.dtype, torch.float32)
-        report = HeadReport.empty(targets, weights, sums_dtype, predictions=predictions and not training)
+        elsewhere = [head for head in range(n) if head not in self.owned_heads]
+        weights = tuple(0.0 if head in elsewhere else weight for head, weight in enumerate(weights))
+        report = HeadReport.empty(targets, weights, sums_dtype, predictions and not training, elsewhere)
         if self.heads_config.execution == "joint" and training:
             return joint_loss(self, z, targets, layer_kwargs, report), report
         heads = MegatronHeadPass(self, targets, layer_kwargs)
@@ -178,7 +201,7 @@ class FutureHeads:
     def vocab_shard(self) -> VocabShard:
         """Vocabulary entries whose unembedding rows this rank holds."""
         group = self.tensor_parallel_group if self.config.tensor_model_parallel_size > 1 else None
-        return VocabShard.of(self.true_vocab_size, self._unembedding().shape[0], group)
+        return VocabShard.of(self.true_vocab_size, self.unembedding().shape[0], group)
 
 
 class MTPGPTModel(FutureHeads, GPTModel):
@@ -186,18 +209,80 @@ class MTPGPTModel(FutureHeads, GPTModel):
 
     ``forward(input_ids, position_ids, attention_mask, labels=targets)`` returns, on the last stage, ``(loss,
     HeadReport)`` for targets ``[n, b, s]``, and head 1's logits ``[b, s, V/tp]`` without labels; hidden states on any
-    other stage.
+    other stage. One of those that holds heads wants targets too: the hidden states that it returns run its heads in
+    their backward pass (:func:`.carry.carry`), and it keeps the report until :meth:`take_reports`.
     """
 
     keep_predictions = False
     """Set to True around an evaluation to get every head's predictions in its report."""
 
+    def attach_heads(self, heads: HeadsConfig, *, padded_vocab_size: int, pg_collection: Any, **settings: Any) -> None:
+        self._kept_reports: list[HeadReport] = []
+        tied_here = self.pre_process and self.share_embeddings_and_output_weights
+        if not self.post_process:  # GPTModel builds it on the last stage alone
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                self.config.hidden_size,
+                padded_vocab_size,
+                config=self.config,
+                init_method=self.config.init_method,
+                bias=False,
+                gather_output=False,
+                skip_weight_param_allocation=tied_here,
+                tp_group=pg_collection.tp,
+            )
+        super().attach_heads(heads, padded_vocab_size=padded_vocab_size, pg_collection=pg_collection, **settings)
+        if self.heads_are_spread:
+            self._mark_copies()
+
+    def _mark_copies(self) -> None:
+        """Tell megatron-core of the tensors that several stages hold; :mod:`.training.head_stages` keeps them equal.
+
+        ``shared_embedding``: in a bucket of its own, so that the distributed optimizer shards every copy alike.
+        ``shared``: not counted in the gradient norm; one copy is, the last stage's, or the embedding where tied.
+        """
+        tied = self.share_embeddings_and_output_weights
+        for parameter in self.final_norm.parameters():
+            parameter.shared_embedding = True  # type: ignore[attr-defined]
+            parameter.shared = not self.post_process  # type: ignore[attr-defined]
+        weight = self.unembedding()
+        weight.shared_embedding = True  # type: ignore[attr-defined]
+        weight.shared = not self.pre_process if tied else not self.post_process  # type: ignore[attr-defined]
+        weight.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
+
+    def take_reports(self) -> list[HeadReport]:
+        """Reports of the microbatches since the last call, on a stage before the last; empty on the last one."""
+        if not self.owned_heads:
+            return []
+        kept, self._kept_reports = self._kept_reports, []
+        return kept
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         check_forward(kwargs.get("packed_seq_params"))
         return super().forward(*args, **kwargs)
 
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> Any:
+        """As GPTModel's; of tensors that several stages hold, the last stage's (or the embedding, where tied) is
+        written, and all are loaded."""
+        if self.post_process or not self.owned_heads:
+            return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        self.post_process = True  # for upstream, a stage with an output layer is the last one
+        try:
+            state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        finally:
+            self.post_process = False
+        names = [f"{prefix}{name}" for name, _ in self.named_parameters() if name.startswith("final_norm.")]
+        for name in (*names, f"{prefix}output_layer.weight"):
+            if name in state:
+                state[name].replica_id = (1, *state[name].replica_id[1:])
+        return state
+
     def _postprocess(self, hidden_states: Tensor, **kwargs: Any) -> Any:
-        if not self.post_process:
+        targets = kwargs.get("labels")
+        if not self.post_process and (targets is None or not self.owned_heads):
+            if self.owned_heads and torch.is_grad_enabled():
+                raise ValueError(
+                    f"a stage with heads {self.owned_heads} was trained without labels [n, batch, sequence]"
+                )
             return hidden_states
         passed_on = (
             "attention_mask",
@@ -210,10 +295,13 @@ class MTPGPTModel(FutureHeads, GPTModel):
         layer_kwargs = {name: kwargs[name] for name in passed_on if kwargs.get(name) is not None}
         layer_kwargs.setdefault("attention_mask", None)
         layer_kwargs.update(kwargs.get("extra_block_kwargs") or {})
-        targets = kwargs.get("labels")
         if targets is None:
             return self.next_token_logits(hidden_states, layer_kwargs, kwargs.get("runtime_gather_output"))
-        return self.future_heads_loss(hidden_states, targets, layer_kwargs, predictions=self.keep_predictions)
+        loss, report = self.future_heads_loss(hidden_states, targets, layer_kwargs, predictions=self.keep_predictions)
+        if self.post_process:
+            return loss, report
+        self._kept_reports.append(report)
+        return carry(hidden_states, loss, self.config.grad_scale_func) if torch.is_grad_enabled() else hidden_states
 
 
 def build_model(
@@ -231,8 +319,9 @@ def build_model(
     vp_stage: int | None = None,
     pg_collection: Any = None,
     transformer_engine: bool = False,
+    owned_heads: Sequence[int] | None = None,
 ) -> MTPGPTModel:
-    """One pipeline stage of a Llama-like trunk with n heads; the heads are built where ``post_process`` is set.
+    """One pipeline stage of a Llama-like trunk with n heads.
 
     Args:
         config: Megatron's; ``num_layers`` counts the trunk's layers only.
@@ -240,6 +329,7 @@ def build_model(
         padded_vocab_size: rows of embedding and unembedding over all tensor-parallel ranks.
         rope_scaling: how rotary frequencies are lowered; None: they are not.
         transformer_engine: build trunk and heads from Transformer Engine's modules.
+        owned_heads: the stage's heads (0-based; :mod:`mtp_megatron.layout`); None: all where ``post_process`` is set.
 
     Raises:
         ConfigError: a setting of ``config`` that the heads cannot work with.
@@ -263,7 +353,15 @@ def build_model(
     if rope_scaling is not None:
         # Megatron's own scaling knows one of llama3's four numbers; the frequencies are all that it changes.
         model.rotary_pos_emb.inv_freq = rope_scaling.apply(model.rotary_pos_emb.inv_freq)
-    finish(model, heads, vocab_size, padded_vocab_size, vp_stage, transformer_engine=transformer_engine)
+    finish(
+        model,
+        heads,
+        vocab_size,
+        padded_vocab_size,
+        vp_stage,
+        transformer_engine=transformer_engine,
+        owned=owned_heads,
+    )
     return model
 
 
@@ -275,9 +373,11 @@ def finish(
     vp_stage: int | None,
     *,
     transformer_engine: bool,
+    owned: Sequence[int] | None = None,
 ) -> None:
-    """Attach the heads to a trunk's last stage, and freeze what ``heads.trainable`` excludes on any stage."""
-    if model.post_process:
+    """Attach the heads to a trunk's stage (``owned``; None: all to the last one), and freeze what ``heads.trainable``
+    excludes on any stage."""
+    if model.post_process if owned is None else owned:
         model.attach_heads(
             heads,
             true_vocab_size=vocab_size,
@@ -285,6 +385,7 @@ def finish(
             vp_stage=vp_stage,
             pg_collection=model.pg_collection,
             transformer_engine=transformer_engine,
+            owned=owned,
         )
     freeze(model, heads)
 

@@ -33,6 +33,9 @@ class HeadReport:
         normalizer: ``[]`` valid targets of head 1: the one count by which every head's sum is divided (DESIGN.md).
         weights: weight of each head in the total loss. In training a head of weight 0 is not computed: it stays NaN.
         predictions: ``[n, b, s]`` most likely entry of every position, in evaluation only.
+
+    Where heads are on several pipeline stages, each stage's report holds zeros for the heads of the others, and in
+    ``normalizer`` where head 1 is not: the reports of one microbatch add up. ``weights`` is 0 for those heads too.
     """
 
     loss_sum: Tensor
@@ -44,11 +47,21 @@ class HeadReport:
 
     @classmethod
     def empty(
-        cls, targets: Tensor, weights: Sequence[float], dtype: torch.dtype, predictions: bool = False
+        cls,
+        targets: Tensor,
+        weights: Sequence[float],
+        dtype: torch.dtype,
+        predictions: bool = False,
+        elsewhere: Sequence[int] = (),
     ) -> HeadReport:
-        """Report for ``targets`` ``[n, b, s]``: counts filled, figures NaN; ``dtype`` is that of the sums."""
+        """Report for ``targets`` ``[n, b, s]``: counts filled, figures NaN; ``dtype`` is that of the sums.
+
+        ``elsewhere`` names the heads (0-based) that other stages report.
+        """
         nan = torch.full((targets.shape[0],), torch.nan, dtype=dtype, device=targets.device)
         tokens = (targets != IGNORE_INDEX).sum(dim=(1, 2))
+        for head in elsewhere:
+            nan[head], tokens[head] = 0, 0
         return cls(
             loss_sum=nan,
             correct=nan.clone(),
@@ -62,7 +75,7 @@ class HeadReport:
     def total(self) -> Tensor:
         """``[]`` weighted sum over heads of the loss sums; NaN until backward ran. A head of weight 0 takes no part."""
         parts = [weight * self.loss_sum[head] for head, weight in enumerate(self.weights) if weight]
-        return torch.stack(parts).sum()
+        return torch.stack(parts).sum() if parts else torch.zeros_like(self.normalizer, dtype=self.loss_sum.dtype)
 
     def record(self, head: int, sums: TokenSums) -> None:
         self.loss_sum[head] = sums.loss

@@ -94,7 +94,7 @@ def run_world(
 
 @contextlib.contextmanager
 def parallel(
-    tp: int = 1, pp: int = 1, vp: int | None = None, cp: int = 1, ep: int = 1, seed: int = 1234
+    tp: int = 1, pp: int = 1, vp: int | None = None, cp: int = 1, ep: int = 1, seed: int = 1234, **settings: Any
 ) -> Iterator[None]:
     """Initialise Megatron's model parallel groups and its RNG states on this rank, and destroy both at the end.
 
@@ -102,6 +102,7 @@ def parallel(
         tp, pp, cp: sizes of tensor, pipeline and context parallelism; data parallelism takes the rest of the world.
         vp: virtual pipeline stages per rank.
         ep: size of expert parallelism, among the ranks of a pipeline stage.
+        settings: of ``initialize_model_parallel`` besides.
         seed: of the default RNG state, which is the same on all ranks; the model parallel state differs by TP rank.
     """
     import torch
@@ -118,6 +119,7 @@ def parallel(
         context_parallel_size=cp,
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=1,
+        **settings,
     )
     try:
         torch.manual_seed(seed)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from mtp_megatron.config import HeadsConfig
+from mtp_megatron.layout import StageLayout, heads_are_spread, stage_layouts, trunk_layout
 from mtp_megatron.reference import ReferenceConfig, parameter_shapes, reference_loss
 from mtp_megatron.targets import context_shard, document_ends_from_tokens, future_targets
+from mtp_megatron.training.head_stages import HeadStages, embedding_ranks
 from tests.harness import parallel, run_world
 from tests.models import sharded_tensors, tiny_config
 
@@ -74,6 +77,20 @@ class Case:
             moe_ffn_hidden_size=EXPERT_WIDTH,
             moe_aux_loss=self.aux_loss,
         )
+
+    def stages(self) -> tuple[StageLayout, ...]:
+        return stage_layouts(
+            self.layout,
+            ranks=self.pp,
+            chunks=self.vp or 1,
+            trunk_layers=self.num_trunk_layers,
+            heads=self.heads_config.n,
+        )
+
+    def parallel(self) -> AbstractContextManager[None]:
+        """This layout's model parallel groups."""
+        more = embedding_ranks(self.stages(), tied=self.tied)
+        return parallel(self.tp, self.pp, self.vp, self.cp, self.ep, **({"get_embedding_ranks": more} if more else {}))
 
     def expert_settings(self) -> dict[str, Any]:
         """Fields of TransformerConfig, as `training.build` sets them."""
@@ -217,12 +234,13 @@ def build_chunks(case: Case, parameters: dict[str, torch.Tensor]) -> tuple[Any, 
         "fp16": case.dtype == torch.float16,
         "attention_softmax_in_fp32": case.dtype != torch.float64,
         "calculate_per_token_loss": case.per_token_loss,
-        **({"pipeline_model_parallel_layout": case.layout} if case.layout else {}),
+        **({"pipeline_model_parallel_layout": trunk_layout(case.layout)} if case.layout else {}),
         **case.expert_settings(),
         **case.config,
     }
     config = tiny_config(**settings)
     chunks = []
+    mine = case.stages()[ps.get_pipeline_model_parallel_rank() :: case.pp]
     for stage in range(case.vp) if case.vp else [None]:
         where = {} if stage is None else {"ignore_virtual": False, "vp_stage": stage}
         build: Callable[..., Any] = build_model
@@ -230,6 +248,8 @@ def build_chunks(case: Case, parameters: dict[str, torch.Tensor]) -> tuple[Any, 
             from mtp_megatron.hybrid import build_hybrid_model
 
             build = functools.partial(build_hybrid_model, pattern=case.pattern)
+        elif heads_are_spread(case.stages()):
+            build = functools.partial(build_model, owned_heads=mine[stage or 0].heads)
         model = build(
             config,
             case.heads_config,
@@ -311,19 +331,19 @@ def forward_step(case: Case, sink: list, iterator: Iterator, chunk: torch.nn.Mod
 def step_body(
     rank: int, world: int, case: Case, parameters: dict, batches: list[Batch], mutate: Callable | None
 ) -> dict[str, Any]:
-    with parallel(case.tp, case.pp, case.vp, case.cp, case.ep):
+    with case.parallel():
         from megatron.core import parallel_state as ps
-        from megatron.core.distributed import finalize_model_grads
 
         config, chunks = build_chunks(case, parameters)
         model = wrap(case, config, chunks)
-        config.finalize_model_grads_func = finalize_model_grads
+        head_stages = finalize_with_heads(case, config, chunks)
         if case.loss_scale != 1.0:
             config.grad_scale_func = lambda loss: loss * case.loss_scale
         if mutate is not None:
             mutate(chunks)
         reports: list = []
         run_schedule(case, config, model, batches, reports)
+        reports += head_stages.take_reports() if head_stages else []
         sums = None
         if reports:
             names = ("loss_sum", "correct", "tokens")
@@ -339,6 +359,16 @@ def step_body(
         ]
         assert ps.model_parallel_is_initialized()
         return {"sums": sums, "gradients": gathered}
+
+
+def finalize_with_heads(case: Case, config: Any, chunks: Sequence[Any]) -> HeadStages | None:
+    """Set `config.finalize_model_grads_func` as training does; returns what stages with heads share, if several do."""
+    from megatron.core.distributed import finalize_model_grads
+
+    head_stages = HeadStages.join(case.stages(), chunks, tied=case.tied, timeout=None)
+    finalize = head_stages.finalize_with(finalize_model_grads) if head_stages else finalize_model_grads
+    config.finalize_model_grads_func = finalize
+    return head_stages
 
 
 def wrap(case: Case, config: Any, chunks: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:

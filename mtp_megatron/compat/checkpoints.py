@@ -1,15 +1,20 @@
-"""Distributed checkpoints across versions of megatron-core: 0.19 reads older ones, older ones here those of 0.19."""
+"""Distributed checkpoints across versions of megatron-core: 0.19 reads older ones, older ones here those of 0.19; and
+the distributed optimizer's state where its buffers are padded."""
 
 from __future__ import annotations
 
 import functools
 import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_torch_dist
+
+from mtp_megatron.compat.patching import Replacement, replace
 
 
 def load_strategies() -> dict[str, Any]:
@@ -44,3 +49,44 @@ def _common_strategy() -> type[Any] | None:
             return loaded[0]
 
     return CommonStateOfAnyVersion
+
+
+@contextmanager
+def padded_optimizer_state() -> Iterator[None]:
+    """Inside, the distributed optimizer's sharded state (``fully_reshardable``) is right whatever padding its buckets
+    have.
+
+    megatron-core (0.16.1 to 0.19.2) leaves the padding at buckets' ends out of the state that it gathers, and then
+    takes each parameter's state from where the parameter lies in the padded buffer: after a padded bucket that is
+    another parameter's. Buckets are padded to a multiple of the data parallel size and of 128.
+    """
+    undo: list[Callable[[], None]] = []
+    row = Replacement(
+        "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer",
+        "get_parameter_state_dp_zero",
+        lambda upstream: lambda self, *args, **kwargs: _with_padding(self, upstream(self, *args, **kwargs)),
+        "parameters after a padded bucket are saved with others' Adam moments and fp32 weights",
+    )
+    replace(row, undo)
+    try:
+        yield
+    finally:
+        undo[0]()
+
+
+def _with_padding(optimizer: Any, state: dict[Any, Any] | None) -> dict[Any, Any] | None:
+    """``state`` with its flat tensors as long as the buffers, each bucket where it lies there."""
+    for index, by_dtype in (state or {}).items():
+        if not isinstance(index, int):
+            continue
+        buffer = optimizer.buffers[index]
+        for tensors in by_dtype.values():
+            for key, compact in tensors.items():
+                if isinstance(compact, torch.Tensor):
+                    whole, taken = compact.new_zeros(buffer.numel), 0
+                    for bucket in buffer.buckets:
+                        part = compact[taken : taken + bucket.numel_unpadded]
+                        whole[bucket.offset : bucket.offset + bucket.numel_unpadded] = part
+                        taken += bucket.numel_unpadded
+                    tensors[key] = whole
+    return state

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -33,8 +33,8 @@ def chunk_iterators(
 ) -> list[Iterator[Microbatch] | None]:
     """One iterator for each model chunk of this rank, None where a chunk neither embeds tokens nor owns heads.
 
-    Every rank of the first and of the last stage reads the data itself: the files are mapped into memory and each rank
-    touches its own samples only, so there is nothing to broadcast.
+    Every rank of the first stage and of those with heads reads the data itself: the files are mapped into memory and
+    each rank touches its own samples only, so there is nothing to broadcast.
 
     Args:
         eod: the id that ends a document.
@@ -43,15 +43,10 @@ def chunk_iterators(
     """
     from megatron.core import parallel_state
 
-    virtual = recipe.parallel.virtual_pipeline
-    stages: Sequence[int | None] = range(virtual) if virtual else [None]
     iterators: list[Iterator[Microbatch] | None] = []
-    for stage in stages:
-        ends = (
-            parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
-            parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
-        )
-        if not any(ends):
+    here, ranks = parallel_state.get_pipeline_model_parallel_rank(), recipe.parallel.pipeline
+    for holds in recipe.stages[here::ranks]:
+        if not (holds.first or holds.last or holds.heads):
             iterators.append(None)
             continue
         samples = loader(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,8 @@ import torch
 from mtp_megatron import compat
 from mtp_megatron.layout import trunk_layout
 from mtp_megatron.rope import RopeScaling
+from mtp_megatron.training.batches import Microbatch
+from mtp_megatron.training.head_stages import HeadStages
 from mtp_megatron.training.recipe import ModelSection, OptimizerSection, Recipe, padded_vocab_size
 from mtp_megatron.training.step import BatchIterator, LossFunction, run_schedule, training_loss
 
@@ -37,6 +40,7 @@ class Trainable:
     chunks: Sequence[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    head_stages: HeadStages | None = None  # where heads are on several pipeline stages
 
     @property
     def models(self) -> list[MTPGPTModel]:
@@ -65,9 +69,10 @@ class Trainable:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return run_schedule(
+        reports: list[HeadReport] = run_schedule(
             recipe, self.chunks, iterators, num_microbatches, loss_func=training_loss, forward_only=False
         )
+        return reports if self.head_stages is None else [*reports, *self.head_stages.take_reports()]
 
     def update(self) -> float:
         updated, grad_norm, _ = self.optimizer.step()
@@ -77,8 +82,13 @@ class Trainable:
 
     def forward(
         self, recipe: Recipe, iterators: Sequence[BatchIterator], num_microbatches: int, loss_func: LossFunction
-    ) -> list[Any]:
-        return run_schedule(recipe, self.chunks, iterators, num_microbatches, loss_func=loss_func, forward_only=True)
+    ) -> list[tuple[Microbatch, HeadReport]]:
+        results: list[tuple[Microbatch, HeadReport]] = run_schedule(
+            recipe, self.chunks, iterators, num_microbatches, loss_func=loss_func, forward_only=True
+        )
+        if self.head_stages is not None:
+            self.head_stages.put_together([report for _, report in results])
+        return results
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -194,7 +204,9 @@ def build_trainable(recipe: Recipe) -> Trainable:
     """Allocate this rank's share of the model and its optimizer; the world must be up (:mod:`.world`)."""
     config = transformer_config(recipe)
     models = [model.to(compat.device()) for model in build_models(recipe, config)]
-    return _wrap(recipe, config, models)
+    timeout = timedelta(minutes=recipe.train.timeout_minutes)
+    head_stages = HeadStages.join(recipe.stages, models, tied=recipe.model.tied_embeddings, timeout=timeout)
+    return _wrap(recipe, config, models, head_stages)
 
 
 def build_models(recipe: Recipe, config: TransformerConfig) -> list[MTPGPTModel]:
@@ -207,6 +219,7 @@ def build_models(recipe: Recipe, config: TransformerConfig) -> list[MTPGPTModel]
         raise ValueError("model.vocab_size is null: resolve the recipe with the tokenizer's vocabulary first")
     virtual = recipe.parallel.virtual_pipeline
     stages: Sequence[int | None] = range(virtual) if virtual else [None]
+    here, ranks = parallel_state.get_pipeline_model_parallel_rank(), recipe.parallel.pipeline
     models = []
     for stage in stages:
         model = build_model(
@@ -222,12 +235,15 @@ def build_models(recipe: Recipe, config: TransformerConfig) -> list[MTPGPTModel]
             rope_scaling=rope_scaling(recipe.model),
             vp_stage=stage,
             transformer_engine=recipe.train.transformer_engine,
+            owned_heads=recipe.stages[here + (stage or 0) * ranks].heads,
         )
         models.append(model)
     return models
 
 
-def _wrap(recipe: Recipe, config: TransformerConfig, models: Sequence[MTPGPTModel]) -> Trainable:
+def _wrap(
+    recipe: Recipe, config: TransformerConfig, models: Sequence[MTPGPTModel], head_stages: HeadStages | None
+) -> Trainable:
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -264,11 +280,13 @@ def _wrap(recipe: Recipe, config: TransformerConfig, models: Sequence[MTPGPTMode
         chunks,
     )
     scheduler = build_scheduler(settings, optimizer)
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = (
+        finalize_model_grads if head_stages is None else head_stages.finalize_with(finalize_model_grads)
+    )
     config.grad_scale_func = optimizer.scale_loss
     if settings.overlap_grad_reduce:
         config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
-    return Trainable(config, chunks, optimizer, scheduler)
+    return Trainable(config, chunks, optimizer, scheduler, head_stages)
 
 
 def build_scheduler(settings: OptimizerSection, optimizer: Any) -> OptimizerParamScheduler:

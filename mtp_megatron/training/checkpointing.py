@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from mtp_megatron import compat
-from mtp_megatron.compat.checkpoints import load_strategies
+from mtp_megatron.compat.checkpoints import load_strategies, padded_optimizer_state
 from mtp_megatron.data.manifest import Manifest
 from mtp_megatron.data.tokenizer import MODEL_FILE
 from mtp_megatron.errors import CheckpointError
@@ -49,7 +49,7 @@ def save_checkpoint(recipe: Recipe, manifest: Manifest, trainable: Trainable, ch
         files.prepare_temporary(checkpoints, step)
     dist.barrier()
     temporary = files.temporary_folder(checkpoints, step)
-    with trainable.gathered_parameters():
+    with trainable.gathered_parameters(), padded_optimizer_state():
         state = model_state(trainable.models)
         state["optimizer"] = trainable.optimizer.sharded_state_dict(state, metadata=metadata())
     if not recipe.optimizer.distributed:
@@ -93,7 +93,8 @@ def load_checkpoint(recipe: Recipe, trainable: Trainable, folder: Path) -> int:
         )
     same_grid = all(saved.get(key) == getattr(recipe.parallel, key) for key in ("tensor", "pipeline"))
     state = model_state(trainable.models)
-    state["optimizer"] = trainable.optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata())
+    with padded_optimizer_state():
+        state["optimizer"] = trainable.optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata())
     if same_grid:
         state["rng_state"] = sharded_rng_state()
     loaded = read_state(state, folder)

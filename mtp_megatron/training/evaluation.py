@@ -14,7 +14,7 @@ from mtp_megatron.metrics import agreement_counts, expected_tokens_per_forward, 
 from mtp_megatron.targets import context_positions
 from mtp_megatron.training.batches import Microbatch
 from mtp_megatron.training.recipe import Recipe
-from mtp_megatron.training.step import BatchIterator, Trainer, sum_over_world
+from mtp_megatron.training.step import BatchIterator, Trainer, evaluation_loss, sum_over_world
 
 if TYPE_CHECKING:
     from mtp_megatron.sequential import HeadReport
@@ -49,7 +49,8 @@ def evaluate(
         for model in trainable.models:
             model.keep_predictions = True
         for _ in range(batches):
-            counts += trainable.forward(recipe, iterators, num_microbatches, evaluation_counts)
+            results = trainable.forward(recipe, iterators, num_microbatches, evaluation_loss)
+            counts += [evaluation_counts(batch, report) for batch, report in results]
         for model in trainable.models:
             model.keep_predictions = False
     sums = sum_over_world(counts, 5 * n + 1)
@@ -63,11 +64,10 @@ def evaluate(
     )
 
 
-def evaluation_counts(batch: Microbatch, output: tuple[Tensor, HeadReport]) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss sum, count of tokens, and ``[5n + 1]`` sums: losses, correct, targets, accepted, positions, normalizer."""
+def evaluation_counts(batch: Microbatch, report: HeadReport) -> Tensor:
+    """``[5n + 1]`` sums of one microbatch: losses, correct, targets, accepted, positions, normalizer; fp64."""
     from megatron.core import parallel_state
 
-    loss, report = output
     if report.predictions is None or batch.targets is None:
         raise RuntimeError("evaluation needs the heads' predictions and the targets on the last stage")
     predictions, targets = whole_sequences(report.predictions), whole_sequences(batch.targets)
@@ -75,7 +75,7 @@ def evaluation_counts(batch: Microbatch, output: tuple[Tensor, HeadReport]) -> t
     if parallel_state.get_context_parallel_rank() > 0:  # all of them counted the same whole sequences
         accepted, positions = torch.zeros_like(accepted), torch.zeros_like(positions)
     figures = [report.loss_sum, report.correct, report.tokens, accepted, positions, report.normalizer[None]]
-    return loss.clone(), report.normalizer.to(torch.int), torch.cat([figure.to(torch.float64) for figure in figures])
+    return torch.cat([figure.to(torch.float64) for figure in figures])
 
 
 def whole_sequences(share: Tensor) -> Tensor:

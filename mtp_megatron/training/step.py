@@ -42,15 +42,16 @@ class Trainer(Protocol):
         """This rank's model chunks without wrappers."""
 
     def backward(self, recipe: Recipe, iterators: Sequence[BatchIterator], num_microbatches: int) -> list[HeadReport]:
-        """Gradients of one global batch; returns the reports of this rank's microbatches, last stage only."""
+        """Gradients of one global batch; returns the reports of this rank's microbatches, from stages with heads."""
 
     def update(self) -> float:
         """One optimizer step with them; returns the gradient norm before clipping, infinite where the step was lost."""
 
     def forward(
         self, recipe: Recipe, iterators: Sequence[BatchIterator], num_microbatches: int, loss_func: LossFunction
-    ) -> list[Any]:
-        """One global batch forward only; returns the third results of ``loss_func``, last stage only."""
+    ) -> list[tuple[Microbatch, HeadReport]]:
+        """One global batch forward only; returns the third results of ``loss_func`` (:func:`evaluation_loss`), last
+        stage only, their reports with the figures of all heads."""
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Inside, :meth:`forward` sees whole parameters and no dropout."""
@@ -109,7 +110,7 @@ def train_step(
     step = trainable.scheduler.num_steps
     weights = recipe.heads.weights_at(step)
     for model in trainable.models:
-        if model.post_process:
+        if model.owned_heads:
             model.set_head_weights(weights)
     reports = trainable.backward(recipe, iterators, num_microbatches)
     # Only now do the reports hold numbers: the heads ran inside the backward passes.
@@ -174,8 +175,16 @@ def training_loss(batch: Microbatch, output: tuple[Tensor, HeadReport]) -> tuple
     return loss.clone(), report.normalizer.to(torch.int), report
 
 
+def evaluation_loss(
+    batch: Microbatch, output: tuple[Tensor, HeadReport]
+) -> tuple[Tensor, Tensor, tuple[Microbatch, HeadReport]]:
+    """Loss sum, count of tokens, and the microbatch with its report."""
+    loss, report = output
+    return loss.clone(), report.normalizer.to(torch.int), (batch, report)
+
+
 def sum_over_world(local: Sequence[Tensor], width: int, flag: bool = False) -> list[float]:
-    """Sum the last stage's vectors over microbatches and data parallel ranks, and tell every rank; one collective.
+    """Sum the vectors of the stages with heads over microbatches and ranks, and tell every rank; one collective.
 
     Args:
         local: vectors ``[width]`` of this rank's microbatches; empty on other stages.

@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import HashStore, Store
 
 from mtp_megatron import compat
 from mtp_megatron.errors import ConfigError
+from mtp_megatron.training.head_stages import embedding_ranks
 from mtp_megatron.training.recipe import Recipe
 
 
@@ -62,6 +63,7 @@ def model_parallel_world(recipe: Recipe, store: Store | None = None) -> Iterator
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,
+        get_embedding_ranks=embedding_ranks(recipe.stages, tied=recipe.model.tied_embeddings),
         distributed_timeout_minutes=recipe.train.timeout_minutes,
     )
     try:

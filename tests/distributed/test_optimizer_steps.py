@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.harness import parallel, run_world
+from tests.harness import run_world
 from tests.parity import (
     Batch,
     Case,
     build_chunks,
+    finalize_with_heads,
     make_batches,
     make_parameters,
     named_shards,
@@ -33,6 +34,10 @@ CASES = {
     "causal-overlap": Case(
         world=2, distributed_optimizer=True, overlap=True, heads={"n": 3, "arrangement": "causal", "loss_decay": 0.5}
     ),
+    "spread": Case(
+        world=4, pp=2, layout="Ettttm|mmL", distributed_optimizer=True, overlap=True, heads={"n": 3, "kind": "medusa"}
+    ),
+    "spread-tied-vpp": Case(world=4, pp=2, vp=2, layout="Ett|ttm|m|mL", distributed_optimizer=True, tied=True),
     "replicated": Case(world=2, pp=2, tied=True, heads={"n": 3, "unembedding": "replicated"}),
 }
 
@@ -70,8 +75,7 @@ def train_reference(case: Case, parameters: dict[str, torch.Tensor]) -> tuple[di
 
 
 def _train_body(rank: int, world: int, case: Case, parameters: dict, batches: list[Batch]) -> tuple[list[float], Any]:
-    with parallel(case.tp, case.pp, case.vp, case.cp):
-        from megatron.core.distributed import finalize_model_grads
+    with case.parallel():
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
         config, chunks = build_chunks(case, parameters)
@@ -90,7 +94,7 @@ def _train_body(rank: int, world: int, case: Case, parameters: dict, batches: li
             ),
             model,
         )
-        config.finalize_model_grads_func = finalize_model_grads
+        finalize_with_heads(case, config, chunks)
         config.grad_scale_func = optimizer.scale_loss
         if case.overlap and case.distributed_optimizer:
             starts = [chunk.start_param_sync for chunk in model]

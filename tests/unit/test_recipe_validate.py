@@ -18,7 +18,6 @@ from mtp_megatron.training.run_folder import RunFolder, check_run_folder
 from mtp_megatron.training.validate import check_recipe, data_parallel_size, num_microbatches
 from tests.training_runs import make_data, tiny_tree
 
-
 SPREAD = {"parallel__pipeline": 2, "parallel__layout": "Ettttmm|mL"}  # heads on two stages
 
 
