@@ -14,9 +14,9 @@ from mtp_megatron.training.validate import data_parallel_size
 _TERMS = {
     "arithmetic": "arithmetic",
     "exchange": "tensor parallel exchange",
-    "slowest_stage": "a slower slowest stage",
-    "bubble": "a larger bubble",
-    "reduction": "exposed exchange of gradients and parameters",
+    "slowest_stage": "slowest stage",
+    "bubble": "bubble",
+    "reduction": "gradients and parameters",
 }
 _HEAD = "      TP  PP  VPP   DP  recompute  stages with heads  slowest/mean  fullest GB  bubble    MFU  step s  lost by"
 
@@ -89,8 +89,11 @@ def reason(found: Found, best: Found) -> str:
 def _comparison(other: Found, best: Found) -> str:
     differences = lost_by(other, best)
     parts = [f"{name.replace('_', ' ')} {seconds:+.3f}" for name, seconds in differences.items() if abs(seconds) > 5e-4]
+    what = describe(other.candidate.recipe)
+    if what == describe(best.candidate.recipe):
+        what += f", layout {other.candidate.recipe.parallel.layout},"
     total = other.plan.step_seconds - best.plan.step_seconds
-    return f"{describe(other.candidate.recipe)} takes {total:.3f} s more ({', '.join(parts) or 'equal terms'})"
+    return f"{what} takes {total:.3f} s more ({', '.join(parts) or 'equal terms'})"
 
 
 def _line(place: str, found: Found, world_size: int, why: str) -> str:
