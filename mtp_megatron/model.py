@@ -213,6 +213,7 @@ class MTPGPTModel(FutureHeads, GPTModel):
     their backward pass (:func:`.carry.carry`), and it keeps the report until :meth:`take_reports`.
     """
 
+    post_process: bool  # upstream's
     keep_predictions = False
     """Set to True around an evaluation to get every head's predictions in its report."""
 

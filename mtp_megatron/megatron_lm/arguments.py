@@ -158,6 +158,14 @@ def check_args(args: argparse.Namespace) -> HeadsConfig:
             raise ConfigError(refusal.name, value, refusal.problem, refusal.remedy)
     _check_transformer_engine(args)
     _check_rampup(args)
+    layout = getattr(args, "pipeline_model_parallel_layout", None)
+    if layout is not None and "m" in str(layout):
+        raise ConfigError(
+            "--pipeline-model-parallel-layout",
+            str(layout),
+            "its m asks for a head on that stage, and Megatron-LM's loop finds all heads on the last one",
+            "Leave m out, or train with `mtp-megatron train`, whose parallel.layout knows it",
+        )
     if args.context_parallel_size > 1 and args.reset_attention_mask:
         raise ConfigError(
             "--reset-attention-mask",

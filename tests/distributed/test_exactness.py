@@ -36,6 +36,7 @@ LAYOUTS = {
     "dp2-pp2": Case(world=4, pp=2),
     "heads-alone": Case(world=2, pp=2, layout="Etttt|L"),
     "heads-alone-vpp": Case(world=2, pp=2, vp=2, layout="Et|t|tt|L"),
+    "heads-on-both": Case(world=2, pp=2, layout="Ettttm|mmL"),  # more of those: test_heads_on_stages.py
     "cp2": Case(world=2, cp=2),
     "cp2-tp2-sp": Case(world=4, cp=2, tp=2, sequence_parallel=True),
     "cp2-pp2-tied": Case(world=4, cp=2, pp=2, tied=True),
@@ -97,6 +98,7 @@ def test_fp64_equals_reference_to_machine_precision(name: str) -> None:
         ("one", torch.bfloat16, 1.0),
         ("tp2-sp", torch.bfloat16, 1.0),
         ("pp2", torch.bfloat16, 1.0),
+        ("heads-on-both", torch.bfloat16, 1.0),
         ("n8", torch.bfloat16, 1.0),
         ("tp2-sp", torch.float16, 2.0**6),
         ("pp2", torch.float16, 2.0**6),

@@ -128,6 +128,21 @@ SHARDED = {
 }
 
 
+def test_only_heads_learn_alike(data: Path, tmp_path: Path) -> None:
+    """With new_heads and this layout the last stage trains nothing, nor does the first stage's trunk."""
+    seedling = tmp_path / "seedling"
+    run_world(train_body, 2, tiny_tree(data, seedling, **LAST, train__steps=1, optimizer__warmup_steps=0))
+    common = {"run__load": str(seedling), "train__steps": 3, "train__eval_batches": 0}
+    for trainable in ("heads", "new_heads"):
+        for name, layout in {"last": LAST, "spread": {**LAST, "parallel__layout": "Ettttmm|mL"}}.items():
+            tree = tiny_tree(data, tmp_path / f"{trainable}-{name}", **layout, **common, heads__trainable=trainable)
+            run_world(train_body, 2, tree)
+        spread, last = (metrics(tmp_path / f"{trainable}-{name}") for name in ("spread", "last"))
+        assert largest_difference(spread, last) < 1e-5
+        for step in last:
+            assert spread[step]["grad_norm"] == pytest.approx(last[step]["grad_norm"], rel=1e-4)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))

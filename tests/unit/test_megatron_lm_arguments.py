@@ -117,6 +117,12 @@ def test_masks_are_not_cut_for_context_parallelism() -> None:
         check_args(parse("--mtp-heads", "2", reset_attention_mask=True, context_parallel_size=2))
 
 
+def test_a_layout_with_heads_on_other_stages_is_refused() -> None:
+    check_args(parse("--mtp-heads", "2", pipeline_model_parallel_layout="Et*3|(tt|)*2L"))
+    with pytest.raises(ConfigError, match=r"^--pipeline-model-parallel-layout='Ettm\|mL'.*parallel\.layout"):
+        check_args(parse("--mtp-heads", "2", pipeline_model_parallel_layout="Ettm|mL"))
+
+
 def test_stages_that_train_nothing() -> None:
     sharded = {"use_distributed_optimizer": True, "pipeline_model_parallel_size": 2}
     check_args(parse("--mtp-heads", "2", **sharded))
