@@ -6,15 +6,47 @@ The formulas know what megatron-core's layers keep for their backward pass when 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.layout import StageLayout
 from mtp_megatron.loss import VocabShard, chunk_tokens_for
-from mtp_megatron.planning.shapes import Sizes, heads_flops, layer_flops, stage_parameters, stages_of
-from mtp_megatron.planning.simulate import order
+from mtp_megatron.planning.shapes import (
+    Sizes,
+    attention_flops,
+    heads_flops,
+    layer_flops,
+    stage_parameters,
+    unembedding_copies,
+)
+from mtp_megatron.planning.simulate import in_flight
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.validate import data_parallel_size, num_microbatches
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What comes and goes during a step, at its fullest moment; bytes.
+
+    Attributes:
+        in_flight: microbatches of each chunk whose backward pass has not ended.
+        kept: for those: activations of layers, z and targets.
+        layer: what a layer's backward pass adds; 0 where heads are at work.
+        heads: what the heads of a microbatch add; 0 where a layer goes back.
+        exchange: buffers between ranks.
+        optimizer: its intermediate results, where they outweigh all the above (which is 0 then).
+    """
+
+    in_flight: tuple[int, ...]
+    kept: int = 0
+    layer: int = 0
+    heads: int = 0
+    exchange: int = 0
+    optimizer: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.kept + self.layer + self.heads + self.exchange + self.optimizer
 
 
 @dataclass(frozen=True)
@@ -24,11 +56,11 @@ class RankCost:
     Attributes:
         rank: pipeline rank.
         layers, heads: trunk layers and heads on it.
-        parameters: on this GPU.
+        parameters: on this GPU; every chunk with heads has an unembedding of its own.
         weights, main_gradients, master_weights, moments: what stays between steps.
-        activations: all that comes and goes during a step, at the most.
+        activations: all that comes and goes during a step, at the most; ``peak`` says what it is.
         forward_flops, backward_flops: of each chunk.
-        head_flops: the part of the last chunk's backward pass that runs the heads.
+        head_flops: of each chunk, the part of its backward pass that runs its heads.
     """
 
     rank: int
@@ -40,9 +72,10 @@ class RankCost:
     master_weights: int
     moments: int
     activations: int
+    peak: Peak
     forward_flops: tuple[float, ...]
     backward_flops: tuple[float, ...]
-    head_flops: float
+    head_flops: tuple[float, ...]
 
     @property
     def memory(self) -> int:
@@ -60,9 +93,9 @@ def rank_costs(recipe: Recipe, world_size: int) -> list[RankCost]:
         ConfigError: a recipe that the formulas do not know.
     """
     check_known(recipe)
-    sizes, stages = Sizes.of(recipe), stages_of(recipe)
+    sizes, stages = Sizes.of(recipe), recipe.stages
     ranks = recipe.parallel.pipeline
-    return [_rank(recipe, sizes, stages[rank::ranks], rank, world_size) for rank in range(ranks)]
+    return [_rank(recipe, sizes, list(stages[rank::ranks]), rank, world_size) for rank in range(ranks)]
 
 
 def check_known(recipe: Recipe) -> None:
@@ -88,55 +121,61 @@ def check_known(recipe: Recipe) -> None:
 def _rank(recipe: Recipe, sizes: Sizes, chunks: list[StageLayout], rank: int, world_size: int) -> RankCost:
     parameters = sum(stage_parameters(recipe, sizes, chunk) for chunk in chunks)
     half = recipe.train.precision == "bf16"
-    shards = data_parallel_size(recipe, world_size) * recipe.parallel.context if recipe.optimizer.distributed else 1
-    layer, heads = layer_flops(sizes), heads_flops(recipe, sizes)
-    again = 1 if recipe.train.recompute == "full" else 0
+    shards = optimizer_shards(recipe, world_size)
+    layer = layer_flops(sizes)
+    again = {"full": layer, "selective": attention_flops(sizes), None: 0.0}[recipe.train.recompute]
+    heads = tuple(3 * heads_flops(recipe, sizes, chunk) for chunk in chunks)
+    peak = _peak(recipe, sizes, chunks, rank, num_microbatches(recipe, world_size), parameters // shards)
     return RankCost(
         rank=rank,
         layers=sum(chunk.layers for chunk in chunks),
-        heads=recipe.heads.n if chunks[-1].last else 0,
+        heads=sum(len(chunk.heads) for chunk in chunks),
         parameters=parameters,
         weights=parameters * sizes.element,
         main_gradients=4 * parameters,
         master_weights=4 * parameters // shards if half else 0,
         moments=8 * parameters // shards,
-        activations=_activations(recipe, sizes, chunks, rank, world_size, parameters // shards),
+        activations=peak.total,
+        peak=peak,
         forward_flops=tuple(chunk.layers * layer for chunk in chunks),
-        backward_flops=tuple((2 + again) * chunk.layers * layer + 3 * heads * chunk.last for chunk in chunks),
-        head_flops=3 * heads if chunks[-1].last else 0.0,
+        backward_flops=tuple(
+            chunk.layers * (2 * layer + again) + head for chunk, head in zip(chunks, heads, strict=True)
+        ),
+        head_flops=heads,
     )
 
 
-def _activations(
-    recipe: Recipe, sizes: Sizes, chunks: list[StageLayout], rank: int, world_size: int, shard: int
-) -> int:
-    """The most beyond what stays between steps: over the backward passes in their order, and the optimizer's step."""
+def optimizer_shards(recipe: Recipe, world_size: int) -> int:
+    """Ranks over which the optimizer's state of a parameter is cut."""
+    return data_parallel_size(recipe, world_size) * recipe.parallel.context if recipe.optimizer.distributed else 1
+
+
+def _peak(recipe: Recipe, sizes: Sizes, chunks: list[StageLayout], rank: int, microbatches: int, shard: int) -> Peak:
+    """The fullest moment beyond what stays between steps: of the backward passes, or of the optimizer's step."""
     element, shared = sizes.element, sizes.tokens_shard * sizes.hidden
     whole = layer_activations(recipe, sizes)
     kept = element * shared if recipe.train.recompute == "full" else whole
     # A recomputed layer's activations exist only while it goes back; its input was kept anyway.
-    transient = _layer_backward(recipe, sizes) + (whole - kept if recipe.train.recompute == "full" else 0)
+    layer = _layer_backward(recipe, sizes) + (whole - kept if recipe.train.recompute == "full" else 0)
+    heads = [_heads(recipe, sizes, whole, chunk) if chunk.heads else 0 for chunk in chunks]
     batch = 8 * sizes.tokens * (recipe.heads.n + 3)
-    # A chunk of no layers (the heads alone) keeps its input, which is z.
+    # Heads keep their input, z, until their backward pass, and nothing else.
     sizes_held = [
-        chunk.layers * kept + element * shared * chunk.last + batch * (chunk.first or chunk.last) for chunk in chunks
+        chunk.layers * kept + (element * shared if chunk.heads else 0) + batch * (chunk.first or bool(chunk.heads))
+        for chunk in chunks
     ]
-    held = most = 0
-    for work in order(recipe.parallel.pipeline, rank, num_microbatches(recipe, world_size), len(chunks)):
-        if not work.backward:
-            held += sizes_held[work.chunk]
-            continue
-        extra = transient
-        if chunks[work.chunk].last:
-            extra = max(extra if chunks[work.chunk].layers else 0, _heads(recipe, sizes, whole))
-        most = max(most, held + extra)
-        held -= sizes_held[work.chunk]
-    pipeline = 2 * element * shared if recipe.parallel.pipeline > 1 else 0  # received, and received next
-    gathered = (
-        element * sizes.tokens * sizes.hidden if recipe.parallel.sequence_parallel else 0
-    )  # Megatron's own buffer
+    best = Peak(in_flight=(0,) * len(chunks))
+    for chunk, counts in in_flight(recipe.parallel.pipeline, rank, microbatches, len(chunks)):
+        held = sum(count * size for count, size in zip(counts, sizes_held, strict=True))
+        back = layer if chunks[chunk].layers else 0
+        if held + max(back, heads[chunk]) > best.total:
+            best = Peak(counts, held, **({"heads": heads[chunk]} if heads[chunk] > back else {"layer": back}))
+    exchange = 2 * element * shared if recipe.parallel.pipeline > 1 else 0  # received, and received next
+    if recipe.parallel.sequence_parallel:
+        exchange += element * sizes.tokens * sizes.hidden  # Megatron's own buffer
+    best = replace(best, exchange=exchange)
     adam = 2 * 4 * min(shard, max(*sizes.matrices, sizes.rows * sizes.hidden))
-    return max(most + pipeline + gathered, adam)
+    return best if best.total >= adam else Peak(best.in_flight, optimizer=adam)
 
 
 def layer_activations(recipe: Recipe, sizes: Sizes) -> int:
@@ -160,19 +199,24 @@ def _layer_backward(recipe: Recipe, sizes: Sizes) -> int:
     return sizes.element * max(first, second)
 
 
-def _heads(recipe: Recipe, sizes: Sizes, layer: int) -> int:
-    """The most that the heads add to z: in a head's loss, in its layer's backward pass, or when the unembedding's
+def logits_chunk(recipe: Recipe, sizes: Sizes) -> int:
+    """Tokens whose logits exist at one time."""
+    shard = VocabShard(0, sizes.rows, sizes.rows)
+    return min(sizes.tokens, chunk_tokens_for(shard, recipe.heads.loss_chunk_tokens))
+
+
+def _heads(recipe: Recipe, sizes: Sizes, layer: int, stage: StageLayout) -> int:
+    """The most that a stage's heads add to z: in a head's loss, in its layer's backward pass, or when the unembedding's
     gradient is handed over."""
     heads, element = recipe.heads, sizes.element
     residual, table = sizes.tokens_shard * sizes.hidden, sizes.rows * sizes.hidden
-    copies = heads.n if heads.unembedding == "replicated" else 1
+    copies = unembedding_copies(recipe, stage)
     kept = layer * max(map(len, heads.chains)) if heads.kind == "transformer" else 3 * element * residual
-    summed = 4 * table * copies + (4 * residual if heads.n > 1 else 0)  # fp32: of the unembedding(s) and of z
+    several = len(stage.heads) > 1 or not stage.last  # gradients of z to be added: of heads, and of later stages
+    summed = 4 * table * copies + (4 * residual if several else 0)  # fp32: of the unembedding(s) and of z
     features = element * 2 * residual
     hidden = element * sizes.tokens * sizes.hidden * (2 if recipe.parallel.sequence_parallel else 1)
-    shard = VocabShard(0, sizes.rows, sizes.rows)
-    chunk = min(sizes.tokens, chunk_tokens_for(shard, heads.loss_chunk_tokens))
-    logits = chunk * sizes.rows * (element + (4 if element < 4 else 0))
+    logits = logits_chunk(recipe, sizes) * sizes.rows * (element + (4 if element < 4 else 0))
     outer = element * table if element < 4 else 0
     loss = kept + summed + features + hidden + logits + outer
     backward = kept + summed + element * residual + _layer_backward(recipe, sizes)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mtp_megatron.planning.cost import RankCost, rank_costs
-from mtp_megatron.planning.shapes import Sizes, stages_of
+from mtp_megatron.planning.shapes import Sizes
 from mtp_megatron.planning.simulate import Schedule, simulate
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.validate import data_parallel_size, num_microbatches
@@ -33,12 +33,54 @@ class Hardware:
 
 
 @dataclass(frozen=True)
+class StageTimes:
+    """Seconds of one microbatch, of each global stage.
+
+    Attributes:
+        forward, backward: of the whole pass; heads run in the backward pass.
+        heads: the part of the backward pass that runs heads.
+        exchange: the part of both passes in which tensor parallel ranks exchange activations.
+        latency: of a tensor from one stage to the next.
+    """
+
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+    heads: tuple[float, ...]
+    exchange: tuple[float, ...]
+    latency: float
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a step's seconds are made of; they add up to it.
+
+    Attributes:
+        arithmetic: of a pipeline rank on average, recomputation included.
+        exchange: of activations between tensor parallel ranks, on average over pipeline ranks.
+        slowest_stage: what the slowest rank works more than the average.
+        bubble: what the slowest rank waits.
+        reduction: exchange of gradients and parameters that is not overlapped.
+    """
+
+    arithmetic: float
+    exchange: float
+    slowest_stage: float
+    bubble: float
+    reduction: float
+
+    @property
+    def total(self) -> float:
+        return self.arithmetic + self.exchange + self.slowest_stage + self.bubble + self.reduction
+
+
+@dataclass(frozen=True)
 class Estimate:
     """Attributes:
     ranks: cost of each pipeline rank.
     schedule: one step's passes, without the reduction of gradients.
     head_seconds: of each global stage's backward pass, the part that runs heads.
-    reduction_seconds: of gradients over replicas, where it is not overlapped.
+    terms: what a step's seconds are made of.
+    imbalance: work of the slowest pipeline rank over the mean of all, 1 or more.
     step_seconds: of a whole step, without the optimizer's own arithmetic.
     tokens_per_second: of the whole job.
     mfu: model operations (no recomputation) over what the GPUs could have done, 0 to 1.
@@ -47,10 +89,16 @@ class Estimate:
     ranks: tuple[RankCost, ...]
     schedule: Schedule
     head_seconds: tuple[float, ...]
-    reduction_seconds: float
+    terms: Terms
+    imbalance: float
     step_seconds: float
     tokens_per_second: float
     mfu: float
+
+    @property
+    def fullest(self) -> RankCost:
+        """The rank that takes most memory."""
+        return max(self.ranks, key=lambda rank: rank.memory)
 
 
 def estimate(recipe: Recipe, world_size: int, hardware: Hardware) -> Estimate:
@@ -63,44 +111,88 @@ def estimate(recipe: Recipe, world_size: int, hardware: Hardware) -> Estimate:
         ConfigError: a recipe that the cost model does not know.
     """
     costs = rank_costs(recipe, world_size)
-    rate = hardware.tflops * 1e12 * hardware.efficiency
-    sizes = Sizes.of(recipe)
-    message = sizes.element * sizes.tokens_shard * sizes.hidden / (hardware.network * 1e9)
-    exchange = _tensor_parallel_seconds(recipe, sizes, hardware)
-    forward, backward, heads = [], [], []
-    for index, stage in enumerate(stages_of(recipe)):
-        chunk, rank = divmod(index, len(costs))
-        cost = costs[rank]
-        forward.append(cost.forward_flops[chunk] / rate + stage.layers * exchange)
-        head = cost.head_flops / rate + 3 * recipe.heads.n * exchange if stage.last else 0.0
-        trunk = cost.backward_flops[chunk] - (cost.head_flops if stage.last else 0.0)
-        backward.append(trunk / rate + 2 * stage.layers * exchange + head)
-        heads.append(head)
-    microbatches = num_microbatches(recipe, world_size)
-    schedule = simulate(forward, backward, ranks=len(costs), microbatches=microbatches, latency=message)
-    reduction = 0.0
-    copies = data_parallel_size(recipe, world_size)
-    if copies > 1 and not recipe.optimizer.overlap_grad_reduce:
-        largest = max(cost.parameters for cost in costs)
-        reduction = 2 * 4 * largest * (copies - 1) / copies / (hardware.network * 1e9)
+    times = stage_times(recipe, costs, hardware)
+    microbatches, ranks = num_microbatches(recipe, world_size), len(costs)
+    schedule = simulate(times.forward, times.backward, ranks=ranks, microbatches=microbatches, latency=times.latency)
+    reduction = reduction_seconds(recipe, costs, times, world_size, hardware)
+    busy = work_of_ranks(times, ranks, microbatches)
+    mean, exchange = sum(busy) / ranks, microbatches * sum(times.exchange) / ranks
     seconds = schedule.seconds + reduction
     return Estimate(
         ranks=tuple(costs),
         schedule=schedule,
-        head_seconds=tuple(heads),
-        reduction_seconds=reduction,
+        head_seconds=times.heads,
+        terms=Terms(
+            arithmetic=mean - exchange,
+            exchange=exchange,
+            slowest_stage=max(busy) - mean,
+            bubble=schedule.seconds - max(busy),
+            reduction=reduction,
+        ),
+        imbalance=max(busy) / mean,
         step_seconds=seconds,
         tokens_per_second=recipe.train.global_batch_size * recipe.train_seq_length / seconds,
-        mfu=_model_flops(costs) * microbatches / (seconds * len(costs) * hardware.tflops * 1e12),
+        mfu=_model_flops(costs) * microbatches / (seconds * ranks * hardware.tflops * 1e12),
     )
+
+
+def stage_times(recipe: Recipe, costs: Sequence[RankCost], hardware: Hardware) -> StageTimes:
+    """Seconds of each global stage, from the operations of its rank's chunk."""
+    rate = hardware.tflops * 1e12 * hardware.efficiency
+    sizes = Sizes.of(recipe)
+    layer = tensor_parallel_seconds(recipe, sizes, hardware)
+    passes = 3 if recipe.train.recompute == "full" else 2  # of which the backward pass of a layer consists
+    forward, backward, heads, exchange = [], [], [], []
+    for index, stage in enumerate(recipe.stages):
+        chunk, rank = divmod(index, len(costs))
+        cost = costs[rank]
+        forward.append(cost.forward_flops[chunk] / rate + stage.layers * layer)
+        head = cost.head_flops[chunk] / rate + 3 * len(stage.heads) * layer
+        trunk = cost.backward_flops[chunk] - cost.head_flops[chunk]
+        backward.append(trunk / rate + passes * stage.layers * layer + head)
+        heads.append(head)
+        exchange.append(((1 + passes) * stage.layers + 3 * len(stage.heads)) * layer)
+    message = sizes.element * sizes.tokens_shard * sizes.hidden / (hardware.network * 1e9)
+    return StageTimes(tuple(forward), tuple(backward), tuple(heads), tuple(exchange), message)
+
+
+def work_of_ranks(times: StageTimes, ranks: int, microbatches: int) -> list[float]:
+    """Seconds that each pipeline rank works in a step."""
+    return [
+        microbatches * (sum(times.forward[rank::ranks]) + sum(times.backward[rank::ranks])) for rank in range(ranks)
+    ]
+
+
+def reduction_seconds(
+    recipe: Recipe, costs: Sequence[RankCost], times: StageTimes, world_size: int, hardware: Hardware
+) -> float:
+    """Of gradients over replicas and of the unembedding's over its stages, and gathering the parameters: what is
+    exposed. Overlapped with it can be no more than one microbatch's pass, the last backward or the first forward."""
+    sizes, optimizer, ranks = Sizes.of(recipe), recipe.optimizer, len(costs)
+    copies, network = data_parallel_size(recipe, world_size), hardware.network * 1e9
+    share = (copies - 1) / copies
+    slowest = 0.0
+    for cost in costs:
+        gradients = (4 if optimizer.distributed else 8) * cost.parameters * share / network
+        gathering = sizes.element * cost.parameters * share / network if optimizer.distributed else 0.0
+        if optimizer.overlap_grad_reduce:
+            gradients = max(0.0, gradients - sum(times.backward[cost.rank :: ranks]))
+        if optimizer.overlap_param_gather:
+            gathering = max(0.0, gathering - sum(times.forward[cost.rank :: ranks]))
+        slowest = max(slowest, gradients + gathering)
+    holders = sum(bool(stage.heads) or (stage.first and recipe.model.tied_embeddings) for stage in recipe.stages)
+    if recipe.heads.unembedding == "replicated":
+        holders = 1
+    summed = 8 * sizes.rows * sizes.hidden * (holders - 1) / holders / network
+    return slowest + summed
 
 
 def _model_flops(costs: Sequence[RankCost]) -> float:
     """Of a microbatch over one GPU of every stage: a forward pass, and a backward pass of twice that."""
-    return sum(3 * sum(cost.forward_flops) + cost.head_flops for cost in costs)
+    return sum(3 * sum(cost.forward_flops) + sum(cost.head_flops) for cost in costs)
 
 
-def _tensor_parallel_seconds(recipe: Recipe, sizes: Sizes, hardware: Hardware) -> float:
+def tensor_parallel_seconds(recipe: Recipe, sizes: Sizes, hardware: Hardware) -> float:
     """Of one layer's forward pass, not overlapped: two exchanges of ``[tokens, h]``, each there and back."""
     size = recipe.parallel.tensor
     moved = 4 * sizes.element * sizes.tokens * sizes.hidden * (size - 1) / size

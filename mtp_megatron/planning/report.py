@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from mtp_megatron.planning.advice import Advice
 from mtp_megatron.planning.estimate import Estimate, Hardware
+from mtp_megatron.planning.lines import recipe_tree, settings
+from mtp_megatron.planning.tensors import CATEGORIES, largest_category
 from mtp_megatron.training.recipe import Recipe
 
 _GIB = 2**30
@@ -19,23 +22,28 @@ _COLUMNS = (
 )
 
 
-def as_json(recipe: Recipe, world_size: int, hardware: Hardware, plan: Estimate) -> dict[str, Any]:
+def as_json(
+    recipe: Recipe, world_size: int, hardware: Hardware, plan: Estimate, advice: Advice | None
+) -> dict[str, Any]:
     """Everything that :func:`table` shows; bytes, seconds and operations."""
     return {
         "world_size": world_size,
         "hardware": dataclasses.asdict(hardware),
         "layout": recipe.parallel.layout,
         "ranks": [{**dataclasses.asdict(rank), "memory": rank.memory} for rank in plan.ranks],
-        "fits": all(rank.memory <= hardware.memory * 1e9 for rank in plan.ranks),
+        "fits": advice is None,
+        "advice": None if advice is None else {**dataclasses.asdict(advice), "settings": settings(advice.changes)},
         "step_seconds": plan.step_seconds,
-        "reduction_seconds": plan.reduction_seconds,
+        "terms": dataclasses.asdict(plan.terms),
+        "imbalance": plan.imbalance,
         "bubble": plan.schedule.bubble,
         "mfu": plan.mfu,
         "tokens_per_second": plan.tokens_per_second,
+        "recipe": recipe_tree(recipe),
     }
 
 
-def table(recipe: Recipe, world_size: int, hardware: Hardware, plan: Estimate) -> str:
+def table(recipe: Recipe, world_size: int, hardware: Hardware, plan: Estimate, advice: Advice | None) -> str:
     """What a person wants to know of an estimate; GiB for each GPU."""
     parallel = recipe.parallel
     copies = world_size // recipe.model_parallel_size
@@ -52,19 +60,27 @@ def table(recipe: Recipe, world_size: int, hardware: Hardware, plan: Estimate) -
         work = (sum(rank.forward_flops) + sum(rank.backward_flops)) / 1e12
         sizes = "".join(f"{getattr(rank, field) / _GIB:>12.2f}" for _, field in _COLUMNS)
         lines.append(f"{rank.rank:>5}  {rank.layers:>6}  {rank.heads:>5}  {sizes}  {work:>16.1f}")
-    fullest = max(plan.ranks, key=lambda rank: rank.memory)
-    room = hardware.memory * 1e9
-    verdict = "fits" if fullest.memory <= room else "does NOT fit"
+    fullest, terms = plan.fullest, plan.terms
+    category = largest_category(fullest)
+    verdict = "fits" if advice is None else "does NOT fit"
     lines += [
         "(GiB on each GPU)",
         "",
-        f"stage {fullest.rank} is the fullest: {verdict} {hardware.memory:g} GB, {_largest(fullest)}",
+        f"stage {fullest.rank} is the fullest: {fullest.memory / 1e9:.1f} GB, {verdict} {hardware.memory:g} GB; "
+        f"{CATEGORIES[category]} take {getattr(fullest, category) / 1e9:.1f} GB",
+        *(_words(advice) if advice else ()),
         f"step {plan.step_seconds:.2f} s, bubble {plan.schedule.bubble:.1%}, MFU {plan.mfu:.1%}, "
         f"{plan.tokens_per_second:,.0f} tokens/s, at {hardware.efficiency:.0%} of {hardware.tflops:g} TFLOP/s",
+        f"of the step: arithmetic {terms.arithmetic:.2f} s, tensor parallel exchange {terms.exchange:.2f} s, slowest "
+        f"stage {terms.slowest_stage:.2f} s ({plan.imbalance:.2f} of the mean), waiting {terms.bubble:.2f} s, "
+        f"gradients and parameters {terms.reduction:.2f} s",
     ]
     return "\n".join(lines)
 
 
-def _largest(rank: Any) -> str:
-    name, field = max(_COLUMNS[:-1], key=lambda column: getattr(rank, column[1]))
-    return f"of which {name} take {getattr(rank, field) / 1e9:.1f} GB"
+def _words(advice: Advice) -> list[str]:
+    lines = [f"  {advice.excess / 1e9:.1f} GB too much; most of its {CATEGORIES[advice.category]}: {advice.tensors}"]
+    if not advice.changes:
+        return [*lines, "  nothing that was tried takes less"]
+    found = "nearest change that fits" if advice.fits else "nothing that was tried fits; the best that was found"
+    return [*lines, f"  {found} ({advice.memory / 1e9:.1f} GB):", f"    {' '.join(settings(advice.changes))}"]

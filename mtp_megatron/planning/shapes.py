@@ -65,11 +65,6 @@ class Sizes:
         return (self.queries + 2 * self.keys) * h, self.queries * h, 2 * self.ffn * h, self.ffn * h
 
 
-def stages_of(recipe: Recipe) -> list[StageLayout]:
-    """All (virtual) stages in the order of the model; stage ``i`` is chunk ``i // PP`` of pipeline rank ``i % PP``."""
-    return list(recipe.stages)
-
-
 def layer_parameters(recipe: Recipe, sizes: Sizes) -> int:
     """Of one transformer layer on this rank."""
     model = recipe.model
@@ -78,38 +73,47 @@ def layer_parameters(recipe: Recipe, sizes: Sizes) -> int:
     return sum(sizes.matrices) + 2 * sizes.hidden + extra
 
 
-def head_parameters(recipe: Recipe, sizes: Sizes) -> int:
-    """Of all heads on this rank, without norm and unembedding."""
-    heads = recipe.heads
-    if heads.kind == "transformer":
-        return heads.n * layer_parameters(recipe, sizes)
-    return (heads.n - 1) * (sizes.hidden**2 + (sizes.hidden if heads.kind == "medusa" else 0))
+def head_parameters(recipe: Recipe, sizes: Sizes, stage: StageLayout) -> int:
+    """Of the heads of one (virtual) stage on this rank, without norm and unembedding."""
+    kind = recipe.heads.kind
+    if kind == "transformer":
+        return len(stage.heads) * layer_parameters(recipe, sizes)
+    further = sum(head > 0 for head in stage.heads)  # head 1 is the trunk's own output
+    return further * (sizes.hidden**2 + (sizes.hidden if kind == "medusa" else 0))
+
+
+def unembedding_copies(recipe: Recipe, stage: StageLayout) -> int:
+    """Unembeddings of a (virtual) stage: one, or one for each of its heads; a tied one may be the embedding itself."""
+    if not stage.heads:
+        return 0
+    return len(stage.heads) if recipe.heads.unembedding == "replicated" else 1
 
 
 def stage_parameters(recipe: Recipe, sizes: Sizes, stage: StageLayout) -> int:
-    """Of one (virtual) stage on this rank."""
-    table = sizes.rows * sizes.hidden
-    total = stage.layers * layer_parameters(recipe, sizes)
-    if stage.first:
-        total += table
-    if stage.last:
-        shared_here = recipe.model.tied_embeddings and stage.first
-        copies = recipe.heads.n if recipe.heads.unembedding == "replicated" else 1
-        total += head_parameters(recipe, sizes) + sizes.hidden + (copies - shared_here) * table
-    return total
+    """Of one (virtual) stage on this rank. Every stage with heads has its own final norm and unembedding."""
+    tables = unembedding_copies(recipe, stage) + stage.first
+    if stage.first and stage.heads and recipe.model.tied_embeddings:
+        tables -= 1
+    norm = sizes.hidden if stage.heads else 0
+    layers = stage.layers * layer_parameters(recipe, sizes)
+    return layers + head_parameters(recipe, sizes, stage) + norm + tables * sizes.rows * sizes.hidden
+
+
+def attention_flops(sizes: Sizes) -> float:
+    """Of one layer's scores and values, forward; causal attention counts half of ``s * s``."""
+    return 2.0 * sizes.tokens * sizes.length * sizes.queries
 
 
 def layer_flops(sizes: Sizes) -> float:
-    """Of one layer's forward pass over a microbatch on this rank; causal attention counts half of ``s * s``."""
-    context_share = sizes.tokens * sizes.length
-    return 2.0 * sizes.tokens * sum(sizes.matrices) + 2.0 * context_share * sizes.queries
+    """Of one layer's forward pass over a microbatch on this rank."""
+    return 2.0 * sizes.tokens * sum(sizes.matrices) + attention_flops(sizes)
 
 
-def heads_flops(recipe: Recipe, sizes: Sizes) -> float:
-    """Of all heads' forward pass over a microbatch on this rank, unembedding included."""
-    heads = recipe.heads
-    if heads.kind == "transformer":
-        layers = heads.n * layer_flops(sizes)
+def heads_flops(recipe: Recipe, sizes: Sizes, stage: StageLayout) -> float:
+    """Of the forward pass of a stage's heads over a microbatch on this rank, unembedding included."""
+    count = len(stage.heads)
+    if recipe.heads.kind == "transformer":
+        layers = count * layer_flops(sizes)
     else:  # the matrices are replicated over tensor parallel ranks, each with its share of the sequence
-        layers = 2.0 * (heads.n - 1) * sizes.tokens_shard * sizes.hidden**2
-    return layers + 2.0 * heads.n * sizes.tokens * sizes.rows * sizes.hidden
+        layers = 2.0 * sum(head > 0 for head in stage.heads) * sizes.tokens_shard * sizes.hidden**2
+    return layers + 2.0 * count * sizes.tokens * sizes.rows * sizes.hidden

@@ -7,6 +7,7 @@ pass starts when its rank is free and its input has arrived; sending takes no ti
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -149,15 +150,49 @@ def _arrival(
     return ends[source] + (latency if ranks > 1 else 0.0)
 
 
-def most_in_flight(passes: Sequence[Pass], sizes: Sequence[float]) -> float:
-    """The most that a rank holds for its backward passes at one time.
+@functools.lru_cache(maxsize=4096)
+def in_flight(ranks: int, rank: int, microbatches: int, chunks: int = 1) -> frozenset[tuple[int, tuple[int, ...]]]:
+    """What a rank may hold most of when a backward pass begins: ``(chunk that goes back, microbatches held of each)``.
 
-    Args:
-        passes: one rank's, in its order.
-        sizes: what a microbatch leaves behind in each chunk between its forward and its backward pass.
+    Moments at which another one holds as much of every chunk are left out. A microbatch is held of a chunk from its
+    forward to the end of its backward pass.
+
+    Raises:
+        ValueError: as :func:`order`.
     """
-    held = most = 0.0
-    for done in passes:
-        held += -sizes[done.chunk] if done.backward else sizes[done.chunk]
-        most = max(most, held)
-    return most
+    # The warm-up takes two groups of `ranks` microbatches at most, and then every group is like the one before it.
+    if microbatches > 4 * ranks:
+        microbatches = 4 * ranks + (microbatches % ranks if chunks > 1 else 0)
+    held = [0] * chunks
+    moments: list[set[tuple[int, ...]]] = [set() for _ in range(chunks)]
+    for work in order(ranks, rank, microbatches, chunks):
+        if work.backward:
+            moments[work.chunk].add(tuple(held))
+            held[work.chunk] -= 1
+        else:
+            held[work.chunk] += 1
+    return frozenset((chunk, most) for chunk, counts in enumerate(moments) for most in _maximal(counts))
+
+
+def _maximal(moments: set[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Those that no other one equals or exceeds in every place."""
+    kept: list[tuple[int, ...]] = []
+    for counts in sorted(moments, key=sum, reverse=True):
+        if not any(all(a >= b for a, b in zip(other, counts, strict=True)) for other in kept):
+            kept.append(counts)
+    return kept
+
+
+def least_seconds(
+    forward: Sequence[float], backward: Sequence[float], *, ranks: int, microbatches: int, latency: float = 0.0
+) -> float:
+    """A bound below :func:`simulate`'s seconds, at no cost; arguments as there.
+
+    A rank cannot begin before the ranks ahead of it have passed the first microbatch on, nor may the step end before
+    they have taken the last one back.
+    """
+    best = 0.0
+    for rank in range(ranks):
+        busy = microbatches * (sum(forward[rank::ranks]) + sum(backward[rank::ranks]))
+        best = max(best, busy + sum(forward[:rank]) + sum(backward[:rank]) + 2 * rank * latency)
+    return best

@@ -206,9 +206,7 @@ def build_trainable(recipe: Recipe) -> Trainable:
     """Allocate this rank's share of the model and its optimizer; the world must be up (:mod:`.world`)."""
     config = transformer_config(recipe)
     models = [model.to(compat.device()) for model in build_models(recipe, config)]
-    timeout = timedelta(minutes=recipe.train.timeout_minutes)
-    head_stages = HeadStages.join(recipe.stages, models, tied=recipe.model.tied_embeddings, timeout=timeout)
-    return _wrap(recipe, config, models, head_stages)
+    return _wrap(recipe, config, models)
 
 
 def build_models(recipe: Recipe, config: TransformerConfig) -> list[MTPGPTModel]:
@@ -243,9 +241,7 @@ def build_models(recipe: Recipe, config: TransformerConfig) -> list[MTPGPTModel]
     return models
 
 
-def _wrap(
-    recipe: Recipe, config: TransformerConfig, models: Sequence[MTPGPTModel], head_stages: HeadStages | None
-) -> Trainable:
+def _wrap(recipe: Recipe, config: TransformerConfig, models: Sequence[MTPGPTModel]) -> Trainable:
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -263,6 +259,13 @@ def _wrap(
         fp8_param_gather=recipe.train.fp8_param,
     )
     modules = [Float16Module(config, model) for model in models] if config.bf16 else list(models)
+    # After the cast, which makes other parameters of fake tensors.
+    head_stages = HeadStages.join(
+        recipe.stages,
+        models,
+        tied=recipe.model.tied_embeddings,
+        timeout=timedelta(minutes=recipe.train.timeout_minutes),
+    )
     # Buckets serve the overlap; only the first chunk's reduction is exposed, as in Megatron-LM's get_model.
     chunks = [DistributedDataParallel(config, ddp, module, disable_bucketing=i > 0) for i, module in enumerate(modules)]
     optimizer = get_megatron_optimizer(

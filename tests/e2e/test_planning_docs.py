@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from mtp_megatron.training.recipe_io import load_recipe
+from mtp_megatron.training.validate import check_recipe
+
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(
     r"^(?:<!-- test: (.+?) -->\n)?```bash\n(.*?)^```$",
@@ -21,7 +24,7 @@ TRACE_SECONDS = 30  # of the processor, Python's start and imports included; thi
 
 
 def test_every_block_is_run() -> None:
-    assert len(BLOCKS) >= 2
+    assert len(BLOCKS) >= 4
     assert {directive for directive, _ in BLOCKS} == {"run"}
 
 
@@ -48,6 +51,15 @@ def test_the_command_does_what_the_document_says(code: str, tmp_path: Path) -> N
         assert "Adam moments" in text
         assert used.ru_maxrss * 1024 < TRACE_MEMORY
         assert used.ru_utime < TRACE_SECONDS
+    elif "--search" in arguments:
+        check_recipe(load_recipe(tmp_path / "found.yaml"), world_size=8, tokenizer_vocab_size=128000)
+        rows = [line.split() for line in text.splitlines() if re.match(r" +[1-9-] +\d+ ", line)]
+        (best, *_, end), table = (rows[0], *rows[1:]), (ROOT / "docs/planning.md").read_text()
+        for row in (best, end):  # the ratio to the mean, and the step's seconds
+            assert f"| {row[7]} | {row[11]} s |" in table, text
+    elif "--memory" in arguments:
+        assert "does NOT fit 60 GB" in text
+        assert "train.micro_batch_size=4" in text
     else:
         assert "13,0" in text
         assert (tmp_path / "pipeline.svg").stat().st_size > 10_000

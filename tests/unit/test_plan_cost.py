@@ -42,6 +42,22 @@ CASES: dict[str, tuple[list[int], int, list[str]]] = {
             "parallel.layout=Ett|t|tt|L",
         ],
     ),
+    "13B selective": ([0], 16, ["model.num_trunk_layers=4", "parallel.layout=Ettt|tL", "train.recompute=selective"]),
+    "7B spread": (
+        [1, 2],
+        12,
+        ["parallel.pipeline=3", "model.vocab_size=128000", "model.num_trunk_layers=4", "parallel.layout=Ettt|tm|mmmL"],
+    ),
+    "7B spread and interleaved": (
+        [0],
+        4,
+        [
+            "parallel.pipeline=2",
+            "parallel.virtual_pipeline=2",
+            "model.num_trunk_layers=5",
+            "parallel.layout=Ettt|tt|mm|mmL",
+        ],
+    ),
 }
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import random
 from pathlib import Path
 
 import pytest
 
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.planning.picture import save_picture
-from mtp_megatron.planning.simulate import most_in_flight, order, simulate
+from mtp_megatron.planning.simulate import in_flight, least_seconds, order, simulate
 
 
 @pytest.mark.parametrize(("ranks", "microbatches"), [(1, 3), (2, 2), (4, 8), (4, 3), (8, 32)])
@@ -58,8 +59,35 @@ def test_every_pass_runs_once_and_after_what_it_needs(chunks: int) -> None:
 
 
 def test_1f1b_holds_as_many_microbatches_as_stages_lie_ahead() -> None:
-    assert [most_in_flight(order(4, rank, 8), [1.0]) for rank in range(4)] == [4, 3, 2, 1]
-    assert most_in_flight(order(4, 0, 2), [1.0]) == 2
+    assert [in_flight(4, rank, 8) for rank in range(4)] == [{(0, (held,))} for held in (4, 3, 2, 1)]
+    assert in_flight(4, 0, 2) == {(0, (2,))}
+
+
+@pytest.mark.parametrize(("ranks", "chunks"), [(2, 2), (2, 5), (4, 3), (8, 2)])
+def test_more_microbatches_than_fill_the_pipeline_are_not_held(ranks: int, chunks: int) -> None:
+    """Only four groups of microbatches are walked through; all of 16 hold no more, and some moment as much."""
+    for rank in range(ranks):
+        held, moments = [0] * chunks, set()
+        for work in order(ranks, rank, 16 * ranks, chunks):
+            if work.backward:
+                moments.add((work.chunk, tuple(held)))
+            held[work.chunk] += -1 if work.backward else 1
+        most = in_flight(ranks, rank, 16 * ranks, chunks)
+        assert most <= moments
+        for chunk, counts in moments:
+            assert any(chunk == c and all(a >= b for a, b in zip(m, counts, strict=True)) for c, m in most)
+
+
+def test_the_bound_of_a_step_is_below_it_and_close_where_one_stage_rules() -> None:
+    generator = random.Random(0)
+    for _ in range(40):
+        ranks, chunks = generator.choice([(1, 1), (2, 1), (4, 1), (2, 2), (4, 3)])
+        forward = [generator.random() for _ in range(ranks * chunks)]
+        backward = [2 * generator.random() for _ in forward]
+        settings = {"ranks": ranks, "microbatches": 2 * ranks, "latency": 0.1 * generator.random()}
+        assert least_seconds(forward, backward, **settings) <= simulate(forward, backward, **settings).seconds + 1e-9
+    slow = {"forward": [1.0, 1.0, 5.0], "backward": [2.0, 2.0, 9.0], "ranks": 3, "microbatches": 9}
+    assert least_seconds(**slow) == pytest.approx(simulate(**slow).seconds)
 
 
 def test_the_interleaved_order_is_megatron_cores() -> None:
