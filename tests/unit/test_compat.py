@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -284,6 +285,19 @@ print(compat.fusions()["gradient_accumulation_fusion"], compat.slower_without_ap
         assert said.startswith("without Apex's fused_weight_gradient_mlp_cuda")
         (folder / "fused_weight_gradient_mlp_cuda.py").write_text("")
         assert compat.slower_without_apex(cuda=True) is None
+
+    @pytest.mark.parametrize("slower", ["without NVIDIA Apex this is slower", None])
+    def test_a_run_says_it_once(self, slower: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        from mtp_megatron.training import loop
+        from mtp_megatron.training.recipe import Recipe
+
+        monkeypatch.setattr(compat, "slower_without_apex", lambda: slower)
+        monkeypatch.setattr(loop, "count_parameters", lambda trainable: 1)
+        said: list[str] = []  # a RunLog's message() is silent on every rank but the first
+        plan, folder = SimpleNamespace(world_size=1), SimpleNamespace(path="run")
+        session = SimpleNamespace(recipe=Recipe(), plan=plan, trainable=None, step=0, origin="", folder=folder)
+        loop._Session._announce(session, SimpleNamespace(message=said.append))  # type: ignore[arg-type]
+        assert said[1:] == ([slower] if slower else [])
 
     def test_transformer_engine_without_its_torch_part(self, folder: Path) -> None:
         package(folder, "transformer_engine", "common")

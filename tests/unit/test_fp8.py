@@ -25,7 +25,7 @@ from mtp_megatron.errors import ConfigError
 from mtp_megatron.training.low_precision import NAMES, config_fields
 from mtp_megatron.training.preflight import preflight
 from mtp_megatron.training.recipe import Recipe
-from mtp_megatron.training.recipe_io import parse_recipe
+from mtp_megatron.training.recipe_io import load_recipe, parse_recipe
 from mtp_megatron.training.validate import check_recipe
 from tests.training_runs import make_data, tiny_tree
 
@@ -177,7 +177,7 @@ def test_a_trace_refuses_it() -> None:
         check_traceable(recipe_of(**ON), 0, 1)
 
 
-def test_the_documents_table_is_the_codes() -> None:
+def test_the_documents_table_and_command_are_the_codes() -> None:
     text = (ROOT / "docs/fp8.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| .*?`?(?:train.fp4=)?(\w+)`.*? \| (.+?) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
     written = {name.replace("e2m1", fp8.NVFP4): tuple(rest) for name, *rest in rows}
@@ -190,6 +190,10 @@ def test_the_documents_table_is_the_codes() -> None:
         )
         for name, scaling in fp8.SCALINGS.items()
     }
+    (command,) = re.findall(r"^mtp-megatron train (.+?)\n```", text, re.MULTILINE | re.DOTALL)
+    recipe, *overrides = command.replace("\\\n", " ").split()
+    checked = check_recipe(load_recipe(ROOT / recipe, overrides), world_size=4, tokenizer_vocab_size=32000)
+    assert (checked.train.fp8, checked.train.fp8_recipe) == ("hybrid", "tensorwise")
     directives = re.findall(r"<!-- test: (.+?) -->\n```bash", text)
     assert len(directives) == text.count("```bash")
     assert set(directives) == {"not run, it needs a GPU"}

@@ -199,6 +199,20 @@ def test_no_clash_with_megatron_lm() -> None:
     assert ("step_batch_size_schedule" in known) == (versions.require_megatron_core().release >= (0, 18))
 
 
+@needs_megatron_lm
+@pytest.mark.parametrize(("rank", "times"), [("0", 1), ("3", 0)])
+def test_what_is_slower_without_apex_is_said_by_one_rank(
+    rank: str, times: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mtp_megatron.megatron_lm import run
+
+    monkeypatch.setattr(run.kernels, "slower_without_apex", lambda: "without NVIDIA Apex this is slower")
+    monkeypatch.setattr(megatron_lm, "pretrain", lambda *args, **settings: None)
+    monkeypatch.setenv("RANK", rank)
+    assert run.main() == 0
+    assert capsys.readouterr().err.count("without NVIDIA Apex") == times
+
+
 def test_missing_megatron_lm_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from mtp_megatron.megatron_lm.run import main
 
