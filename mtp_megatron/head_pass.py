@@ -36,7 +36,7 @@ class MegatronHeadPass:
         self._gradients: dict[int, Tensor] = {}
         self._norm = [parameter for parameter in model.final_norm.parameters() if parameter.requires_grad]
         self._norm_gradients_to_come = len(model.owned_heads)
-        # Copies on several stages lie in buckets of their own (MTPGPTModel.mark_copies): under overlap_grad_reduce the
+        # Copies on several stages lie in buckets of their own (copies.mark_copies): under overlap_grad_reduce the
         # norm's would be reduced when the first head has added to it. So its gradient too is delivered once.
         self._norm_sums: list[Tensor] | None = [] if model.heads_are_spread else None
         self.shared: Sequence[Tensor] = [] if self.access.sharded else self.unembeddings

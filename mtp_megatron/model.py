@@ -15,6 +15,7 @@ from torch import Tensor
 from mtp_megatron import compat
 from mtp_megatron.carry import carry
 from mtp_megatron.config import HeadsConfig
+from mtp_megatron.copies import build_output_layer, mark_copies, sharded_state_with_copies
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.head_pass import MegatronHeadPass
 from mtp_megatron.heads import HeadLayers, IdentityHead, PostNormHead, build_heads
@@ -223,36 +224,11 @@ class MTPGPTModel(FutureHeads, GPTModel):
 
     def attach_heads(self, heads: HeadsConfig, *, padded_vocab_size: int, pg_collection: Any, **settings: Any) -> None:
         self._kept_reports: list[HeadReport] = []
-        tied_here = self.pre_process and self.share_embeddings_and_output_weights
-        if not self.post_process:  # GPTModel builds it on the last stage alone
-            self.output_layer = tensor_parallel.ColumnParallelLinear(
-                self.config.hidden_size,
-                padded_vocab_size,
-                config=self.config,
-                init_method=self.config.init_method,
-                bias=False,
-                gather_output=False,
-                skip_weight_param_allocation=tied_here,
-                tp_group=pg_collection.tp,
-            )
+        if not self.post_process:
+            self.output_layer = build_output_layer(self, padded_vocab_size, pg_collection.tp)
         super().attach_heads(heads, padded_vocab_size=padded_vocab_size, pg_collection=pg_collection, **settings)
         if self.heads_are_spread:
-            self._mark_copies()
-
-    def _mark_copies(self) -> None:
-        """Tell megatron-core of the tensors that several stages hold; :mod:`.training.head_stages` keeps them equal.
-
-        ``shared_embedding``: in a bucket of its own, so that the distributed optimizer shards every copy alike.
-        ``shared``: not counted in the gradient norm; one copy is, the last stage's, or the embedding where tied.
-        """
-        tied = self.share_embeddings_and_output_weights
-        for parameter in self.final_norm.parameters():
-            parameter.shared_embedding = True  # type: ignore[attr-defined]
-            parameter.shared = not self.post_process  # type: ignore[attr-defined]
-        weight = self.unembedding()
-        weight.shared_embedding = True  # type: ignore[attr-defined]
-        weight.shared = not self.pre_process if tied else not self.post_process  # type: ignore[attr-defined]
-        weight.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
+            mark_copies(self)
 
     def take_reports(self) -> list[HeadReport]:
         """Reports of the microbatches since the last call, on a stage before the last; empty on the last one."""
@@ -266,20 +242,14 @@ class MTPGPTModel(FutureHeads, GPTModel):
         return super().forward(*args, **kwargs)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> Any:
-        """As GPTModel's; of tensors that several stages hold, the last stage's (or the embedding, where tied) is
-        written, and all are loaded."""
+        """As GPTModel's; of tensors that several stages hold one copy is written, and all are loaded."""
+
+        def upstream() -> Any:
+            return super(MTPGPTModel, self).sharded_state_dict(prefix, sharded_offsets, metadata)
+
         if self.post_process or not self.owned_heads:
-            return super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        self.post_process = True  # for upstream, a stage with an output layer is the last one
-        try:
-            state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        finally:
-            self.post_process = False
-        names = [f"{prefix}{name}" for name, _ in self.named_parameters() if name.startswith("final_norm.")]
-        for name in (*names, f"{prefix}output_layer.weight"):
-            if name in state:
-                state[name].replica_id = (1, *state[name].replica_id[1:])
-        return state
+            return upstream()
+        return sharded_state_with_copies(self, upstream, prefix)
 
     def _postprocess(self, hidden_states: Tensor, **kwargs: Any) -> Any:
         targets = kwargs.get("labels")

@@ -90,7 +90,9 @@ class ParallelSection(Section):
     """How one copy of the model is cut; data parallelism takes what is left of the world."""
 
     tensor: int = Field(default=1, ge=1, description="tensor parallel size (TP)")
-    pipeline: int = Field(default=1, ge=1, description="pipeline stages (PP); the heads sit at the end of the last one")
+    pipeline: int = Field(
+        default=1, ge=1, description="pipeline stages (PP); heads are on the last one, or where layout says"
+    )
     virtual_pipeline: int | None = Field(
         default=None, ge=2, description="model chunks per pipeline rank (interleaved 1F1B); null: one"
     )

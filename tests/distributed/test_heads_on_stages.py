@@ -128,6 +128,37 @@ SHARDED = {
 }
 
 
+def _built(rank: int, world: int, tree: dict[str, Any]) -> tuple[int, dict[str, torch.Tensor], tuple[int, ...]]:
+    """Parameters of the model as counted, this rank's copies of shared tensors, and the heads it holds."""
+    from mtp_megatron.training.build import build_trainable
+    from mtp_megatron.training.checkpointing import count_parameters
+    from mtp_megatron.training.recipe_io import parse_recipe
+    from mtp_megatron.training.world import model_parallel_world
+
+    recipe = parse_recipe(tree).resolved(vocab_size=64)
+    with model_parallel_world(recipe):
+        trainable = build_trainable(recipe)
+        (model,) = trainable.models
+        copies = {"norm": model.final_norm.weight, "unembedding": model.unembedding()}
+        held = tuple(head for head, layer in enumerate(model.heads) if layer is not None)
+        return count_parameters(trainable), {name: value.detach().clone() for name, value in copies.items()}, held
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_fresh_copies_are_equal_and_counted_once(tied: bool, tmp_path: Path) -> None:
+    def built(**layout: Any) -> list[tuple]:
+        return run_world(_built, 2, tiny_tree(tmp_path, tmp_path, model__tied_embeddings=tied, **layout))
+
+    first, last = built(**SPREAD)
+    assert (first[2], last[2]) == ((2,), (0, 1))
+    assert torch.equal(first[1]["norm"], last[1]["norm"])
+    assert torch.equal(first[1]["unembedding"], last[1]["unembedding"])
+    assert last[1]["unembedding"].std() > 0
+    h, f, rows = 32, 64, 128  # 7 layers of trunk and heads, final norm, embedding and unembedding
+    layer = (h + 2 * 16) * h + h * h + 3 * f * h + 2 * h
+    assert first[0] == last[0] == 7 * layer + h + (1 if tied else 2) * rows * h
+
+
 def test_only_heads_learn_alike(data: Path, tmp_path: Path) -> None:
     """With new_heads and this layout the last stage trains nothing, nor does the first stage's trunk."""
     seedling = tmp_path / "seedling"

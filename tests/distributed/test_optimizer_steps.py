@@ -37,7 +37,9 @@ CASES = {
     "spread": Case(
         world=4, pp=2, layout="Ettttm|mmL", distributed_optimizer=True, overlap=True, heads={"n": 3, "kind": "medusa"}
     ),
-    "spread-tied-vpp": Case(world=4, pp=2, vp=2, layout="Ett|ttm|m|mL", distributed_optimizer=True, tied=True),
+    "spread-tied-vpp": Case(
+        world=4, pp=2, vp=2, layout="Ett|ttm|m|mL", distributed_optimizer=True, overlap=True, tied=True
+    ),
     "replicated": Case(world=2, pp=2, tied=True, heads={"n": 3, "unembedding": "replicated"}),
 }
 

@@ -1,0 +1,62 @@
+"""Tensors of the model that every stage with heads holds: the final norm and the unembedding, as upstream sees them.
+
+:mod:`mtp_megatron.training.head_stages` keeps the copies equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from megatron.core import tensor_parallel
+
+if TYPE_CHECKING:
+    from mtp_megatron.model import MTPGPTModel
+
+
+def build_output_layer(model: MTPGPTModel, padded_vocab_size: int, tp_group: Any) -> Any:
+    """An output layer as GPTModel builds it on the last stage alone; without a weight beside a tied embedding."""
+    return tensor_parallel.ColumnParallelLinear(
+        model.config.hidden_size,
+        padded_vocab_size,
+        config=model.config,
+        init_method=model.config.init_method,
+        bias=False,
+        gather_output=False,
+        skip_weight_param_allocation=model.pre_process and model.share_embeddings_and_output_weights,
+        tp_group=tp_group,
+    )
+
+
+def mark_copies(model: MTPGPTModel) -> None:
+    """Tell megatron-core's data parallelism and optimizer of this stage's copies.
+
+    ``shared_embedding``: in a bucket of its own, so that the distributed optimizer shards every copy alike. ``shared``:
+    not counted in the gradient norm; one copy is, the last stage's, or the embedding where tied.
+    """
+    tied = model.share_embeddings_and_output_weights
+    for parameter in model.final_norm.parameters():
+        parameter.shared_embedding = True  # type: ignore[attr-defined]
+        parameter.shared = not model.post_process  # type: ignore[attr-defined]
+    weight = model.unembedding()
+    weight.shared_embedding = True  # type: ignore[attr-defined]
+    weight.shared = not model.pre_process if tied else not model.post_process  # type: ignore[attr-defined]
+    weight.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
+
+
+def sharded_state_with_copies(model: MTPGPTModel, upstream: Callable[[], dict[str, Any]], prefix: str) -> Any:
+    """The sharded state of a stage with heads before the last: its copies are loaded, and written by another stage.
+
+    Args:
+        upstream: makes the sharded state; for it, a stage with an output layer is the last one.
+    """
+    model.post_process = True
+    try:
+        state = upstream()
+    finally:
+        model.post_process = False
+    norms = [f"{prefix}final_norm.{name}" for name, _ in model.final_norm.named_parameters()]
+    for name in (*norms, f"{prefix}output_layer.weight"):
+        if name in state:  # a tied embedding's stage has no weight here
+            state[name].replica_id = (1, *state[name].replica_id[1:])
+    return state
