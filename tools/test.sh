@@ -14,10 +14,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 main=.venv second=.venv-py312
 # What runs on both: everything that drives megatron-core (schedules, layouts, optimizers, checkpoints, conversion), the
-# training command with its resumption, and Megatron-LM's loop, which is in the newer wheel alone. Left to the main lane: units that need torch
-# at most, the long runs of the quickstart and the README, which go through the same commands again, and DeepSpeed.
+# training command with its resumption, and Megatron-LM's loop, which is in the newer wheel alone. Left to the main lane:
+# units that need torch at most, the long runs of the quickstart and the README, which go through the same commands
+# again, and DeepSpeed.
 shared=(tests/distributed tests/unit/test_compat.py tests/unit/test_compat_training_loop.py
-  tests/unit/test_megatron_lm_arguments.py tests/e2e/test_export.py
+  tests/unit/test_megatron_lm_arguments.py tests/unit/test_fp8.py tests/unit/test_fp8_contexts.py tests/e2e/test_export.py
   tests/e2e/test_train_robustness.py::test_kill_9_in_the_middle_of_a_step_then_the_same_command
   tests/e2e/test_megatron_lm.py tests/e2e/test_megatron_lm_scripts.py)
 if (($#)); then default_lanes=main; else default_lanes="py312 main"; fi
