@@ -218,7 +218,7 @@ def measure(args: argparse.Namespace) -> Result:
     spread["planned_gain"] = end["planned"] / spread["planned"]
     result.rows += [end, spread]
     if not args.quick:
-        result.limits.append(Limit("step with heads on both stages / on the last one", 1 / spread["gain"], 0.9))
+        result.limits.append(Limit("step with heads on both stages / on the last one", 1 / spread["gain"], 0.95))
         off = abs(spread["gain"] / spread["simulated_gain"] - 1)
         result.limits.append(Limit("measured gain beside the simulated one, relative deviation", off, 0.15))
     return result
