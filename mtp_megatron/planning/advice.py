@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.planning.candidates import layouts
-from mtp_megatron.planning.cost import RankCost, logits_chunk, rank_costs
+from mtp_megatron.planning.cost import logits_chunk, rank_costs
 from mtp_megatron.planning.estimate import Hardware
 from mtp_megatron.planning.lines import changed
 from mtp_megatron.planning.shapes import Sizes
@@ -122,12 +123,23 @@ def _nearest(
             if best[1] is None or memory < best[1]:
                 best = (changes, memory)
     if best[1] is None or best[1] > room:
-        return best
+        return _trimmed(recipe, best[0], world_size), best[1]
     for combination in sorted(itertools.product(*options), key=lambda ways: sum(distance for distance, _ in ways)):
         for changes, memory in _tried(recipe, combination, world_size, hardware):
             if memory <= room:
                 return changes, memory
     return best
+
+
+def _trimmed(recipe: Recipe, changes: dict[str, Any], world_size: int) -> dict[str, Any]:
+    """Without settings that save nothing beside the others."""
+    kept: dict[str, Any] = changes
+    for key in changes:
+        fewer = {other: value for other, value in kept.items() if other != key}
+        with contextlib.suppress(ConfigError):  # the others need it
+            if _memory(recipe, fewer, world_size) <= _memory(recipe, kept, world_size):
+                kept = fewer
+    return kept
 
 
 def _tried(
@@ -138,7 +150,6 @@ def _tried(
     for _, settings in combination:
         changes.update(settings)
     rebalance = changes.pop(_REBALANCE, False)
-    vocab_size = recipe.model.vocab_size or 0
     try:
         places: list[str | None] = [recipe.parallel.layout]
         if rebalance:
@@ -146,14 +157,16 @@ def _tried(
         for layout in places:
             if layout != recipe.parallel.layout:
                 changes = {**changes, "parallel.layout": layout}
-            one = check_recipe(changed(recipe, changes), world_size=world_size, tokenizer_vocab_size=vocab_size)
-            yield _needed(recipe, changes), max(map(_memory, rank_costs(one, world_size)))
+            yield _needed(recipe, changes), _memory(recipe, changes, world_size)
     except ConfigError:  # the recipe's own checks: this is none of the changes to propose
         return
 
 
-def _memory(cost: RankCost) -> int:
-    return cost.memory
+def _memory(recipe: Recipe, changes: dict[str, Any], world_size: int) -> int:
+    """Of the fullest GPU of the changed recipe, if it passes its checks."""
+    vocab_size = recipe.model.vocab_size or 0
+    one = check_recipe(changed(recipe, changes), world_size=world_size, tokenizer_vocab_size=vocab_size)
+    return max(cost.memory for cost in rank_costs(one, world_size))
 
 
 def _needed(recipe: Recipe, changes: dict[str, Any]) -> dict[str, Any]:

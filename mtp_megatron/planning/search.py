@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.planning.candidates import AT_THE_END, Candidate, candidate, choices, describe, layouts
-from mtp_megatron.planning.cost import check_known
+from mtp_megatron.planning.cost import check_known, rank_costs
 from mtp_megatron.planning.estimate import Estimate, Hardware, estimate
 from mtp_megatron.planning.lines import changed
+from mtp_megatron.planning.tensors import CATEGORIES, largest_category, largest_tensors
 from mtp_megatron.training.recipe import Recipe
 
 
@@ -52,13 +53,16 @@ class Search:
 class NothingFitsError(ConfigError):
     """No candidate fits. ``nearest`` is the one that takes least memory."""
 
-    def __init__(self, nearest: Candidate, tried: int, hardware: Hardware) -> None:
+    def __init__(self, nearest: Candidate, tried: int, world_size: int, hardware: Hardware) -> None:
         self.nearest = nearest
+        cost = rank_costs(nearest.recipe, world_size)[nearest.stage]
+        category = largest_category(cost)
         super().__init__(
             "--memory",
             hardware.memory,
-            f"none of {tried} layouts fits; the smallest takes {nearest.memory / 1e9:.1f} GB on stage {nearest.stage} "
-            f"({describe(nearest.recipe)})",
+            f"none of {tried} layouts fits; the smallest ({describe(nearest.recipe)}) takes {nearest.memory / 1e9:.1f} "
+            f"GB on stage {nearest.stage}, most of it {CATEGORIES[category]}: "
+            f"{largest_tensors(nearest.recipe, cost, world_size, category)}",
             "Take more GPUs, optimizer.distributed=true, a smaller train.micro_batch_size or a smaller model.",
         )
 
@@ -94,7 +98,7 @@ def search(
     if survey.smallest is None:
         raise survey.refusal or ConfigError("--gpus", world_size, "no cut of the model", "Give another number.")
     if not survey.fitting:
-        raise NothingFitsError(survey.smallest, survey.tried, hardware)
+        raise NothingFitsError(survey.smallest, survey.tried, world_size, hardware)
     best, simulated = _simulated(survey.fitting, world_size, hardware, count, progress)
     too_big = survey.too_big
     return Search(

@@ -17,6 +17,7 @@ from mtp_megatron.errors import ConfigError
 from mtp_megatron.planning import cost
 from mtp_megatron.planning.cli import checked
 from mtp_megatron.planning.cost import RankCost, rank_costs
+from mtp_megatron.planning.estimate import Hardware, estimate
 from mtp_megatron.planning.presets import PRESETS, balanced_layout, read_plan
 from mtp_megatron.training.recipe import Recipe
 
@@ -106,6 +107,22 @@ def test_presets_have_the_size_that_they_are_named_after(name: str, parameters: 
     assert total(costs, recipe.parallel.tensor) == pytest.approx(parameters, rel=0.03)
     assert sum(rank.layers for rank in costs) == recipe.model.num_trunk_layers
     assert [rank.heads for rank in costs] == [0] * (len(costs) - 1) + [4]
+
+
+def test_every_stage_with_heads_has_its_own_norm_and_unembedding() -> None:
+    """And sums the unembedding's gradient with the others at the end of a step, which counts as network time."""
+    cut = ["parallel.pipeline=2", "parallel.tensor=1", "model.num_trunk_layers=4"]
+    costs, reductions = {}, {}
+    for layout in ("Etttt|L", "Ettttmm|mmL"):
+        recipe = checked(read_plan("7B", [*cut, f"parallel.layout={layout}"]), 2)
+        costs[layout] = rank_costs(recipe, 2)
+        reductions[layout] = estimate(recipe, 2, Hardware(network=50)).terms.reduction
+    end, spread = costs.values()
+    table = 32000 * 4096
+    assert total(spread, 1) - total(end, 1) == table + 4096
+    assert [sum(rank.head_flops) for rank in spread] == [pytest.approx(sum(end[1].head_flops) / 2)] * 2
+    assert spread[0].main_gradients - end[0].main_gradients > 4 * table
+    assert list(reductions.values()) == [0, pytest.approx(8 * table / 2 / 50e9)]
 
 
 def test_heads_come_off_the_trunk_unless_it_is_given() -> None:

@@ -120,7 +120,7 @@ def test_memory_decides_where_the_fastest_does_not_fit() -> None:
     assert all(found.candidate.memory <= room * 1e9 for found in tight.best)
     assert tight.too_big is not None
     assert tight.too_big.memory > room * 1e9
-    with pytest.raises(NothingFitsError, match=r"none of \d+ layouts fits; the smallest takes") as caught:
+    with pytest.raises(NothingFitsError, match=r"none of \d+ layouts fits; the smallest \(TP4.*matrix") as caught:
         searched("13B", 16, given, hardware=Hardware(memory=5))
     assert caught.value.nearest.memory > 5e9
 
@@ -165,7 +165,7 @@ def test_a_plan_that_nothing_makes_fit_gets_the_best_that_was_found() -> None:
     advice, taken = advised("70B", 64, [], 12)
     assert not advice.fits
     assert taken == advice.memory > 12e9
-    assert advice.changes["train.recompute"] == "full"
+    assert advice.changes == {"train.recompute": "full"}  # and nothing that saves nothing beside it
 
 
 def test_a_plan_that_fits_gets_no_advice() -> None:
