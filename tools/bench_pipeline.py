@@ -1,4 +1,4 @@
-"""Heads on both stages of a pipeline of two against all heads on its last stage, and what the simulator says of both.
+"""Heads on both stages of a pipeline of two against all heads on its last stage, and what the simulator says of each.
 
     python tools/bench_pipeline.py              # minutes on 2 cores, one thread for each stage
     python tools/bench_pipeline.py --quick
@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,20 @@ from mtp_megatron.planning.balance import as_layout, balance
 from mtp_megatron.planning.candidates import unit_seconds
 from mtp_megatron.planning.estimate import Hardware, estimate
 from mtp_megatron.planning.lines import changed
-from mtp_megatron.planning.simulate import simulate
+from mtp_megatron.planning.simulate import order, simulate
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.recipe_io import parse_recipe
 from mtp_megatron.training.validate import check_recipe
 
 STAGES = 2
-END, SPREAD = "all heads on the last stage", "heads on both stages"
+END, SPREAD, INTERLEAVED = "all heads on the last stage", "heads on both stages", "heads on both stages, interleaved"
+WORLDS = ((END, SPREAD), (INTERLEAVED,))  # what megatron-core can have in one process: its virtual stages are global
 # Only ratios of planned times count: no exchange, and a rate that cancels out.
 HARDWARE = Hardware(tflops=0.1, efficiency=1.0, link=1e6, network=1e6, memory=1e6)
 
 
 def recipes(args: argparse.Namespace) -> dict[str, Recipe]:
-    """Both cuts of one model, resolved and checked."""
+    """All cuts of one model, resolved and checked."""
     model = {
         "num_trunk_layers": args.layers,
         "hidden_size": args.hidden,
@@ -59,26 +60,27 @@ def recipes(args: argparse.Namespace) -> dict[str, Recipe]:
     whole = check_recipe(parse_recipe(tree), world_size=1, tokenizer_vocab_size=args.vocab)
     layer, head = unit_seconds(whole, HARDWARE)
     found = {}
-    for name, head_stages in ((END, 1), (SPREAD, STAGES)):
+    for name, head_stages, chunks in ((END, 1, 1), (SPREAD, STAGES, 1), (INTERLEAVED, STAGES, 2)):
         counts = balance(
             ranks=STAGES,
-            chunks=1,
+            chunks=chunks,
             layers=args.layers,
             heads=args.heads,
             layer=layer,
             head=head,
             head_stages=head_stages,
         )[0]
-        cut = changed(whole, {"parallel.pipeline": STAGES, "parallel.layout": as_layout(counts)})
+        virtual = {"parallel.virtual_pipeline": chunks} if chunks > 1 else {}
+        cut = changed(whole, {"parallel.pipeline": STAGES, "parallel.layout": as_layout(counts), **virtual})
         found[name] = check_recipe(cut, world_size=STAGES, tokenizer_vocab_size=args.vocab)
     return found
 
 
 class Stopwatch:
-    """Seconds of every pass of this stage in megatron-core's schedule, and of the reduction after them."""
+    """Seconds of every pass of this rank in megatron-core's schedule, in its order, and of the reduction after them."""
 
     def __init__(self) -> None:
-        self.passes: dict[str, list[float]] = {"forward_step": [], "backward_step": []}
+        self.passes: list[float] = []
         self.reduction: list[float] = []
 
     @contextlib.contextmanager
@@ -86,14 +88,24 @@ class Stopwatch:
         """Time the schedule's own functions inside."""
         from megatron.core.pipeline_parallel import schedules
 
-        originals = {name: getattr(schedules, name) for name in self.passes}
+        originals = {name: getattr(schedules, name) for name in ("forward_step", "backward_step")}
         try:
             for name, original in originals.items():
-                setattr(schedules, name, timed(original, self.passes[name]))
+                setattr(schedules, name, timed(original, self.passes))
             yield
         finally:
             for name, original in originals.items():
                 setattr(schedules, name, original)
+
+    def by_chunk(self, rank: int, recipe: Recipe) -> dict[str, list[list[float]]]:
+        """The passes each way of every chunk, without those of the first step, which warms up."""
+        chunks = recipe.parallel.virtual_pipeline or 1
+        works = order(STAGES, rank, recipe.train.global_batch_size, chunks)
+        found: dict[str, list[list[float]]] = {way: [[] for _ in range(chunks)] for way in ("forward", "backward")}
+        for index, seconds in enumerate(self.passes[len(works) :]):
+            work = works[index % len(works)]
+            found["backward" if work.backward else "forward"][work.chunk].append(seconds)
+        return found
 
 
 def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
@@ -108,8 +120,8 @@ def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., A
     return call
 
 
-def stage(rank: int, folder: str, args: argparse.Namespace) -> None:
-    """One process: both models' stage ``rank``, stepped in turns; writes its times as JSON."""
+def stage(rank: int, folder: str, args: argparse.Namespace, names: Sequence[str]) -> None:
+    """One process: rank ``rank`` of each named cut, stepped in turns; writes its times as JSON."""
     from mtp_megatron import compat
     from mtp_megatron.training.batches import chunk_iterators
     from mtp_megatron.training.build import build_trainable
@@ -129,8 +141,8 @@ def stage(rank: int, folder: str, args: argparse.Namespace) -> None:
                 "loss_mask": torch.ones(1, args.sequence),
             }
 
-    cuts = recipes(args)
-    with model_parallel_world(cuts[END]):
+    cuts = {name: recipe for name, recipe in recipes(args).items() if name in names}
+    with model_parallel_world(cuts[names[0]]):
         trainables = {name: build_trainable(recipe) for name, recipe in cuts.items()}
         iterators = {name: chunk_iterators(recipe, args.vocab - 1, samples) for name, recipe in cuts.items()}
         watches = {name: Stopwatch() for name in cuts}
@@ -149,9 +161,8 @@ def stage(rank: int, folder: str, args: argparse.Namespace) -> None:
     times = {
         name: {
             "steps": steps[name][1:],  # the first one warms up
-            "forward": watch.passes["forward_step"][args.microbatches :],
-            "backward": watch.passes["backward_step"][args.microbatches :],
             "reduction": watch.reduction[1:],
+            **watch.by_chunk(rank, cuts[name]),
         }
         for name, watch in watches.items()
     }
@@ -159,18 +170,27 @@ def stage(rank: int, folder: str, args: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def run(args: argparse.Namespace) -> list[dict[str, dict[str, list[float]]]]:
-    """What each stage measured."""
-    with tempfile.TemporaryDirectory() as folder:
-        start_processes(stage, args=(folder, args), nprocs=STAGES, start_method="spawn")
-        return [json.loads((Path(folder) / f"stage{rank}").read_text(encoding="utf-8")) for rank in range(STAGES)]
+def run(args: argparse.Namespace) -> list[dict[str, dict[str, Any]]]:
+    """What each rank measured of every cut."""
+    measured: list[dict[str, dict[str, Any]]] = [{} for _ in range(STAGES)]
+    for names in WORLDS:
+        with tempfile.TemporaryDirectory() as folder:
+            start_processes(stage, args=(folder, args, names), nprocs=STAGES, start_method="spawn")
+            for rank, times in enumerate(measured):
+                times |= json.loads((Path(folder) / f"stage{rank}").read_text(encoding="utf-8"))
+    return measured
 
 
-def simulated(stages: list[dict[str, list[float]]], microbatches: int) -> float:
-    """Seconds of a step from the stages' measured passes; the stage that comes last does not wait in the reduction."""
-    forward = [statistics.median(times["forward"]) for times in stages]
-    backward = [statistics.median(times["backward"]) for times in stages]
-    reduction = statistics.median(map(min, zip(*(times["reduction"] for times in stages), strict=True)))
+def medians(ranks: list[dict[str, Any]], way: str) -> list[float]:
+    """Of every global stage: stage ``i`` is chunk ``i // STAGES`` of rank ``i % STAGES``."""
+    chunks = len(ranks[0][way])
+    return [statistics.median(times[way][chunk]) for chunk in range(chunks) for times in ranks]
+
+
+def simulated(ranks: list[dict[str, Any]], microbatches: int) -> float:
+    """Seconds of a step from the ranks' measured passes; the rank that comes last does not wait in the reduction."""
+    forward, backward = medians(ranks, "forward"), medians(ranks, "backward")
+    reduction = statistics.median(map(min, zip(*(times["reduction"] for times in ranks), strict=True)))
     return simulate(forward, backward, ranks=STAGES, microbatches=microbatches).seconds + reduction
 
 
@@ -196,31 +216,33 @@ def measure(args: argparse.Namespace) -> Result:
     measured = run(args)
     rows: dict[str, dict[str, Any]] = {}
     for name, recipe in recipes(args).items():
-        stages = [times[name] for times in measured]
-        seconds = statistics.median(stages[0]["steps"])
-        said = simulated(stages, args.microbatches)
+        ranks = [times[name] for times in measured]
+        seconds = statistics.median(ranks[0]["steps"])
+        said = simulated(ranks, args.microbatches)
         rows[name] = {
             "model": name,
             "layout": recipe.parallel.layout,
             "passes": ", ".join(
-                " + ".join(f"{1e3 * statistics.median(times[way]):.0f}" for way in ("forward", "backward"))
-                for times in stages
+                f"{1e3 * forward:.0f} + {1e3 * backward:.0f}"
+                for forward, backward in zip(medians(ranks, "forward"), medians(ranks, "backward"), strict=True)
             ),
             "seconds": seconds,
-            "steps": stages[0]["steps"],
+            "steps": ranks[0]["steps"],
             "simulated": said,
             "over": seconds / said,
             "planned": estimate(recipe, STAGES, HARDWARE).step_seconds,
         }
-    end, spread = rows[END], rows[SPREAD]
+    end, spread, interleaved = rows[END], rows[SPREAD], rows[INTERLEAVED]
     spread["gain"] = end["seconds"] / spread["seconds"]
     spread["simulated_gain"] = end["simulated"] / spread["simulated"]
     spread["planned_gain"] = end["planned"] / spread["planned"]
-    result.rows += [end, spread]
+    result.rows += [end, spread, interleaved]
     if not args.quick:
         result.limits.append(Limit("step with heads on both stages / on the last one", 1 / spread["gain"], 0.95))
         off = abs(spread["gain"] / spread["simulated_gain"] - 1)
         result.limits.append(Limit("measured gain beside the simulated one, relative deviation", off, 0.15))
+        off = max(abs(row["over"] - 1) for row in rows.values())
+        result.limits.append(Limit("a measured step beside the simulated one, largest relative deviation", off, 0.15))
     return result
 
 
