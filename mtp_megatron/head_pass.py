@@ -14,7 +14,7 @@ from mtp_megatron.heads import PostNormHead
 from mtp_megatron.loss import TokenSums, VocabShard, linear_cross_entropy
 
 if TYPE_CHECKING:
-    from mtp_megatron.model import FutureHeads
+    from mtp_megatron.future_heads import FutureHeads
 
 
 class MegatronHeadPass:

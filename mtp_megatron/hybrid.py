@@ -13,7 +13,8 @@ from mtp_megatron import compat
 from mtp_megatron.compat.hybrid import hybrid_stack_spec, require_hybrid_model
 from mtp_megatron.config import HeadsConfig
 from mtp_megatron.errors import ConfigError
-from mtp_megatron.model import FutureHeads, finish
+from mtp_megatron.future_heads import FutureHeads
+from mtp_megatron.model import finish
 from mtp_megatron.model_checks import check_config, check_forward
 
 compat.prepare()

@@ -13,7 +13,7 @@ from mtp_megatron.sequential import HeadReport
 from mtp_megatron.targets import IGNORE_INDEX
 
 if TYPE_CHECKING:
-    from mtp_megatron.model import FutureHeads
+    from mtp_megatron.future_heads import FutureHeads
 
 
 def joint_loss(

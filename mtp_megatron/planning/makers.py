@@ -79,7 +79,9 @@ class Makers:
                     handles.append(parameter.register_hook(lambda grad: memory.mark([grad], "gradients")))
         undo: list[Callable[[], None]] = []
         try:
-            replace(Replacement("mtp_megatron.model", "run_heads", self._run_heads(memory), "names the head"), undo)
+            replace(
+                Replacement("mtp_megatron.future_heads", "run_heads", self._run_heads(memory), "names the head"), undo
+            )
             replace(Replacement("mtp_megatron.head_pass", "linear_cross_entropy", self._loss, "names the loss"), undo)
             yield
         finally:

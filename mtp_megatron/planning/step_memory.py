@@ -66,7 +66,7 @@ def step_memory(
         train_step(recipe, followed, _synthetic(recipe, makers), microbatches, False)
     alive = memory.at_peak()
     unembeddings = {
-        tuple(weight.shape) for model in trainable.models if model.post_process for weight in model.unembeddings()
+        tuple(weight.shape) for model in trainable.models if model.owned_heads for weight in model.unembeddings()
     }
     for allocation in alive:
         if allocation.category is None:

@@ -121,7 +121,7 @@ def watches_the_heads(rank: int, world_size: int, tree: dict[str, Any]) -> list[
     """Train, and record at every head's forward which other heads' parameters are gathered."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    from mtp_megatron.model import FutureHeads
+    from mtp_megatron.future_heads import FutureHeads
 
     seen: list[dict[str, Any]] = []
     run_layer = FutureHeads.run_head_layer
