@@ -178,6 +178,12 @@ FUSED_KERNELS: tuple[Replacement, ...] = (
         "keeps [s, s] matrices",
     ),
     Replacement(
+        "mtp_megatron.compat.context_attention.GatherContextAttention",
+        "forward",
+        _attention,
+        "keeps keys and values of the whole sequence, where a ring passes them on",
+    ),
+    Replacement(
         "megatron.core.transformer.attention", "apply_rotary_pos_emb", _rotary, "keeps a cosine and a sine per layer"
     ),
     Replacement("torch.nn.RMSNorm", "forward", _rms_norm, "keeps its input in fp32 too"),

@@ -1,7 +1,8 @@
-"""Ways to cut a model over GPUs: tensor and pipeline parallel sizes, virtual stages, layouts, recomputation."""
+"""Ways to cut a model over GPUs: parallel sizes, virtual stages, layouts, recomputation."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,11 @@ from mtp_megatron.training.validate import check_recipe, num_microbatches
 
 MAX_CHUNKS = 8
 """Most virtual stages of a rank that are tried."""
+MIN_TOKENS = 2048
+"""Fewest tokens of a sequence that context parallelism leaves to a rank."""
 SEARCHED = (
     "parallel.tensor",
+    "parallel.context",
     "parallel.pipeline",
     "parallel.virtual_pipeline",
     "parallel.sequence_parallel",
@@ -54,34 +58,42 @@ class Candidate:
 
 
 def describe(recipe: Recipe) -> str:
-    """Such as ``TP8 x PP4 x 2 chunks, recompute full``."""
+    """Such as ``TP8 x CP2 x PP4 x 2 chunks, recompute full``."""
     parallel = recipe.parallel
     chunks = f" x {parallel.virtual_pipeline} chunks" if parallel.virtual_pipeline else ""
     recompute = f", recompute {recipe.train.recompute}" if recipe.train.recompute else ""
-    return f"TP{parallel.tensor} x PP{parallel.pipeline}{chunks}{recompute}"
+    context = f" x CP{parallel.context}" if parallel.context > 1 else ""
+    return f"TP{parallel.tensor}{context} x PP{parallel.pipeline}{chunks}{recompute}"
 
 
 def choices(recipe: Recipe, world_size: int, fixed: Sequence[str], gpus_per_node: int) -> Iterator[dict[str, Any]]:
     """Every cut that divides the GPUs; the recipe's checks say which of them the model allows."""
-    parallel = recipe.parallel
-    for tensor in _divisors(min(gpus_per_node, world_size)):
-        for pipeline in _divisors(world_size // tensor) if world_size % tensor == 0 else ():
-            for chunks in (None, *range(2, MAX_CHUNKS + 1)):
-                for recompute in _RECOMPUTE:
-                    choice = {
-                        "parallel.tensor": tensor,
-                        "parallel.pipeline": pipeline,
-                        "parallel.virtual_pipeline": chunks,
-                        "parallel.sequence_parallel": tensor > 1,
-                        "train.recompute": recompute,
-                    }
-                    if "parallel.sequence_parallel" in fixed:
-                        choice["parallel.sequence_parallel"] = parallel.sequence_parallel
-                    stages, layers = pipeline * (chunks or 1), recipe.model.num_trunk_layers
-                    if stages > layers + recipe.heads.n or (chunks and pipeline == 1):
-                        continue
-                    if all(choice[key] == _value(recipe, key) for key in fixed if key in choice):
-                        yield choice
+    parallel, stages_at_most = recipe.parallel, recipe.model.num_trunk_layers + recipe.heads.n
+    contexts = [1]
+    while recipe.train_seq_length // (2 * contexts[-1]) >= MIN_TOKENS:
+        contexts.append(2 * contexts[-1])
+    if "parallel.context" in fixed:
+        contexts = [parallel.context]
+    for tensor, context in itertools.product(_divisors(min(gpus_per_node, world_size)), contexts):
+        if world_size % (tensor * context):
+            continue
+        for pipeline, chunks, recompute in itertools.product(
+            _divisors(world_size // (tensor * context)), (None, *range(2, MAX_CHUNKS + 1)), _RECOMPUTE
+        ):
+            if pipeline * (chunks or 1) > stages_at_most or (chunks and pipeline == 1):
+                continue
+            choice = {
+                "parallel.tensor": tensor,
+                "parallel.context": context,
+                "parallel.pipeline": pipeline,
+                "parallel.virtual_pipeline": chunks,
+                "parallel.sequence_parallel": tensor > 1,
+                "train.recompute": recompute,
+            }
+            if "parallel.sequence_parallel" in fixed:
+                choice["parallel.sequence_parallel"] = parallel.sequence_parallel
+            if all(choice[key] == _value(recipe, key) for key in fixed if key in choice):
+                yield choice
 
 
 def _value(recipe: Recipe, key: str) -> Any:

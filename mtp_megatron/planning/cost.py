@@ -111,7 +111,6 @@ def check_known(recipe: Recipe) -> None:
         ("train.precision", recipe.train.precision, recipe.train.precision == "fp16"),
         ("train.fp8", recipe.train.fp8, recipe.train.fp8 is not None),
         ("train.fp4", recipe.train.fp4, recipe.train.fp4 is not None),
-        ("parallel.context", recipe.parallel.context, recipe.parallel.context > 1),
     )
     for field, value, refused in unknown:
         if refused:

@@ -11,6 +11,9 @@ from mtp_megatron.planning.simulate import Schedule, simulate
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.validate import data_parallel_size, num_microbatches
 
+GPUS_PER_NODE = 8
+"""Ranks that have a link to one another; a ring of more goes through the network."""
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -39,7 +42,7 @@ class StageTimes:
     Attributes:
         forward, backward: of the whole pass; heads run in the backward pass.
         heads: the part of the backward pass that runs heads.
-        exchange: the part of both passes in which tensor parallel ranks exchange activations.
+        exchange: the part of both passes in which tensor and context parallel ranks exchange activations.
         latency: of a tensor from one stage to the next.
     """
 
@@ -56,7 +59,7 @@ class Terms:
 
     Attributes:
         arithmetic: of a pipeline rank on average, recomputation included.
-        exchange: of activations between tensor parallel ranks, on average over pipeline ranks.
+        exchange: of activations between tensor and context parallel ranks, on average over pipeline ranks.
         slowest_stage: what the slowest rank works more than the average.
         bubble: what the slowest rank waits.
         reduction: exchange of gradients and parameters that is not overlapped.
@@ -140,7 +143,7 @@ def stage_times(recipe: Recipe, costs: Sequence[RankCost], hardware: Hardware) -
     """Seconds of each global stage, from the operations of its rank's chunk."""
     rate = hardware.tflops * 1e12 * hardware.efficiency
     sizes = Sizes.of(recipe)
-    layer = tensor_parallel_seconds(recipe, sizes, hardware)
+    layer = exchange_seconds(recipe, sizes, hardware)
     passes = 3 if recipe.train.recompute == "full" else 2  # of which the backward pass of a layer consists
     forward, backward, heads, exchange = [], [], [], []
     for index, stage in enumerate(recipe.stages):
@@ -169,7 +172,8 @@ def reduction_seconds(
     """Of gradients over replicas and of the unembedding's over its stages, and gathering the parameters: what is
     exposed. Overlapped with it can be no more than one microbatch's pass, the last backward or the first forward."""
     sizes, optimizer, ranks = Sizes.of(recipe), recipe.optimizer, len(costs)
-    copies, network = data_parallel_size(recipe, world_size), hardware.network * 1e9
+    # Context parallel ranks hold the same parameters, and megatron-core reduces over them together with replicas.
+    copies, network = data_parallel_size(recipe, world_size) * recipe.parallel.context, hardware.network * 1e9
     share = (copies - 1) / copies
     slowest = 0.0
     for cost in costs:
@@ -192,8 +196,11 @@ def _model_flops(costs: Sequence[RankCost]) -> float:
     return sum(3 * sum(cost.forward_flops) + sum(cost.head_flops) for cost in costs)
 
 
-def tensor_parallel_seconds(recipe: Recipe, sizes: Sizes, hardware: Hardware) -> float:
-    """Of one layer's forward pass, not overlapped: two exchanges of ``[tokens, h]``, each there and back."""
-    size = recipe.parallel.tensor
-    moved = 4 * sizes.element * sizes.tokens * sizes.hidden * (size - 1) / size
-    return moved / (hardware.link * 1e9)
+def exchange_seconds(recipe: Recipe, sizes: Sizes, hardware: Hardware) -> float:
+    """Of one layer's forward pass, not overlapped: two exchanges of ``[tokens, h]`` between tensor parallel ranks, each
+    there and back, and the keys and values of the other context parallel ranks, which come round in a ring."""
+    tensor, context = recipe.parallel.tensor, recipe.parallel.context
+    gathered = 4 * sizes.element * sizes.tokens * sizes.hidden * (tensor - 1) / tensor
+    ring = 2 * sizes.element * sizes.tokens * sizes.keys * (context - 1)
+    between = hardware.link if tensor * context <= GPUS_PER_NODE else hardware.network
+    return gathered / (hardware.link * 1e9) + ring / (between * 1e9)

@@ -48,9 +48,10 @@ def table(recipe: Recipe, world_size: int, hardware: Hardware, plan: Estimate, a
     parallel = recipe.parallel
     copies = world_size // recipe.model_parallel_size
     virtual = f" x {parallel.virtual_pipeline} chunks" if parallel.virtual_pipeline else ""
+    context = f" x CP{parallel.context}" if parallel.context > 1 else ""
     total = parallel.tensor * sum(rank.parameters for rank in plan.ranks)
     lines = [
-        f"{world_size} GPUs: TP{parallel.tensor} x PP{parallel.pipeline}{virtual} x DP{copies}, "
+        f"{world_size} GPUs: TP{parallel.tensor}{context} x PP{parallel.pipeline}{virtual} x DP{copies}, "
         f"{total:,} parameters (replicated ones counted on every GPU)",
     ]
     if parallel.layout:

@@ -13,12 +13,14 @@ from mtp_megatron.training.validate import data_parallel_size
 
 _TERMS = {
     "arithmetic": "arithmetic",
-    "exchange": "tensor parallel exchange",
+    "exchange": "exchange of activations",
     "slowest_stage": "slowest stage",
     "bubble": "bubble",
     "reduction": "gradients and parameters",
 }
-_HEAD = "      TP  PP  VPP   DP  recompute  stages with heads  slowest/mean  fullest GB  bubble    MFU  step s  lost by"
+_HEAD = (
+    "      TP  CP  PP  VPP   DP  recompute  stages with heads  slowest/mean  fullest GB  bubble    MFU  step s  lost by"
+)
 
 
 def as_json(search: Search, world_size: int, hardware: Hardware) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def table(search: Search, world_size: int, hardware: Hardware) -> str:
     best = search.best[0]
     lines = [
         f"{world_size} GPUs of {hardware.memory:g} GB: {search.tried} layouts, {search.fitting} fit, "
-        f"{search.simulated} simulated (CP 1: the cost model knows no other)",
+        f"{search.simulated} simulated",
         "",
         _HEAD,
     ]
@@ -101,8 +103,9 @@ def _line(place: str, found: Found, world_size: int, why: str) -> str:
     parallel = recipe.parallel
     heads = sum(bool(stage.heads) for stage in recipe.stages)
     return (
-        f"{place:>3}  {parallel.tensor:>3} {parallel.pipeline:>3}  {parallel.virtual_pipeline or 1:>3}  "
-        f"{data_parallel_size(recipe, world_size):>3}  {recipe.train.recompute or 'none':<9}  {heads:>17}  "
+        f"{place:>3}  {parallel.tensor:>3} {parallel.context:>3} {parallel.pipeline:>3}  "
+        f"{parallel.virtual_pipeline or 1:>3}  {data_parallel_size(recipe, world_size):>3}  "
+        f"{recipe.train.recompute or 'none':<9}  {heads:>17}  "
         f"{plan.imbalance:>12.2f}  {plan.fullest.memory / 1e9:>10.1f}  {plan.schedule.bubble:>6.1%}  "
         f"{plan.mfu:>5.1%}  {plan.step_seconds:>6.2f}  {why}"
     ).rstrip()
@@ -113,6 +116,7 @@ def _row(found: Found, world_size: int, hardware: Hardware) -> dict[str, Any]:
     parallel = recipe.parallel
     return {
         "tensor": parallel.tensor,
+        "context": parallel.context,
         "pipeline": parallel.pipeline,
         "virtual_pipeline": parallel.virtual_pipeline,
         "data": data_parallel_size(recipe, world_size),

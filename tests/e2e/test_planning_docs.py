@@ -56,7 +56,7 @@ def test_the_command_does_what_the_document_says(code: str, tmp_path: Path) -> N
         rows = [line.split() for line in text.splitlines() if re.match(r" +[1-9-] +\d+ ", line)]
         (best, *_, end), table = (rows[0], *rows[1:]), (ROOT / "docs/planning.md").read_text()
         for row in (best, end):  # the ratio to the mean, and the step's seconds
-            assert f"| {row[7]} | {row[11]} s |" in table, text
+            assert f"| {row[8]} | {row[12]} s |" in table, text
     elif "--memory" in arguments:
         assert "does NOT fit 60 GB" in text
         assert "train.micro_batch_size=4" in text

@@ -44,6 +44,7 @@ CASES: dict[str, tuple[list[int], int, list[str]]] = {
         ],
     ),
     "13B selective": ([0], 16, ["model.num_trunk_layers=4", "parallel.layout=Ettt|tL", "train.recompute=selective"]),
+    "13B context": ([1], 32, ["model.num_trunk_layers=4", "parallel.layout=Ettt|tL", "parallel.context=2"]),
     "7B spread": (
         [1, 2],
         12,

@@ -84,7 +84,7 @@ def test_nothing_better_is_left_out() -> None:
                     continue
                 plan = estimate(one, 4, hardware)
                 if plan.fullest.memory <= 80e9:
-                    seconds[layout] = plan.step_seconds
+                    seconds[layout, cut["parallel.context"]] = plan.step_seconds
     assert [item.plan.step_seconds for item in found.best] == pytest.approx(sorted(seconds.values())[:3])
     assert found.simulated < found.fitting
 
@@ -109,6 +109,27 @@ def test_terms_add_up_to_the_step(seven_billion: Search) -> None:
 def test_tensor_parallel_ranks_stay_on_a_node() -> None:
     for node, sizes in ((2, {1, 2}), (8, {1, 2, 4, 8})):
         assert {cut["parallel.tensor"] for cut in choices(read_plan("7B"), 16, (), node)} == sizes
+
+
+def test_context_parallel_ranks_keep_enough_of_a_sequence() -> None:
+    """And the ring costs time, more of it where it leaves the node; the same work is done by more GPUs."""
+    long = ["train.seq_length=8192", "model.seq_length=8192"]
+    found = {cut["parallel.context"] for cut in choices(read_plan("7B", long), 16, (), 8)}
+    assert found == {1, 2, 4}
+    assert {cut["parallel.context"] for cut in choices(read_plan("7B"), 16, (), 8)} == {1, 2}
+    assert {cut["parallel.context"] for cut in choices(read_plan("7B"), 16, ["parallel.context"], 8)} == {1}
+    plans = {}
+    for tensor, context, gpus in ((1, 1, 1), (1, 2, 2), (8, 1, 8), (8, 2, 16)):
+        cut = [f"parallel.tensor={tensor}", f"parallel.context={context}", "train.global_batch_size=8"]
+        cut += ["parallel.pipeline=1", f"parallel.sequence_parallel={str(tensor > 1).lower()}"]
+        plans[tensor, context] = estimate(checked(read_plan("7B", cut), gpus), gpus, Hardware())
+    assert plans[1, 1].terms.exchange == 0
+    assert plans[1, 2].terms.arithmetic == pytest.approx(plans[1, 1].terms.arithmetic / 2)
+    keys = 2 * 2 * 2048 * 4096 / 450e9  # keys and values of the other rank, bf16
+    passes, layers = 3, 28 + 4
+    assert plans[1, 2].terms.exchange == pytest.approx(8 * layers * passes * keys)
+    ring = plans[8, 2].terms.exchange - plans[8, 1].terms.exchange / 2
+    assert ring == pytest.approx(8 * layers * passes * keys / 8 * 450 / 50)  # eighth of the channels, by the network
 
 
 def test_memory_decides_where_the_fastest_does_not_fit() -> None:
