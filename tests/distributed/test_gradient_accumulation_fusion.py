@@ -110,7 +110,9 @@ def test_no_temporary_of_the_unembedding() -> None:
     weight.main_grad = torch.zeros(4, 2)
     model = SimpleNamespace(
         config=SimpleNamespace(gradient_accumulation_fusion=True),
-        heads_config=SimpleNamespace(chains=((0,),), n=1),
+        chains=((0,),),
+        owned_heads=(0,),
+        heads_are_spread=False,
         unembeddings=lambda: [weight],
         parameter_access=PLAIN,
         final_norm=torch.nn.Identity(),
