@@ -71,11 +71,7 @@ def _check_low_precision(config: TransformerConfig, heads: bool, transformer_eng
         bf16=config.bf16,
         transformer_engine=transformer_engine,
     )
-    if request.wanted:
-        if request.fp8 and request.fp8_recipe not in fp8.SCALINGS:
-            raise ConfigError("fp8_recipe", request.fp8_recipe, "it is not tested with heads", "Choose another one")
-        fp8.check_machine(request, fp8.this_machine(), {})
-    fp8.check_request(request, {"heads": "heads.fp8"})
+    fp8.check(request, {"heads": "heads.fp8"})
 
 
 def check_forward(packed_seq_params: Any) -> None:

@@ -163,6 +163,20 @@ Names = Mapping[str, str]
 """How the user writes the fields of :class:`Request`; those that are missing keep their names."""
 
 
+def check(request: Request, names: Names) -> None:
+    """All that can be refused before a model is built on this machine: :func:`check_machine`, :func:`check_request`.
+
+    Raises:
+        ConfigError: names the setting, its value and the remedy.
+    """
+    if request.fp8 and request.fp8_recipe not in SCALINGS:
+        name = names.get("fp8_recipe", "fp8_recipe")
+        raise ConfigError(name, request.fp8_recipe, "it is not tested with heads", "Choose another one")
+    if request.wanted:
+        check_machine(request, this_machine(), names)
+    check_request(request, names)
+
+
 def check_machine(request: Request, machine: Machine, names: Names) -> None:
     """Refuse what cannot work on this machine.
 

@@ -214,11 +214,7 @@ def _check_low_precision(args: argparse.Namespace, heads: HeadsConfig) -> None:
         bf16=getattr(args, "bf16", False),
         transformer_engine=args.transformer_impl == "transformer_engine",
     )
-    if request.fp8 and request.fp8_recipe not in fp8.SCALINGS:
-        raise ConfigError("--fp8-recipe", request.fp8_recipe, "it is not tested with heads", "Choose another one")
-    if request.wanted:
-        fp8.check_machine(request, fp8.this_machine(), _NAMES)
-    fp8.check_request(request, _NAMES)
+    fp8.check(request, _NAMES)
 
 
 def _check_transformer_engine(args: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.planning.candidates import AT_THE_END, Candidate, candidate, choices, describe, layouts
 from mtp_megatron.planning.cost import check_known, rank_costs
-from mtp_megatron.planning.estimate import Estimate, Hardware, estimate
+from mtp_megatron.planning.estimate import GPUS_PER_NODE, Estimate, Hardware, estimate
 from mtp_megatron.planning.lines import changed
 from mtp_megatron.planning.tensors import CATEGORIES, largest_category, largest_tensors
 from mtp_megatron.training.recipe import Recipe
@@ -73,7 +73,7 @@ def search(
     hardware: Hardware,
     *,
     fixed: Sequence[str] = (),
-    gpus_per_node: int = 8,
+    gpus_per_node: int = GPUS_PER_NODE,
     count: int = 5,
     progress: bool = False,
 ) -> Search:

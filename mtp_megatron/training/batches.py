@@ -46,7 +46,7 @@ def chunk_iterators(
     iterators: list[Iterator[Microbatch] | None] = []
     here, ranks = parallel_state.get_pipeline_model_parallel_rank(), recipe.parallel.pipeline
     for holds in recipe.stages[here::ranks]:
-        if not (holds.first or holds.last or holds.heads):
+        if not (holds.first or holds.heads):
             iterators.append(None)
             continue
         samples = loader(
