@@ -110,7 +110,11 @@ PY
 }
 
 install_transformer_engine() {
-  timeout 40 "$python" -m pip install -q --no-index --find-links "$WHEELS" --no-build-isolation 'transformer-engine[pytorch]'
+  local cuda
+  cuda=$("$python" -c 'import torch; print(torch.version.cuda.split(".")[0])')
+  # The extra names the library for torch's CUDA; the package alone would ask for that of CUDA 12.
+  timeout 60 "$python" -m pip install -q --no-index --find-links "$WHEELS" --no-build-isolation \
+    "transformer-engine[pytorch,core_cu$cuda]"
 }
 
 if [[ -n ${WHEELS:-} ]]; then
