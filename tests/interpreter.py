@@ -1,0 +1,36 @@
+"""Triton's interpreter: the loss's kernels on the CPU, in worker processes that alone can import triton.
+
+CPU builds of torch come without triton, and megatron-core takes other paths through its code where it finds it. So
+tools/setup.sh puts it into a folder of its own. Where torch has brought it, that one is used.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import run_world
+
+FOLDER = Path(sys.prefix) / "triton"
+
+
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None or (FOLDER / "triton").is_dir()
+
+
+needs_triton = pytest.mark.skipif(not _installed(), reason="needs triton: run tools/setup.sh")
+
+
+def run_interpreted(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """`run_world` in new processes in which triton can be imported and is its interpreter."""
+    return run_world(_with_triton, world_size, fn, args, env={"TRITON_INTERPRET": "1"}, fresh=True)
+
+
+def _with_triton(rank: int, world: int, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    sys.path.append(str(FOLDER))
+    return fn(rank, world, *args)
