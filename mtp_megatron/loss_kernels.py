@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mtp_megatron.loss_softmax import RowSums
 
-BLOCK = 4096
+BLOCK = 2048
 """Columns that a program handles at a time."""
 WARPS = 8
 _ALIGNED = 64  # elements to which rows are padded, so that whole vectors of 16 bytes are loaded in every row
