@@ -209,6 +209,8 @@ def _add_outer(total: Tensor, left: Tensor, right: Tensor) -> None:
     """``total += left.T @ right`` without a temporary where the types allow it."""
     if total.dtype == left.dtype:
         total.addmm_(left.t(), right)
+    elif total.is_cuda and total.dtype == torch.float32:
+        torch.addmm(total, left.t(), right, out_dtype=torch.float32, out=total)
     else:
         total.add_(torch.mm(left.t(), right))
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter: the loss's kernels on the CPU, in worker processes that alone can import triton.
+"""Triton on a CPU: its interpreter and its compiler, in worker processes that alone can import it.
 
 CPU builds of torch come without triton, and megatron-core takes other paths through its code where it finds it. So
 tools/setup.sh puts it into a folder of its own. Where torch has brought it, that one is used.
@@ -29,6 +29,11 @@ needs_triton = pytest.mark.skipif(not _installed(), reason="needs triton: run to
 def run_interpreted(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """`run_world` in new processes in which triton can be imported and is its interpreter."""
     return run_world(_with_triton, world_size, fn, args, env={"TRITON_INTERPRET": "1"}, fresh=True)
+
+
+def run_compiled(fn: Callable[..., Any], *args: Any) -> Any:
+    """`fn(0, 1, *args)` in a new process in which triton can be imported and compiles, which takes no GPU."""
+    return run_world(_with_triton, 1, fn, args, env={"TRITON_INTERPRET": "0"}, fresh=True)[0]
 
 
 def _with_triton(rank: int, world: int, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
