@@ -206,10 +206,11 @@ def _over_the_group(own: RowSums, shard: VocabShard) -> RowSums:
 
 
 def _add_outer(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left.T @ right`` without a temporary where the types allow it."""
+    """``total += left.T @ right``, without a temporary where it can be."""
     if total.dtype == left.dtype:
         total.addmm_(left.t(), right)
     elif total.is_cuda and total.dtype == torch.float32:
+        # The product is added in fp32: it is neither rounded to bf16 on the way nor written and read once more.
         torch.addmm(total, left.t(), right, out_dtype=torch.float32, out=total)
     else:
         total.add_(torch.mm(left.t(), right))

@@ -9,8 +9,9 @@
 #   --help       this text
 # Environment:
 #   PYTHON       interpreter with the project's environment (default: .venv/bin/python, else python3)
-#   WHEELS       folder of wheels: the project's dependencies and Transformer Engine are installed from it, without any
-#                network, into an environment in the results' folder that sees PYTHON's packages
+#   WHEELS       folder of wheels: the project's dependencies, Transformer Engine and NVIDIA's Apex (where its wheel is
+#                there) are installed from it, without any network, into an environment in the results' folder that sees
+#                PYTHON's packages
 #
 # Each step has a time limit of its own; it writes NAME.txt, and NAME.json where it measures. summary.txt and summary.json
 # say how each step ended. Where Transformer Engine cannot be installed, its part is left out by name.
@@ -110,8 +111,15 @@ PY
 }
 
 install_transformer_engine() {
-  timeout 40 "$python" -m pip install -q --no-index --find-links "$WHEELS" --no-build-isolation 'transformer-engine[pytorch]'
+  local cuda
+  cuda=$("$python" -c 'import torch; print(torch.version.cuda.split(".")[0])')
+  # The extra names the library for torch's CUDA; the package alone would ask for that of CUDA 12.
+  timeout 60 "$python" -m pip install -q --no-index --find-links "$WHEELS" --no-build-isolation \
+    "transformer-engine[pytorch,core_cu$cuda]"
 }
+
+# By its file and not by its name, which on PyPI is another package's.
+install_apex() { timeout 20 "$python" -m pip install -q --no-index --no-deps "$WHEELS"/apex-*.whl; }
 
 if [[ -n ${WHEELS:-} ]]; then
   SECONDS=0
@@ -140,6 +148,14 @@ if [[ -n ${WHEELS:-} ]] && has_gpu; then
     ended transformer_engine passed "$SECONDS" "installed from $WHEELS"
   else
     ended transformer_engine "left out, see transformer_engine.txt" "$SECONDS" "not to be installed from $WHEELS"
+  fi
+  if compgen -G "$WHEELS/apex-*.whl" >/dev/null; then
+    SECONDS=0
+    if install_apex >"$out/apex.txt" 2>&1; then
+      ended apex passed "$SECONDS" "installed from $WHEELS"
+    else
+      ended apex "left out, see apex.txt" "$SECONDS" "not to be installed from $WHEELS"
+    fi
   fi
 elif ! "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("transformer_engine") is None)'; then
   if has_gpu; then why="it is not installed; WHEELS=DIR installs it from a folder of wheels"; else why="it needs a GPU"; fi
