@@ -7,7 +7,7 @@
 #   MTP_TORCH_INDEX_URL  a package index for torch alone, for example one with CPU builds (default: pip's own settings)
 #   MTP_SETUP_FORCE=1    install again although nothing changed
 #   MTP_DEEPSPEED=0      leave DeepSpeed out; its tests are then skipped
-#   MTP_TRITON=0         leave Triton out where torch comes without; the tests of the loss's kernels are then skipped
+#   MTP_TRITON=0         leave Triton out; the tests of the loss's kernels are then skipped where torch comes without it
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -113,16 +113,14 @@ if [[ $with_deepspeed == 1 ]]; then
   retry "${pip[@]}" -c "${pins:-$constraints}" 'setuptools>=77'
   DS_BUILD_OPS=0 retry "${pip[@]}" -c "${pins:-$constraints}" --no-build-isolation "$(requirement deepspeed)"
 fi
-# For the tests of the loss's kernels, in Triton's interpreter. CPU builds of torch come without it, and megatron-core takes
-# other paths through its code where it can import it: so it goes (640 MB) where only those tests look (tests/interpreter.py).
-if [[ $device == cpu && "${MTP_TRITON:-1}" == 1 && "$(uname -s)" == Linux ]] &&
-  ! "$venv/bin/python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("triton") is None)'; then
-  triton=$(grep -E '^triton==' "$constraints")
-  if [[ ! -d "$venv/triton/${triton/==/-}.dist-info" ]]; then
-    say "installing $triton into $venv/triton"
-    rm -rf "$venv/triton"
-    retry "${pip[@]}" --no-deps --target "$venv/triton" "$triton"
-  fi
+# For the tests of the loss's kernels, in Triton's interpreter (3.6's fails with numpy 2.4). CPU builds of torch come without
+# it, and megatron-core takes other paths through its code where it can import it: so it goes (640 MB) where only those tests
+# look (tests/interpreter.py).
+triton=3.7.1
+if [[ $device == cpu && "${MTP_TRITON:-1}" == 1 && "$(uname -s)" == Linux && ! -d "$venv/triton/triton-$triton.dist-info" ]]; then
+  say "installing Triton $triton for the tests of its kernels"
+  rm -rf "$venv/triton"
+  retry "${pip[@]}" --no-deps --target "$venv/triton" "triton==$triton"
 fi
 
 "$venv/bin/python" -c 'import torch, megatron.core, mtp_megatron' 2>/dev/null ||

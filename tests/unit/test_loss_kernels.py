@@ -2,15 +2,18 @@
 
 They run in worker processes (tests/interpreter.py): all cases in one, whose results the tests compare.
 
-Not exercised here: compiled code, and more logits than 2**31; tests/gpu/test_loss_kernels.py has both.
+Not exercised here: what the compiled kernels do, and more logits than 2**31; tests/gpu/test_loss_kernels.py has both.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +25,7 @@ from mtp_megatron.loss import VocabShard, linear_cross_entropy
 from mtp_megatron.loss_softmax import Softmax, TorchSoftmax, softmax_for
 from mtp_megatron.targets import IGNORE_INDEX
 from tests.distributed import test_loss_parallel as parallel
-from tests.interpreter import needs_triton, run_interpreted
+from tests.interpreter import needs_triton, run_compiled, run_interpreted
 
 BLOCK = 16  # columns to a program in place of 4096, so that small vocabularies take several
 SCALE = 0.75
@@ -288,6 +291,45 @@ def test_nothing_is_written_beside_the_logits(steps: list[dict[str, Tensor]]) ->
     beside = steps[1]["beside"]
     assert beside.shape[1] == 64 - 37
     assert (beside == 7).all()
+
+
+# Compiled for a GPU ---------------------------------------------------------------------------------------------------
+
+
+def _compiled(rank: int, world: int, folder: str) -> dict[str, str]:
+    """PTX of both kernels for logits of each type, by whether their rows are a multiple of 16 long, odd, or one."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from mtp_megatron import loss_kernels
+
+    os.environ["TRITON_CACHE_DIR"] = folder
+    aligned, texts = [["tt.divisibility", 16]], {}
+    for dtype, kind in itertools.product(("bf16", "fp16", "fp32"), ("even", "odd", "one")):
+        for kernel in (loss_kernels._sums, loss_kernels._gradient):
+            types = {"column": "*i64", "best_out": "*i64", "logits": f"*{dtype}", "stride": "i32", "BLOCK": "constexpr"}
+            types["rows"] = "constexpr" if kind == "one" else "i32"  # Triton takes an argument of 1 for a constant
+            signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
+            names = [name for name in signature if name != "rows" or kind == "even"]
+            attributes = {(kernel.arg_names.index(name),): aligned for name in names if signature[name] != "constexpr"}
+            constants = {"BLOCK": loss_kernels.BLOCK, "rows": 1}
+            constants = {name: value for name, value in constants.items() if signature[name] == "constexpr"}
+            source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
+            options = {"num_warps": loss_kernels.WARPS}
+            built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+            texts[f"{kernel.__name__} {dtype} {kind}"] = built.asm["ptx"]
+    return texts
+
+
+@needs_triton
+def test_they_compile_for_an_h100_and_move_whole_vectors(tmp_path: Path) -> None:
+    """Of 16 bytes, also where rows are odd; what lies behind the last block goes one by one there."""
+    texts = run_compiled(_compiled, str(tmp_path))
+    assert len(texts) == 2 * 3 * 3
+    for name, text in texts.items():
+        vectors = {side: f"{side}.global.v4.b32" in text for side in ("ld", "st")}
+        assert vectors["ld"] == (not name.endswith("one")), name
+        assert vectors["st"] == (vectors["ld"] and name.startswith("_gradient")), name
 
 
 # Which one is taken ---------------------------------------------------------------------------------------------------
