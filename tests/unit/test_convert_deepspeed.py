@@ -19,7 +19,9 @@ from torch import Tensor
 from mtp_megatron.checkpoint import cli as convert_cli
 from mtp_megatron.checkpoint.convert import TARGETS
 from mtp_megatron.checkpoint.kinds import KINDS, detect
+from mtp_megatron.checkpoint.pth import PthFile
 from mtp_megatron.cli import main
+from mtp_megatron.errors import CheckpointError
 from tests.checkpoints import random_tensors, seal, write_checkpoint
 
 RANKS = 2  # data parallel ones, each with a piece of everything under ZeRO 3
@@ -87,3 +89,60 @@ def test_the_command_line_takes_every_layout_that_errors_tell_to_name(
     assert choices["kind"] == ("auto", *KINDS)
     assert set(choices["to"] or ()) == {*TARGETS, "bundle"}
     assert "DeepSpeed run" in parser.format_help()
+
+
+def flip(file: Path, where: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[where] ^= 0x10
+    file.write_bytes(content)
+
+
+def position(file: Path, group: str) -> int:
+    """Where the middle of a flat group lies in a file of optimizer states, or of the moments beside it."""
+    states = torch.load(file, map_location="meta", weights_only=True)["optimizer_state_dict"]
+    storage = (states["exp_avg"] if group == "exp_avg" else states["fp32_flat_groups"][0]).untyped_storage()
+    return int(storage._checkpoint_offset) + storage.nbytes() // 2
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_flipped_bit_is_told_by_the_checksum(stage: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It makes no value infinite: without the checksum nothing would show."""
+    folder = write_deepspeed(tmp_path / "run", random_tensors(), stage)
+    if stage == 3:
+        file = folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+        flip(file, position(file, "exp_avg"))
+        assert convert(folder, tmp_path / "unharmed") == 0  # what is not read is not looked at
+        flip(file, position(file, "fp32_flat_groups"))
+    else:
+        file = folder / "mp_rank_00_model_states.pt"
+        flip(file, file.stat().st_size // 2)
+    assert convert(folder, tmp_path / "hf") == 2
+    error = capsys.readouterr().err
+    assert file.name in error
+    assert "is damaged (Bad CRC-32" in error
+    assert "Copy the file again" in error
+    assert not [entry for entry in tmp_path.iterdir() if "hf" in entry.name]
+
+
+def test_a_checksum_is_computed_once_for_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"flat": torch.arange(100.0)}, tmp_path / "x.pt")
+    file, calls = PthFile(tmp_path / "x.pt"), []
+    blocks = file._blocks
+    monkeypatch.setattr(file, "_blocks", lambda key: (calls.append(key), blocks(key))[1])
+    assert [file.read_part("flat", start, 10).sum().item() for start in (0, 50)] == [45.0, 545.0]
+    assert calls == ["flat"]
+    with pytest.raises(CheckpointError, match="no flat tensor of 110 values"):
+        file.read_part("flat", 100, 10)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{}, {"module": torch.ones(3)}, {"module": {"x": "text"}}, [1, 2]],
+    ids=["nothing", "a tensor", "a text", "a list"],
+)
+def test_states_of_another_form_are_refused(content: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_deepspeed(tmp_path / "run", random_tensors(), 2)
+    torch.save(content, folder / "mp_rank_00_model_states.pt")
+    seal(folder)
+    assert convert(folder, tmp_path / "hf") == 2
+    assert "mp_rank_00_model_states.pt" in capsys.readouterr().err
