@@ -428,7 +428,7 @@ def test_heads_and_output_on_the_command_line(tmp_path: Path, capsys: pytest.Cap
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("to", ["megatron", "meta", "hf"])
+@pytest.mark.parametrize("to", ["megatron", "meta", "hf", "bundle"])
 def test_memory_is_bounded_by_one_tensor(to: str, tmp_path: Path) -> None:
     """A model of 0.4 GB whose largest tensor has 17 MB and whose shards have 50, in a process of its own."""
     report = subprocess.run(
