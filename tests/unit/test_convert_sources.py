@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from mtp_megatron.checkpoint.convert import convert
 from mtp_megatron.checkpoint.kinds import detect, open_source
 from mtp_megatron.cli import main
+from mtp_megatron.config import HeadsConfig
 from mtp_megatron.errors import MTPError
 from mtp_megatron.serving.bundle import write_bundle
 from tests.checkpoints import (
@@ -137,9 +138,18 @@ def test_an_export_with_heads_comes_back_whole(tmp_path: Path) -> None:
     tensors = random_tensors()
     for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
         tensors[key][SHAPE.vocab_size :] = 0
-    write_checkpoint(tmp_path / "run", tensors=tensors)
+    heads = {
+        "n": 3,
+        "loss_weights": [1.0, 0.5, 0.25],
+        "curriculum_steps": 9,
+        "documents": "ignore",
+        "trainable": "heads",
+    }
+    settings = HeadsConfig.parse(heads).model_dump(mode="json")
+    write_checkpoint(tmp_path / "run", tensors=tensors, heads=settings)
     folder = quiet(tmp_path / "run", tmp_path / "hf", "hf", max_shard_bytes=30_000)
     source, description = open_source(quiet(folder, tmp_path / "megatron", "megatron"))
+    assert description.raw["heads"] == settings, "how they were trained"
     assert description.shape.num_heads == SHAPE.num_heads
     assert description.raw["tokenizer"]["kind"] == "bytes"
     for key in source.keys():  # noqa: SIM118
