@@ -27,7 +27,7 @@ from mtp_megatron.targets import IGNORE_INDEX
 from tests.distributed import test_loss_parallel as parallel
 from tests.interpreter import needs_triton, run_compiled, run_interpreted
 
-BLOCK = 16  # columns to a program in place of 4096, so that small vocabularies take several
+BLOCK = 16  # columns to a program in place of 2048, so that small vocabularies take several
 SCALE = 0.75
 GRADIENTS = ("loss", "hidden_grad", "weight_grad")
 
@@ -97,7 +97,7 @@ OUTSIDE = (-1, -101, 37, 39, 1037)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAKERS: dict[str, Callable[[torch.dtype], Problem]] = {
     **{f"{vocab}-entries": functools.partial(random, vocab=vocab) for vocab in (1, 9, 16, 32, 37, 64)},
-    "blocks-of-4096": functools.partial(random, vocab=9000, tokens=3, block=4096),
+    "blocks-of-2048": functools.partial(random, vocab=5000, tokens=3, block=2048),
     "one-chunk": functools.partial(random, chunk=100),
     "no-token": functools.partial(random, tokens=0),
     "padded": padded,
