@@ -59,7 +59,7 @@ class FutureHeads:
         self.owned_heads = tuple(range(heads.n) if owned is None else owned)
         # Megatron-core enters FP8, and builds FP8 parameters, inside of a TransformerBlock; what is built here is in
         # none, and its configuration says so too.
-        config = self.config if heads.fp8 else compat.without_fp8(self.config)
+        config = compat.without_overlap(self.config if heads.fp8 else compat.without_fp8(self.config))
         self.true_vocab_size = true_vocab_size
         self.head_weights: tuple[float, ...] = heads.weights_at(0)
         self.tensor_parallel_group = pg_collection.tp

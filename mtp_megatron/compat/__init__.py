@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mtp_megatron.compat.experts import aux_loss_coefficient, take_load_balancing_loss
     from mtp_megatron.compat.fp8 import fp8_context, without_fp8
     from mtp_megatron.compat.kernels import fusions, slower_without_apex, slower_without_triton
+    from mtp_megatron.compat.overlap import userbuffers, without_overlap
     from mtp_megatron.compat.specs import layer_spec, norm_class, trunk_block_spec
     from mtp_megatron.compat.versions import MCORE_VERSION
 
@@ -39,7 +40,9 @@ _LAZY = {
     "slower_without_triton": "mtp_megatron.compat.kernels",
     "take_load_balancing_loss": "mtp_megatron.compat.experts",
     "trunk_block_spec": "mtp_megatron.compat.specs",
+    "userbuffers": "mtp_megatron.compat.overlap",
     "without_fp8": "mtp_megatron.compat.fp8",
+    "without_overlap": "mtp_megatron.compat.overlap",
 }
 
 __all__ = [
@@ -56,7 +59,9 @@ __all__ = [
     "slower_without_triton",
     "take_load_balancing_loss",
     "trunk_block_spec",
+    "userbuffers",
     "without_fp8",
+    "without_overlap",
 ]
 
 

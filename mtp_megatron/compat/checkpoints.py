@@ -51,6 +51,33 @@ def _common_strategy() -> type[Any] | None:
     return CommonStateOfAnyVersion
 
 
+def take_unsaved_states(state: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
+    """Take out of a sharded state what the checkpoint lacks because other modules saved it.
+
+    Transformer Engine's norms keep an ``_extra_state``, empty unless they are quantised; torch's norms have none, and a
+    run may be resumed with the other modules (``train.transformer_engine``).
+
+    Returns:
+        ``(chunk, name)`` of each, to be put back as None after the load: that leaves a module as it is.
+    """
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    names = [
+        (key, name)
+        for key, chunk in state.items()
+        if key.startswith("model")
+        for name, value in chunk.items()
+        if name.endswith("_extra_state") and isinstance(value, ShardedObject)
+    ]
+    if not names:
+        return []
+    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+    unsaved = [(key, name) for key, name in names if state[key][name].unique_key not in saved]
+    for key, name in unsaved:
+        del state[key][name]
+    return unsaved
+
+
 @contextmanager
 def padded_optimizer_state() -> Iterator[None]:
     """Inside, the distributed optimizer's sharded state (``fully_reshardable``) is right whatever padding its buckets

@@ -248,16 +248,12 @@ def check_request(request: Request, names: Names) -> None:
 
 
 def without_fp8(config: TransformerConfig) -> TransformerConfig:
-    """``config`` for layers that stay in BF16 whatever the trunk does; itself, where nothing has to change.
-
-    They do without Transformer Engine's overlap of communication (``tp_comm_overlap``) then: its buffers are allocated
-    for the trunk's type.
-    """
+    """``config`` for layers that stay in BF16 whatever the trunk does; itself, where nothing has to change."""
     if not (config.fp8 or config.fp4 or config.quant_recipe):
         return config
     config = copy.copy(config)
     config.fp8 = config.fp4 = config.quant_recipe = None
-    config.fp8_param = config.fp4_param = config.tp_comm_overlap = False
+    config.fp8_param = config.fp4_param = False
     return config
 
 

@@ -61,7 +61,12 @@ def trace_rank(recipe: Recipe, rank: int, world_size: int, *, fused_kernels: boo
     start = time.perf_counter()
     fused = recipe.train.transformer_engine if fused_kernels is None else fused_kernels
     # Transformer Engine needs a GPU: megatron-core's own layers stand for its.
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"transformer_engine": False})})
+    recipe = recipe.model_copy(
+        update={
+            "train": recipe.train.model_copy(update={"transformer_engine": False}),
+            "parallel": recipe.parallel.model_copy(update={"tp_comm_overlap": False}),
+        }
+    )
     whole = num_microbatches(recipe, world_size)
     makers = Makers()
     memory = LiveMemory(makers)

@@ -151,6 +151,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence_parallel,
+        tp_comm_overlap=parallel.tp_comm_overlap,
         pipeline_model_parallel_layout=trunk_layout(parallel.layout),
         # The heads' loss is a sum over tokens; gradients are divided by the global batch's count of targets of head 1.
         calculate_per_token_loss=True,
@@ -164,6 +165,17 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         **recompute,
         **compat.fusions(),
     )
+
+
+@contextmanager
+def overlapped_communication(recipe: Recipe) -> Iterator[None]:
+    """What ``parallel.tp_comm_overlap`` needs for as long as the model runs; the world must be up. Collective."""
+    if not recipe.parallel.tp_comm_overlap:
+        yield
+        return
+    tokens = recipe.train_seq_length * recipe.train.micro_batch_size // recipe.parallel.context
+    with compat.userbuffers(transformer_config(recipe), tokens=tokens):
+        yield
 
 
 def _experts(recipe: Recipe) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from mtp_megatron import compat
-from mtp_megatron.compat.checkpoints import load_strategies, padded_optimizer_state
+from mtp_megatron.compat.checkpoints import load_strategies, padded_optimizer_state, take_unsaved_states
 from mtp_megatron.data.manifest import Manifest
 from mtp_megatron.data.tokenizer import MODEL_FILE
 from mtp_megatron.errors import CheckpointError
@@ -151,11 +151,14 @@ def read_state(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
+        unsaved = take_unsaved_states(state, folder)
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder), **load_strategies())
     except (CheckpointingException, CheckpointException, OSError, EOFError, pickle.UnpicklingError, KeyError) as error:
         raise CheckpointError(
             f"{folder}: cannot be read ({error}). Name or restore another checkpoint of the run."
         ) from error
+    for key, name in unsaved:
+        loaded[key][name] = None
     return loaded
 
 

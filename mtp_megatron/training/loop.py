@@ -17,6 +17,7 @@ from mtp_megatron.data.loader import build_train_iterator, build_valid_batches, 
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.training.agreement import job_store, preflight_together, require_shared
 from mtp_megatron.training.batches import chunk_iterators
+from mtp_megatron.training.build import overlapped_communication
 from mtp_megatron.training.checkpoint_files import latest_complete
 from mtp_megatron.training.checkpointing import count_parameters, latest_checkpoint
 from mtp_megatron.training.evaluation import Evaluation, evaluate
@@ -57,7 +58,12 @@ def train(recipe: Recipe) -> Outcome:
     """
     store = job_store(recipe)
     plan = preflight_together(recipe, launched_world_size(), store)
-    with stop_on_signal() as stop, model_parallel_world(plan.recipe, store), _locked(plan):
+    with (
+        stop_on_signal() as stop,
+        model_parallel_world(plan.recipe, store),
+        _locked(plan),
+        overlapped_communication(plan.recipe),
+    ):
         return _Session(plan, stop).run()
 
 

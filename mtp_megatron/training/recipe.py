@@ -105,6 +105,10 @@ class ParallelSection(Section):
     sequence_parallel: bool = Field(
         default=False, description="shard norms and residuals along the sequence; needs tensor > 1"
     )
+    tp_comm_overlap: bool = Field(
+        default=False,
+        description="hide the trunk's tensor parallel communication behind its multiplications (Transformer Engine)",
+    )
     layout: str | None = Field(
         default=None,
         description="layers by stage: E embedding, t trunk layer, m head, L loss: 'Etttmm|tmmL'; null: even; "

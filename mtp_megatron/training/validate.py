@@ -7,6 +7,7 @@ from mtp_megatron.training.low_precision import check_low_precision
 from mtp_megatron.training.recipe import Recipe, padded_vocab_size
 from mtp_megatron.training.validate_experts import check_experts
 from mtp_megatron.training.validate_layout import check_layout
+from mtp_megatron.training.validate_overlap import check_overlap
 
 
 def check_recipe(recipe: Recipe, *, world_size: int, tokenizer_vocab_size: int) -> Recipe:
@@ -32,6 +33,7 @@ def check_recipe(recipe: Recipe, *, world_size: int, tokenizer_vocab_size: int) 
     _check_schedule(recipe)
     _check_precision(recipe)
     check_low_precision(recipe)
+    check_overlap(recipe)
     _check_frozen_stages(recipe)
     check_experts(recipe, world_size)
     return recipe

@@ -162,10 +162,9 @@ def test_layers_in_bf16_get_a_configuration_without_fp8() -> None:
     plain = transformer_config(recipe_of().resolved(vocab_size=257))
     assert compat.without_fp8(plain) is plain
     config = transformer_config(recipe_of(**ON).resolved(vocab_size=257))
-    config.tp_comm_overlap = True
     off = compat.without_fp8(config)
-    assert (off.fp8, off.fp4, off.fp8_param, off.tp_comm_overlap) == (None, None, False, False)
-    assert (config.fp8, config.tp_comm_overlap) == ("hybrid", True)
+    assert (off.fp8, off.fp4, off.fp8_param) == (None, None, False)
+    assert config.fp8 == "hybrid"
     assert off.hidden_size == config.hidden_size
 
 

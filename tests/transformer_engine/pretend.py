@@ -1,0 +1,128 @@
+"""A CPU that passes for an H100 to Transformer Engine and to the project's own checks, for the time of a test.
+
+Transformer Engine is imported before anything of Megatron, so that ``mtp_megatron.compat.cpu`` finds it in use and does
+not hide it; the CPU stand-ins of the package do the rest of the work. Here are only those that Transformer Engine
+itself asks for. Where PyTorch has a device for real, ``torch.cuda.is_available`` stays as it is: only those who ask for
+Transformer Engine's sake are told of one, and nothing of the project's checks is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from packaging.version import Version
+
+from mtp_megatron import compat
+from mtp_megatron.compat import cpu, fp8, packages
+from tests.transformer_engine import kernels
+
+HOPPER, BLACKWELL = (9, 0), (10, 0)
+# Functions of Transformer Engine that remember what they were told of the device.
+_REMEMBERS = (
+    ("transformer_engine.pytorch.utils", "_get_device_compute_capability"),
+    ("transformer_engine.pytorch.utils", "is_non_tn_fp8_gemm_supported"),
+    ("transformer_engine.pytorch.quantization", "check_fp8_support"),
+    ("transformer_engine.pytorch.quantization", "check_mxfp8_support"),
+    ("transformer_engine.pytorch.quantization", "check_nvfp4_support"),
+    ("transformer_engine.pytorch.quantization", "check_fp8_block_scaling_support"),
+)
+
+
+def import_transformer_engine() -> Any:
+    """The real one, before Megatron; then the package's stand-ins for CUDA."""
+    module = importlib.import_module("transformer_engine.pytorch")
+    compat.prepare()
+    return module
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, capability: fp8.Capability = HOPPER) -> None:
+    """Everything of a GPU that Transformer Engine and the project's checks look at."""
+    engine = import_transformer_engine()
+    from megatron.core import fp8_utils
+
+    assert fp8_utils.HAVE_TE, "Megatron was imported without Transformer Engine: run this folder alone"
+    assert not torch.cuda.is_available()
+    _tell_the_project(monkeypatch, capability)
+
+    for path, name in _REMEMBERS:
+        getattr(importlib.import_module(path), name).cache_clear()
+    properties = types.SimpleNamespace(major=capability[0], minor=capability[1], multi_processor_count=1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    # Whether a graph is being captured; raises without a driver.
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    # Asserted of every input.
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    base = importlib.import_module("transformer_engine.pytorch.module.base")
+    monkeypatch.setattr(base.TransformerEngineBaseModule, "__init__", _with_cuda(base.TransformerEngineBaseModule))
+    # Scratch memory of cuBLAS, by the index of the device.
+    gemm = importlib.import_module("transformer_engine.pytorch.cpp_extensions.gemm")
+    monkeypatch.setattr(gemm, "get_cublas_workspace", lambda *_: torch.empty(0))
+    kernels.install(monkeypatch)
+    # Masks are made with device="cuda".
+    monkeypatch.setattr(torch, "arange", cpu._on_cpu(torch.arange))
+    _optimizer_in_torch(monkeypatch)
+
+    # Attention in torch's own operations: Transformer Engine's choice where neither flash nor cuDNN's fits.
+    utils = importlib.import_module("transformer_engine.pytorch.attention.dot_product_attention.utils")
+    unfused = (False, None, False, None, True, [False, False, True])
+    monkeypatch.setattr(utils, "get_attention_backend", lambda parameters: unfused)
+    monkeypatch.setenv("NVTE_MASKED_SOFTMAX_FUSION", "0")
+    # The update of the histories in its Python.
+    monkeypatch.setenv("NVTE_UNFUSED_FP8_UPDATE", "1")
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        monkeypatch.setenv(name, "1")  # as Megatron sets them, and leaves them
+    engine.fp8.FP8GlobalStateManager.reset()
+
+
+def forget() -> None:
+    """What was remembered of the pretended device."""
+    for path, name in _REMEMBERS:
+        getattr(importlib.import_module(path), name).cache_clear()
+    importlib.import_module("transformer_engine.pytorch.quantization").FP8GlobalStateManager.reset()
+
+
+def _tell_the_project(monkeypatch: pytest.MonkeyPatch, capability: fp8.Capability) -> None:
+    """Its checks run as they are, on this machine's own packages and a device that is not there."""
+    from mtp_megatron.compat import specs
+
+    machine = dataclasses.replace(
+        fp8.this_machine(),
+        device=f"a pretended GPU of compute capability {capability[0]}.{capability[1]}",
+        capability=capability,
+        cuda=Version(str(torch.version.cuda)),
+        transformer_engine=packages.transformer_engine(cuda=True),
+    )
+    monkeypatch.setattr(fp8, "this_machine", lambda: machine)
+    monkeypatch.setattr(specs, "torch", types.SimpleNamespace(cuda=types.SimpleNamespace(is_available=lambda: True)))
+
+
+def _optimizer_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron takes Adam, clipping and copies from Transformer Engine where it is there: kernels all of them."""
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.optimizer import optimizer as steps
+
+    monkeypatch.setattr(optimizer, "USING_PYTORCH_OPTIMIZER", True)
+    for module in (clip_grads, steps):
+        monkeypatch.setattr(module, "multi_tensor_applier", utils.local_multi_tensor_applier)
+        monkeypatch.setattr(module, "multi_tensor_scale_impl", utils.local_multi_tensor_scale)
+    monkeypatch.setattr(clip_grads, "l2_norm_impl", utils.local_multi_tensor_l2_norm)
+
+
+def _with_cuda(module: Any) -> Callable[..., None]:
+    """Its constructor, with a device for as long as it asserts that there is one."""
+    original = module.__init__
+
+    def construct(self: Any, *args: Any, **kwargs: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            original(self, *args, **kwargs)
+
+    return construct

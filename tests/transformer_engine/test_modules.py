@@ -1,0 +1,101 @@
+"""What the real spec builds: which modules are Transformer Engine's, and that names and shapes are the local spec's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from mtp_megatron.errors import ConfigError
+from tests.transformer_engine import runs
+from tests.transformer_engine.pretend import BLACKWELL, HOPPER
+
+# A norm is fused into the linear layer that it feeds; Megatron's checkpoints know both by the second name.
+FUSED = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+RECIPES: list[Any] = [
+    pytest.param({}, HOPPER, id="bf16"),
+    *(
+        pytest.param({"train__fp8": "hybrid", "train__fp8_recipe": name}, capability, id=name)
+        for name, capability in (
+            ("delayed", HOPPER),
+            ("tensorwise", HOPPER),
+            ("blockwise", HOPPER),
+            ("mxfp8", BLACKWELL),
+        )
+    ),
+    pytest.param({"train__fp4": "e2m1"}, BLACKWELL, id="nvfp4"),
+    pytest.param({**runs.FP8, "train__first_last_layers_bf16": True}, HOPPER, id="first and last layers in bf16"),
+    pytest.param({"model__qk_norm": True, "model__qkv_bias": True}, HOPPER, id="norms of queries and keys, biases"),
+]
+
+
+def local_name(name: str) -> str:
+    """The name of the same parameter where a norm is a module of its own."""
+    for own, fused in FUSED.items():
+        name = name.replace(fused, own)
+    return name
+
+
+def origin(module: torch.nn.Module) -> str:
+    """Whose code a module is made of: a wrapper of Megatron's counts for what it wraps."""
+    for kind in type(module).__mro__:
+        if kind.__module__.startswith("transformer_engine."):
+            return "transformer_engine"
+    return type(module).__module__.partition(".")[0]
+
+
+@pytest.mark.parametrize(("settings", "capability"), RECIPES)
+def test_modules_names_and_shapes(
+    pretend_gpu: Callable[..., None], settings: dict[str, Any], capability: tuple[int, int]
+) -> None:
+    local = {key: value for key, value in settings.items() if key.startswith("model__")}
+    with runs.built(runs.recipe_of(**local, train__transformer_engine=False)) as model:
+        shapes = {name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
+        keys = stored(model)
+        assert {origin(module) for module in model.modules()} == {"megatron", "mtp_megatron", "torch"}
+    pretend_gpu(capability)
+    with runs.built(runs.recipe_of(**settings)) as model:
+        found = {local_name(name): (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
+        assert found == shapes
+        state = stored(model)
+        assert {key for key in state if not key.endswith("_extra_state")} == {
+            key for key in keys if not key.endswith("_extra_state")
+        }
+
+        # Four matrices in each layer; the embedding and the unembedding are Megatron's own.
+        for room, layers in ((model.decoder, runs.TRUNK), (model.heads, runs.HEADS)):
+            assert len(runs.linear_layers(room)) == 4 * layers
+            owners = {origin(m) for m in room.modules() if list(m.parameters(recurse=False))}
+            assert owners == {"transformer_engine"}
+        assert origin(model.final_norm) == "transformer_engine"
+        assert {origin(m) for m in (model.embedding.word_embeddings, model.output_layer)} == {"megatron"}
+
+        assert (model.config.fp8, model.config.fp4) == (settings.get("train__fp8"), settings.get("train__fp4"))
+        configs = [module.config for module in model.heads.modules() if hasattr(module, "config")]
+        assert {(config.fp8, config.fp4) for config in configs} == {(None, None)}
+
+
+def stored(model: Any) -> dict[str, Any]:
+    """What a checkpoint would hold, by key."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedBase
+
+    from mtp_megatron.training.checkpointing import model_state
+
+    values = [value for value in nested_values(model_state([model])) if isinstance(value, ShardedBase)]
+    return {value.key: value for value in values}
+
+
+def test_the_machine_is_still_looked_at(pretend_gpu: Callable[..., None]) -> None:
+    """The control of the fixture: the project's checks see a Hopper, and refuse what that cannot do."""
+    pretend_gpu(HOPPER)
+    with (
+        pytest.raises(ConfigError, match=r"compute capability 10\.0 or higher"),
+        runs.built(runs.recipe_of(train__fp8="hybrid", train__fp8_recipe="mxfp8")),
+    ):
+        pass

@@ -1,0 +1,59 @@
+"""A checkpoint of torch's norms is loaded into norms that keep an extra state, as Transformer Engine's do.
+
+The norm is a stand-in with such a state; tests/transformer_engine/test_checkpoints.py has the real one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mtp_megatron.errors import CheckpointError
+from mtp_megatron.training.recipe_io import parse_recipe
+from mtp_megatron.training.validate import check_recipe
+from tests.training_runs import VOCAB, make_data, tiny_tree
+
+
+def keeps_state(norm: torch.nn.Module, given: list[Any]) -> None:
+    """Turn a norm into one that saves an empty extra state, and notes what it is given back."""
+
+    def set_extra_state(self: Any, state: Any) -> None:
+        given.append(state)
+
+    methods = {"get_extra_state": lambda self: torch.empty(0, dtype=torch.uint8), "set_extra_state": set_extra_state}
+    norm.__class__ = type("Keeping", (norm.__class__,), methods)
+
+
+def test_a_checkpoint_without_them_is_loaded_and_they_stay_as_they_are(tmp_path: Path) -> None:
+    from mtp_megatron.data.manifest import load_manifest
+    from mtp_megatron.training.build import build_trainable
+    from mtp_megatron.training.checkpointing import latest_checkpoint, load_checkpoint, save_checkpoint
+    from mtp_megatron.training.world import model_parallel_world
+
+    tree = tiny_tree(make_data(tmp_path), tmp_path / "run")
+    recipe = check_recipe(parse_recipe(tree), world_size=1, tokenizer_vocab_size=VOCAB)
+    given: list[Any] = []
+    with model_parallel_world(recipe):
+        trainable = build_trainable(recipe)
+        (model,) = trainable.models
+        for parameter in model.parameters():
+            parameter.main_grad.fill_(1e-3)
+        trainable.update()  # a step, so that there are moments to be saved
+        save_checkpoint(recipe, load_manifest(tmp_path / "data"), trainable, tmp_path / "checkpoints", 1)
+        folder = latest_checkpoint(tmp_path / "checkpoints")
+        assert folder is not None
+        weight = model.final_norm.weight.detach().clone()
+        with torch.no_grad():
+            model.final_norm.weight.zero_()
+        keeps_state(model.final_norm, given)
+        assert load_checkpoint(recipe, trainable, folder) == 1
+        torch.testing.assert_close(model.final_norm.weight, weight, rtol=0, atol=0)
+        assert given == [None]
+
+        # The control: what is missing and no extra state is still named.
+        model.final_norm.register_buffer("scale", torch.ones(1))
+        with pytest.raises(CheckpointError, match=r"final_norm\.scale"):
+            load_checkpoint(recipe, trainable, folder)
