@@ -14,7 +14,9 @@ def carry(z: Tensor, loss: Tensor, scale: Callable[[Tensor], Tensor] | None) -> 
 
     On the last stage the schedule starts the backward pass at the loss, scaled; on the others at what they sent, with
     the gradient that came back. Here the loss gets the same scale, and dL/dz is what came back plus the loss's own.
-    (megatron-core's ``MTPLossAutoScaler`` does so for its auxiliary loss, with a scale kept in the class.)
+    (megatron-core's ``MTPLossAutoScaler`` does so for its auxiliary loss, with a scale kept in the class.) Without
+    ``calculate_per_token_loss`` the schedule divides the last stage's loss besides, which this cannot know:
+    :func:`.model_checks.check_spread` refuses that.
 
     Args:
         z: ``[s, b, h]``, the stage's output.

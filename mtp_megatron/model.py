@@ -15,7 +15,7 @@ from mtp_megatron.carry import carry
 from mtp_megatron.config import HeadsConfig
 from mtp_megatron.copies import build_output_layer, mark_copies, sharded_state_with_copies
 from mtp_megatron.future_heads import FutureHeads
-from mtp_megatron.model_checks import check_config, check_forward
+from mtp_megatron.model_checks import check_config, check_forward, check_spread
 from mtp_megatron.rope import RopeScaling
 from mtp_megatron.sequential import HeadReport
 
@@ -116,12 +116,14 @@ def build_model(
         rope_scaling: how rotary frequencies are lowered; None: they are not.
         transformer_engine: build trunk and heads from Transformer Engine's modules.
         owned_heads: the stage's heads (0-based; :mod:`mtp_megatron.layout`); None: all where ``post_process`` is set.
+            Heads on other stages than the last need ``config.calculate_per_token_loss``.
 
     Raises:
         ConfigError: a setting of ``config`` that the heads cannot work with.
     """
     compat.prepare()
     check_config(config, vocab_size, padded_vocab_size, fp8_heads=heads.fp8, transformer_engine=transformer_engine)
+    check_spread(config, heads.n, owned_heads, post_process)
     compat.take_load_balancing_loss()  # what an earlier model of this process left, perhaps of other layers
     model = MTPGPTModel(
         config=config,

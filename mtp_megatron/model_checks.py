@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mtp_megatron.compat import fp8
@@ -72,6 +73,32 @@ def _check_low_precision(config: TransformerConfig, heads: bool, transformer_eng
         transformer_engine=transformer_engine,
     )
     fp8.check(request, {"heads": "heads.fp8"})
+
+
+def check_spread(config: TransformerConfig, n: int, owned: Sequence[int] | None, post_process: bool) -> None:
+    """Refuse heads on a stage before the last where Megatron divides the loss on the last stage alone.
+
+    Without ``calculate_per_token_loss`` its schedule divides each microbatch's loss by the count of tokens and by the
+    number of microbatches; both are known on the last stage only, so the other stages' heads would learn that many
+    times faster (:func:`.carry.carry` knows the loss scale alone).
+
+    Args:
+        n: heads of the model.
+        owned: this stage's heads, as :func:`.model.build_model` takes them.
+        post_process: whether this is the last stage.
+
+    Raises:
+        ConfigError: names the field.
+    """
+    spread = bool(owned) and not (post_process and len(owned or ()) == n)
+    if spread and not config.calculate_per_token_loss:
+        raise ConfigError(
+            "calculate_per_token_loss",
+            config.calculate_per_token_loss,
+            f"of {n} heads this stage holds {[head + 1 for head in owned or ()]}, and Megatron would divide the loss "
+            "of those on the last stage alone by its tokens and microbatches",
+            "Set it to True, or leave all heads on the last stage",
+        )
 
 
 def check_forward(packed_seq_params: Any) -> None:

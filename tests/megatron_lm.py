@@ -88,6 +88,21 @@ def samples_provider(num_samples: Sequence[int], vp_stage: int | None = None) ->
     return Samples(), Samples(), Samples()
 
 
+class ScarceSamples(Samples):
+    """Documents of one token and their end, so that no head but the first has a target where documents are separate;
+    in the first global batch of :data:`TRAINING` all labels are masked out besides."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        sample = super().__getitem__(index)
+        sample["tokens"][1::2] = EOD  # the labels share its memory
+        sample["loss_mask"][:] = float(index >= 4)
+        return sample
+
+
+def scarce_provider(num_samples: Sequence[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+    return ScarceSamples(), ScarceSamples(), ScarceSamples()
+
+
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
     """What a run wrote for TensorBoard: tag -> step -> value."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -129,7 +144,13 @@ def train(rank: int, world_size: int, argv: Sequence[str]) -> int:
         return main()
 
 
-def train_filled(rank: int, world_size: int, argv: Sequence[str], parameters: dict[str, torch.Tensor]) -> None:
+def train_filled(
+    rank: int,
+    world_size: int,
+    argv: Sequence[str],
+    parameters: dict[str, torch.Tensor],
+    provider: Callable[..., tuple[Any, Any, Any]] = samples_provider,
+) -> None:
     """For ``run_world``: the same on given weights and on :class:`Samples`, put together from the package's parts."""
     with command_line(rank, world_size, argv):
         megatron_lm.prepare()
@@ -141,9 +162,9 @@ def train_filled(rank: int, world_size: int, argv: Sequence[str], parameters: di
             fill([model], parameters)
             return model
 
-        samples_provider.is_distributed = True  # type: ignore[attr-defined]
+        provider.is_distributed = True  # type: ignore[attr-defined]
         megatron_lm.pretrain(
-            samples_provider,
+            provider,
             filled_provider,
             forward_step,
             check_args=check_args,

@@ -69,6 +69,42 @@ def train_body(rank: int, world_size: int, tree: dict[str, Any]) -> int:
     return train(parse_recipe(tree)).step
 
 
+def train_on_scarce_targets(rank: int, world_size: int, tree: dict[str, Any], per_step: int) -> int:
+    """For ``run_world``: train where no document is longer than one token: no head but the first ever has a target,
+    and in the second step, of ``per_step`` microbatches on each rank, neither has that one."""
+    from mtp_megatron.training import batches
+
+    whole, made = batches.future_targets, 0
+
+    def scarce(*args: Any, **kwargs: Any) -> Any:
+        nonlocal made
+        targets = whole(*args, **kwargs)
+        targets[0 if made // per_step == 1 else 1 :] = -100
+        made += 1
+        return targets
+
+    batches.future_targets = scarce
+    try:
+        return train_body(rank, world_size, tree)
+    finally:
+        batches.future_targets = whole
+
+
+def assert_trained_on_scarce_targets(run: Path) -> None:
+    """What :func:`train_on_scarce_targets` must leave after three steps with three heads."""
+    steps = metrics(run)
+    assert list(steps) == [1, 2, 3]
+    for step in (1, 3):
+        first, *others = steps[step]["head_loss"]
+        assert first is not None
+        assert others == [None, None]
+        assert steps[step]["loss"] == first
+        assert steps[step]["grad_norm"] > 0
+    assert steps[2]["head_loss"] == steps[2]["head_accuracy"] == [None] * 3
+    assert steps[2]["loss"] is None
+    assert steps[2]["grad_norm"] == 0
+
+
 def metrics(run: str | Path, kind: str = "train") -> dict[int, dict[str, Any]]:
     """Records of a run by step, without what time of day and machine decide."""
     records = {}

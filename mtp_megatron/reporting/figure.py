@@ -132,9 +132,7 @@ def _draw_curves(
 
 def _set_limits(ax: Axes, metrics: RunMetrics, key: str, scale: float) -> None:
     """Limits from the data, with room above the curves for the explanation in the corner."""
-    values = [
-        value * scale for record in [*metrics.train, *metrics.valid] for value in record[key] if np.isfinite(value)
-    ]
+    values = [value * scale for record in [*metrics.train, *metrics.valid] for value in record[key] if _is_known(value)]
     if not values:
         return
     low, high = min(values), max(values)
@@ -199,9 +197,14 @@ def _draw_decoding(ax: Axes, speculative: Record) -> None:
 
 
 def _series(records: list[Record], key: str, head: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    pairs = [(record["step"], record[key][head] * scale) for record in records if np.isfinite(record[key][head])]
+    pairs = [(record["step"], record[key][head] * scale) for record in records if _is_known(record[key][head])]
     steps, values = zip(*pairs, strict=True) if pairs else ((), ())
     return np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
+
+
+def _is_known(value: float | None) -> bool:
+    """None is written for a head without a figure: of weight 0 in a curriculum, or without any target."""
+    return value is not None and bool(np.isfinite(value))
 
 
 def _write(figure: Figure, path: Path) -> None:

@@ -69,9 +69,11 @@ class StepFigures:
     """What one step (or one evaluation) came to, over the whole global batch; equal on every rank.
 
     Attributes:
-        loss: the objective, the weighted sum over heads of their loss sums divided by head 1's count of targets (nats).
-        head_loss: mean negative log likelihood of each head over its own targets (nats).
-        head_accuracy: share of each head's targets that were its most likely token.
+        loss: the objective, the weighted sum over heads of their loss sums divided by head 1's count of targets (nats);
+            NaN where that is 0.
+        head_loss: mean negative log likelihood of each head over its own targets (nats); NaN where it has none, or was
+            not computed.
+        head_accuracy: share of each head's targets that were its most likely token; NaN as for ``head_loss``.
         tokens: targets of head 1.
         grad_norm: global gradient norm before clipping; NaN in evaluation.
         lr: learning rate of the step; NaN in evaluation.
@@ -117,9 +119,8 @@ def train_step(
     local = [torch.cat([r.loss_sum, r.correct, r.tokens, r.normalizer[None]]) for r in reports]
     sums = sum_over_world(local, 3 * recipe.heads.n + 1, stop_requested)
     figures = _figures(sums, weights)
-    _require_finite(
-        step + 1, [("loss of head", i + 1, value) for i, value in enumerate(figures.head_loss) if weights[i]]
-    )
+    # The sums, not the means: a head without a target in this global batch has no mean, and has not diverged.
+    _require_finite(step + 1, [("loss of head", i + 1, sums[i]) for i, weight in enumerate(weights) if weight])
     # Before the optimizer, so that the first step trains at lr/warmup_steps and the last of the decay at min_lr.
     trainable.scheduler.step(increment=1)
     grad_norm = trainable.update()

@@ -12,7 +12,14 @@ import pytest
 
 from tests.deepspeed_runs import TIMEOUT, assert_alike, deepspeed_tree, furthest, parameters, zero
 from tests.harness import run_world
-from tests.training_runs import make_data, metrics, tiny_tree, train_body
+from tests.training_runs import (
+    assert_trained_on_scarce_targets,
+    make_data,
+    metrics,
+    tiny_tree,
+    train_body,
+    train_on_scarce_targets,
+)
 
 pytestmark = pytest.mark.deepspeed
 
@@ -201,6 +208,13 @@ def test_other_settings_train_as_under_megatron_core(name: str, data: Path, tmp_
     run_world(train_body, 2, deepspeed_tree(data, run, config, **common), timeout=TIMEOUT)
     for kind in ("train", "valid"):
         assert_alike(metrics(run, kind), metrics(reference, kind))
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_heads_without_a_target_in_a_global_batch_do_not_end_the_run(stage: int, data: Path, tmp_path: Path) -> None:
+    tree = deepspeed_tree(data, tmp_path / "run", zero(stage), **{**RUN, "train__steps": 3})
+    assert run_world(train_on_scarce_targets, 2, tree, 2, timeout=TIMEOUT) == [3, 3]
+    assert_trained_on_scarce_targets(tmp_path / "run")
 
 
 OFFLOADED = {"offload_optimizer": {"device": "cpu"}}

@@ -9,14 +9,17 @@ import pytest
 import torch
 
 from mtp_megatron.reference import reference_loss
+from tests.harness import run_world
 from tests.parity import (
     Case,
+    assemble,
     assert_same_step,
     gradient_problems,
     make_batches,
     make_parameters,
     megatron_step,
     reference_step,
+    step_body,
 )
 
 LAYOUTS = {
@@ -194,3 +197,15 @@ def test_legacy_mean_over_microbatches() -> None:
     want = reference_step(case, parameters)
     want.gradients = {name: leaf.grad for name, leaf in leaves.items()}
     assert_same_step(megatron_step(case, parameters), want, 1e-5)
+
+
+@pytest.mark.parametrize("per_token_loss", [True, False])
+def test_a_global_batch_without_a_target_has_zero_gradients(per_token_loss: bool) -> None:
+    """Megatron divides by at least one token; so does nobody find a NaN."""
+    case = Case(world=2, pp=2, per_token_loss=per_token_loss)
+    parameters = make_parameters(case)
+    batches = [(tokens, torch.full_like(targets, -100)) for tokens, targets in make_batches(case, parameters)]
+    step = assemble(case, run_world(step_body, case.world, case, parameters, batches, None))
+    assert step.normalizer == 0
+    assert step.loss_sum.tolist() == [0.0] * 3
+    assert all(gradient.eq(0).all() for gradient in step.gradients.values())

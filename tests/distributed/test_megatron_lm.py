@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,17 @@ import torch
 from mtp_megatron.reference import reference_loss
 from mtp_megatron.targets import document_ends_from_tokens, future_targets
 from tests.harness import run_world
-from tests.megatron_lm import CASE, EOD, Samples, flags, needs_megatron_lm, scalars, train_filled, train_upstream
+from tests.megatron_lm import (
+    CASE,
+    EOD,
+    Samples,
+    flags,
+    needs_megatron_lm,
+    scalars,
+    scarce_provider,
+    train_filled,
+    train_upstream,
+)
 from tests.parity import make_parameters
 
 pytestmark = needs_megatron_lm
@@ -70,3 +81,14 @@ def test_logged_losses_are_those_of_the_oracle(
     for head, name in enumerate(["lm loss", "head 2 loss", "head 3 loss"]):
         assert found[name][1] == pytest.approx(float(wanted.loss_sum[head] / wanted.tokens[head]), rel=1e-5)
         assert f"{name} validation" in found, "evaluation reports every head"
+
+
+def test_heads_without_a_target_in_a_global_batch_do_not_end_the_run(tmp_path: Path) -> None:
+    """As in Megatron-LM itself a mean over no token is logged as NaN, and the gradients are zero, not NaN."""
+    parameters = make_parameters(replace(CASE, heads={"n": 3}))
+    argv = flags("--tensorboard-dir", tmp_path, "--mtp-heads", 3, "--train-iters", 3, "--eod-mask-loss")
+    run_world(train_filled, 1, argv, parameters, scarce_provider)
+    found = scalars(tmp_path)
+    assert [math.isnan(found["lm loss"][step]) for step in (1, 2, 3)] == [True, False, False]
+    assert [math.isnan(found["head 2 loss"][step]) for step in (1, 2, 3)] == [True] * 3
+    assert [found["grad-norm"][step] > 0 for step in (1, 2, 3)] == [False, True, True]

@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 
 from tests.harness import run_world
-from tests.training_runs import interrupted_copy, largest_difference, make_data, metrics, tiny_tree, train_body
+from tests.training_runs import (
+    assert_trained_on_scarce_targets,
+    interrupted_copy,
+    largest_difference,
+    make_data,
+    metrics,
+    tiny_tree,
+    train_body,
+    train_on_scarce_targets,
+)
 
 TP2_PP2 = {"parallel__tensor": 2, "parallel__pipeline": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -234,6 +243,15 @@ def test_a_nan_ends_the_run_on_every_rank_and_names_step_head_and_checkpoint(dat
     assert len(set(said)) == 1
     assert said[0].startswith("TrainingDiverged: step 6: the loss of head 2 is nan")
     assert "iter_0000004" in said[0]
+
+
+@pytest.mark.parametrize("layout", ["|", "Ettttm|mmL"], ids=["data parallel", "heads on two stages"])
+def test_heads_without_a_target_in_a_global_batch_do_not_end_the_run(layout: str, data: Path, tmp_path: Path) -> None:
+    """Documents shorter than n: at any step the later heads, or all, may have nothing to predict."""
+    pipeline = {} if layout == "|" else {"parallel__pipeline": 2, "parallel__layout": layout}
+    tree = tiny_tree(data, tmp_path / "run", train__steps=3, train__eval_batches=0, train__save_interval=0, **pipeline)
+    assert run_world(train_on_scarce_targets, 2, tree, 4 if pipeline else 2) == [3, 3]
+    assert_trained_on_scarce_targets(tmp_path / "run")
 
 
 def test_a_curriculum_keeps_late_heads_out_and_resumes_in_its_place(data: Path, tmp_path: Path) -> None:

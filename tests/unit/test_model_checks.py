@@ -12,7 +12,7 @@ from mtp_megatron import compat
 from mtp_megatron.compat.report import ALWAYS_REFUSED
 from mtp_megatron.config import HeadsConfig
 from mtp_megatron.errors import ConfigError
-from mtp_megatron.model_checks import check_config, check_forward
+from mtp_megatron.model_checks import check_config, check_forward, check_spread
 
 REFUSED: dict[str, Any] = {
     "cuda_graph_impl": "local",
@@ -48,6 +48,26 @@ def test_a_setting_is_refused_by_name(field: str) -> None:
     assert caught.value.field == field
     assert caught.value.value == REFUSED[field]
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("owned", "post_process"), [([1, 2], False), ([0], True), ([0, 1, 2], False)], ids=["first", "last", "all_early"]
+)
+def test_spread_heads_need_the_per_token_loss(owned: list[int], post_process: bool) -> None:
+    """Megatron's default is off: the last stage's loss alone would be divided, and the gradients silently wrong."""
+    from mtp_megatron.model import build_model
+
+    stage = {"vocab_size": 61, "padded_vocab_size": 64, "max_sequence_length": 8, "post_process": post_process}
+    with pytest.raises(ConfigError) as caught:  # no parallel state is up: nothing can have been built
+        build_model(config_with(), HeadsConfig(n=3), **stage, owned_heads=owned)
+    assert (caught.value.field, caught.value.value) == ("calculate_per_token_loss", False)
+    assert str([head + 1 for head in owned]) in str(caught.value)
+    check_spread(config_with(calculate_per_token_loss=True), 3, owned, post_process)
+
+
+@pytest.mark.parametrize(("owned", "post_process"), [(None, True), (None, False), ([0, 1, 2], True), ([], False)])
+def test_heads_on_the_last_stage_need_no_per_token_loss(owned: list[int] | None, post_process: bool) -> None:
+    check_spread(config_with(), 3, owned, post_process)
 
 
 def test_packed_sequences_are_refused_by_name() -> None:

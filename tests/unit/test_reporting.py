@@ -144,6 +144,15 @@ def test_figure_survives_a_loss_that_is_not_a_number(run, tmp_path):
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 
+def test_a_head_that_was_never_computed_has_no_figures(run, capsys):
+    """Under a curriculum, or without a target in any document, training writes null."""
+    records = [train_record(1), valid_record(1)]
+    for record in records:
+        record["head_loss"][1] = record["head_accuracy"][1] = None
+    assert main(["report", str(run(records))]) == 0
+    assert ["2", "-", "-"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
 def test_head_colours_go_from_dark_to_light():
     luminance = [0.2126 * r + 0.7152 * g + 0.0722 * b for r, g, b in head_colours(8)]
     assert luminance == sorted(luminance)
