@@ -1,87 +1,24 @@
-"""Every command and snippet of README.md is run: here, or by the test that a comment above it names.
-
-A comment above each ``bash`` or ``python`` block says how:
-
-    <!-- test: run -->                               run it, in order with the others, in a copy of the checkout
-    <!-- test: run append="..." replace="a=b|c=d" --> the same, words appended and parts replaced
-    <!-- test: covered-by tests/x.py::test_y -->     that test runs the same command
-"""
+"""The commands and snippets of README.md that are marked `run` (tests/documents.py), in their order."""
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-RUNNABLE = ("bash", "python")
-BLOCK = re.compile(
-    r"(?:^<!-- test: (?P<directive>.+?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
-)
+from tests.documents import ROOT, RUNNABLE, blocks
+
 SECONDS_PER_BLOCK = 150
-
-
-@dataclass(frozen=True)
-class Block:
-    directive: str
-    language: str
-    code: str
-
-    def option(self, name: str) -> str:
-        match = re.search(rf'\b{name}="([^"]*)"', self.directive)
-        return match.group(1) if match else ""
-
-    @property
-    def runnable_code(self) -> str:
-        code = self.code.rstrip("\n")
-        for pair in filter(None, self.option("replace").split("|")):
-            old, new = pair.split("=", 1)
-            assert old in code, f"replace names {old!r}, which the block does not hold:\n{code}"
-            code = code.replace(old, new)
-        return f"{code} {self.option('append')}".rstrip()
-
-
-def blocks(text: str) -> list[Block]:
-    return [Block(m["directive"] or "", m["language"], m["code"]) for m in BLOCK.finditer(text)]
-
-
 README = blocks((ROOT / "README.md").read_text(encoding="utf-8"))
 
 
-def unheld(found: list[Block]) -> list[str]:
-    """Code of the runnable blocks that no test runs."""
-    return [b.code for b in found if b.language in RUNNABLE and not re.match(r"run\b|covered-by \S+$", b.directive)]
-
-
-def test_every_block_says_how_it_is_run():
-    assert unheld(README) == []
+def test_there_is_something_to_run():
     assert len([b for b in README if b.language in RUNNABLE]) >= 8
-    assert all(b.language for b in README), "a fenced block without a language escapes this test"
-
-
-def test_a_block_that_nobody_runs_is_noticed():
-    assert unheld(blocks("text\n```bash\nrm -rf /\n```\n")) == ["rm -rf /\n"]
-
-
-@pytest.mark.parametrize(
-    "target", sorted({b.directive.removeprefix("covered-by ") for b in README if b.directive.startswith("covered-by")})
-)
-def test_the_test_that_a_block_names_exists(target):
-    path, _, name = target.partition("::")
-    text = (ROOT / path).read_text(encoding="utf-8")
-    if name:
-        functions = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
-        assert name in functions
-    command = [b.code.split()[1] for b in README if b.directive == f"covered-by {target}"]
-    for script in command:
-        assert Path(script).name in text, f"{path} does not run {script}"
 
 
 def test_every_relative_link_leads_somewhere():

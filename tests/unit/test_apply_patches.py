@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +13,11 @@ from typing import Any
 
 import pytest
 
+from tests.documents import blocks
+
 ROOT = Path(__file__).resolve().parents[2]
 PATCHES = ROOT / "patches"
+RELEASES = sorted(folder.name for folder in PATCHES.iterdir() if folder.is_dir())
 
 
 def _load() -> ModuleType:
@@ -158,7 +163,7 @@ def files_of(patch: Path) -> list[str]:
     return [line.removeprefix("+++ b/") for line in patch.read_text().splitlines() if line.startswith("+++ ")]
 
 
-@pytest.mark.parametrize("release", sorted(folder.name for folder in PATCHES.iterdir() if folder.is_dir()))
+@pytest.mark.parametrize("release", RELEASES)
 def test_the_ledger_names_every_patch_and_no_other(release: str) -> None:
     ledger = (PATCHES / "README.md").read_text()
     patches = tool.patches_for((PATCHES / release / "VERSION").read_text().strip())
@@ -170,6 +175,46 @@ def test_the_ledger_names_every_patch_and_no_other(release: str) -> None:
         assert len(files_of(patch)) == 1, "one topic, one file"
         assert patch.read_text().startswith("Subject: ")
         assert "megatron_lm" in patch.read_text() or "mtp_heads" in patch.read_text()
+
+
+def stand_in(tree: Path, release: str) -> None:
+    """A checkout of a release as far as its patches tell: their own context at its lines, and filler between."""
+    for patch in sorted((PATCHES / release).glob("*.patch")):
+        lines: list[str] = []
+        for line in patch.read_text().partition("\n+++ ")[2].splitlines()[1:]:
+            if hunk := re.match(r"@@ -(\d+)", line):
+                lines += [f"# filler {i}" for i in range(len(lines) + 1, int(hunk[1]))]
+            elif line[:1] in (" ", "-", ""):
+                lines.append(line[1:])
+        (name,) = files_of(patch)
+        write(tree, {name: "".join(f"{line}\n" for line in lines)})
+    version = (PATCHES / release / "VERSION").read_text().strip()
+    write(tree, {"megatron/core/package_info.py": PACKAGE_INFO.format(*version.split("."))})
+    git(tree, "init", "-q")
+    git(tree, "add", "-A")
+    git(tree, "commit", "-qm", "as far as the patches tell")
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_the_commands_of_the_ledger(release: str, tmp_path: Path) -> None:
+    """All patches of a release fit together, by the ledger's commands. Whether they fit upstream's sources: below."""
+    tree = tmp_path / "Megatron-LM"
+    tree.mkdir()
+    stand_in(tree, release)
+    (block,) = blocks((PATCHES / "README.md").read_text())
+    commands = block.code.splitlines()
+    assert [command.split()[3:] for command in commands] == [["--check"], [], ["--revert"]]
+    environment = os.environ | {
+        "HOME": str(tmp_path),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    for command, verb in zip(commands, ("would apply", "applied", "taken back"), strict=True):
+        done = subprocess.run(
+            ["bash", "-euc", command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"{verb}: 0001-heads-in-pretrain_gpt.patch, 0002-heads-in-throughput.patch" in done.stdout
+        assert bool(git(tree, "status", "--porcelain")) == (verb == "applied")
 
 
 def test_patches_fit_the_installed_sources(tmp_path: Path) -> None:
