@@ -19,6 +19,7 @@ from packaging.version import Version
 from tests.harness import run_world
 
 FOLDER = Path(sys.prefix) / "triton"
+TIMEOUT = 500  # the interpreter takes milliseconds for each block of logits, on a busy machine ten times as many
 
 
 def _why_not() -> str | None:
@@ -36,12 +37,12 @@ needs_triton = pytest.mark.skipif(_why_not() is not None, reason=_why_not() or "
 
 def run_interpreted(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """`run_world` in new processes in which triton can be imported and is its interpreter."""
-    return run_world(_with_triton, world_size, fn, args, env={"TRITON_INTERPRET": "1"}, fresh=True)
+    return run_world(_with_triton, world_size, fn, args, env={"TRITON_INTERPRET": "1"}, fresh=True, timeout=TIMEOUT)
 
 
 def run_compiled(fn: Callable[..., Any], *args: Any) -> Any:
     """`fn(0, 1, *args)` in a new process in which triton can be imported and compiles, which takes no GPU."""
-    return run_world(_with_triton, 1, fn, args, env={"TRITON_INTERPRET": "0"}, fresh=True)[0]
+    return run_world(_with_triton, 1, fn, args, env={"TRITON_INTERPRET": "0"}, fresh=True, timeout=TIMEOUT)[0]
 
 
 def _with_triton(rank: int, world: int, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:

@@ -174,9 +174,10 @@ def test_equals_fp64_as_closely_as_torchs_operations_do(name: str, interpreted: 
     maker, dtype = CASES[name]
     problem, got = maker(dtype), interpreted[name]
     want, torchs = exact(problem), figures(problem, TorchSoftmax)
-    slack = 3.0 if dtype == torch.bfloat16 else 1.05  # to bf16 the interpreter cuts off, where a GPU rounds
+    # To bf16 the interpreter cuts off, where a GPU rounds: every entry may lose as much as its last bit is worth.
+    cut_off = 2**-7 if dtype == torch.bfloat16 else 0.0
     for figure in GRADIENTS:
-        allowed = distance(torchs, want, figure) * slack + 1e-5
+        allowed = distance(torchs, want, figure) * 1.05 + 1e-5 + (cut_off if figure != "loss" else 0.0)
         assert distance(got, want, figure) <= allowed, figure
     assert torch.equal(got["predictions"], torchs["predictions"])
     assert got["correct"] == torchs["correct"]
