@@ -11,7 +11,7 @@
 #   PYTORCH_TAG          tag of nvcr.io/nvidia/pytorch; its torch must be a 2.11 to 2.13, as NVIDIA names it (2.12.0a0+...) or not
 #   MEGATRON_COMMIT      tag or commit of Megatron-LM, 0.16.1 to 0.19.x; its source lies in /opt/Megatron-LM
 #   MEGATRON_REPOSITORY  where that is fetched from
-#   VLLM_VERSION         of the target "serving"
+#   VLLM_VERSION         of the target "serving"; within the extra "serving" of pyproject.toml
 #   USER_ID              number of the user that runs everything; choose that of the mounted folders' owner
 #
 # Nobody has built this yet: there was no container engine where it was written. tests/unit/test_dockerfile.py runs its
@@ -51,7 +51,7 @@ RUN python -c "import importlib.metadata as m; print('torch==' + m.version('torc
  && pip install -c /tmp/pins.txt -r /tmp/requirements.txt \
  && rm /tmp/pins.txt /tmp/requirements.txt
 
-# --- vLLM, with the torch that it was built for; the container's PIP_CONSTRAINT asks for the container's ---
+# --- the extra "serving": vLLM, with the torch that it was built for; the container's PIP_CONSTRAINT asks for the container's ---
 FROM base AS vllm
 ARG VLLM_VERSION=0.32.0
 RUN PIP_CONSTRAINT="" pip install "virtualenv>=20.26,<22" \

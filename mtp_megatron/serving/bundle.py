@@ -15,7 +15,6 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -24,7 +23,7 @@ from mtp_megatron.checkpoint.carried_tokenizer import read_files
 from mtp_megatron.checkpoint.convert import DEFAULT_SHARD_BYTES, convert
 from mtp_megatron.checkpoint.heads import NewHeads
 from mtp_megatron.checkpoint.hf import EXPORT_CONFIG, EXPORT_FORMAT, HEADS_STEM, MODEL_STEM
-from mtp_megatron.checkpoint.hf_reader import HFFolder
+from mtp_megatron.checkpoint.hf_reader import HFFolder, read_json
 from mtp_megatron.checkpoint.sharded import ShardedWriter, index_path, is_finite, read_sharded
 from mtp_megatron.data.atomic import new_folder
 from mtp_megatron.errors import CheckpointError
@@ -93,9 +92,9 @@ def write_bundle(
         for path in plain.iterdir():
             path.rename(folder / path.name)
         plain.rmdir()
-        if is_export(source):
+        if _is_export(source):
             _keep_what_an_export_says(source, folder)
-        llama, export = _read_json(folder / "config.json"), _read_json(folder / EXPORT_CONFIG)
+        llama, export = read_json(folder / "config.json"), read_json(folder / EXPORT_CONFIG)
         tensors = HFFolder(folder)
         drafts = drafts_of(llama, export, tensors.keys())
         for draft in drafts:
@@ -106,10 +105,10 @@ def write_bundle(
     return Bundle(output, tuple(draft.folder for draft in drafts), total, notices)
 
 
-def is_export(folder: Path) -> bool:
+def _is_export(folder: Path) -> bool:
     """Whether a folder is what ``convert --to hf`` wrote."""
     path = folder / EXPORT_CONFIG
-    return path.is_file() and _read_json(path).get("format") == EXPORT_FORMAT
+    return path.is_file() and read_json(path).get("format") == EXPORT_FORMAT
 
 
 def _keep_what_an_export_says(source: Path, folder: Path) -> None:
@@ -117,7 +116,7 @@ def _keep_what_an_export_says(source: Path, folder: Path) -> None:
 
     Files that the conversion makes are not replaced: they are made of what was checked.
     """
-    export, said = _read_json(folder / EXPORT_CONFIG), _read_json(source / EXPORT_CONFIG).get("source")
+    export, said = read_json(folder / EXPORT_CONFIG), read_json(source / EXPORT_CONFIG).get("source")
     if isinstance(said, dict):
         text = json.dumps({**export, "source": said}, indent=2) + "\n"
         (folder / EXPORT_CONFIG).write_text(text, encoding="utf-8")
@@ -153,8 +152,8 @@ def _write_draft(draft: Draft, folder: Path, tensors: HFFolder, max_shard_bytes:
 
 def _share_heads(folder: Path, target: Path) -> None:
     """Give the heads' files a second name in the draft's folder, and the draft's index their tensors."""
-    index = _read_json(index_path(target, MODEL_STEM))
-    heads = _read_json(index_path(folder, HEADS_STEM))
+    index = read_json(index_path(target, MODEL_STEM))
+    heads = read_json(index_path(folder, HEADS_STEM))
     for name in sorted(set(heads["weight_map"].values())):
         _link(folder / name, target / name)
     index["weight_map"] |= heads["weight_map"]
@@ -168,11 +167,3 @@ def _link(source: Path, target: Path) -> None:
         os.link(source.resolve(), target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: missing or damaged ({error}). Convert the checkpoint again.") from error
-    return content

