@@ -14,8 +14,8 @@ from mtp_megatron.compat.patching import Replacement, replace
 from mtp_megatron.compat.versions import EnvironmentUnsupported
 
 _REMEDY = (
-    "Put a checkout of Megatron-LM on PYTHONPATH (a release of 0.16.1 to 0.19), or install megatron-core 0.19, whose "
-    "wheel brings it"
+    "Put a checkout of Megatron-LM on PYTHONPATH (a release of 0.16.1 to 0.19), or install megatron-core 0.17.1 or "
+    "later, whose wheel brings it"
 )
 _COMPILED = "megatron.core.datasets.helpers_cpp"
 

@@ -93,10 +93,10 @@ def _cuda() -> str:
 
 
 def _training_loop() -> str:
-    """Where Megatron-LM's own loop would come from: the wheel of 0.19 ships it, earlier ones do not."""
+    """Where Megatron-LM's own loop would come from: the wheels of 0.17.1 and later ship it, 0.16.1's does not."""
     folder = versions.megatron_core_folder()
     if folder is None or not (folder.parent / "training").is_dir():
-        return "missing: the wheel ships it from 0.19 on, before that use a checkout of Megatron-LM"
+        return "missing: the wheel ships it from 0.17.1 on, before that use a checkout of Megatron-LM"
     return str(folder.parent / "training")
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from tests.documents import blocks
+from tests.megatron_lm import RELEASE as INSTALLED
+from tests.megatron_lm import checkout
 
 ROOT = Path(__file__).resolve().parents[2]
 PATCHES = ROOT / "patches"
@@ -217,23 +219,39 @@ def test_the_commands_of_the_ledger(release: str, tmp_path: Path) -> None:
         assert bool(git(tree, "status", "--porcelain")) == (verb == "applied")
 
 
-def test_patches_fit_the_installed_sources(tmp_path: Path) -> None:
-    """The wheel of 0.19.2 brings megatron/training as of core_v0.19.0, but no pretrain_gpt.py."""
+def sources() -> tuple[Path | None, str]:
+    """Megatron-LM's sources of the installed release, a checkout before a wheel; and its folder in patches/, or why
+    there are none."""
+    tree, reason = checkout()
     spec: Any = importlib.util.find_spec("megatron.training")
-    if spec is None:
-        pytest.skip("this megatron-core comes without megatron.training")
-    sources = Path(spec.origin).parents[2]
+    if tree is None and spec is None:
+        return None, f"this megatron-core comes without megatron.training; {reason}"
+    release = next((name for name in RELEASES if name.startswith("core_v{}.{}.".format(*INSTALLED[:2]))), None)
+    if release is None:
+        return None, f"there are no patches for megatron-core {INSTALLED}"
+    return tree or Path(spec.origin).parents[2], release
+
+
+def test_patches_fit_the_sources(tmp_path: Path) -> None:
+    """Those of a checkout where the environment names one; else of the wheel, which has no pretrain_gpt.py: 0.19.2's
+    megatron/training is that of core_v0.19.0."""
+    folder, release = sources()
+    if folder is None:
+        pytest.skip(release)
     checked = []
-    for patch in sorted((PATCHES / "core_v0.19.0").glob("*.patch")):
+    for patch in sorted((PATCHES / release).glob("*.patch")):
         (name,) = files_of(patch)
-        if not (sources / name).exists():
+        if not (folder / name).exists():
             continue
-        write(tmp_path, {name: (sources / name).read_text()})
+        source = (folder / name).read_text()
+        write(tmp_path, {name: source})
         subprocess.run(["git", "apply", "--check", str(patch)], cwd=tmp_path, check=True)
         checked.append(patch.stem)
-        (tmp_path / name).write_text((tmp_path / name).read_text().replace("mtp_num_layers = 0", "mtp_layers = 0"))
+        changed = re.search(r"^-(.+)$", patch.read_text().partition("\n+++ ")[2], re.MULTILINE)
+        assert changed is not None
+        write(tmp_path, {name: source.replace(changed[1], changed[1] + "  # changed")})
         control = subprocess.run(
             ["git", "apply", "--check", str(patch)], cwd=tmp_path, check=False, capture_output=True
         )
         assert control.returncode != 0, "control: another source would be noticed"
-    assert checked == ["0002-heads-in-throughput"]
+    assert checked == ["0001-heads-in-pretrain_gpt", "0002-heads-in-throughput"][checkout()[0] is None :]

@@ -30,3 +30,10 @@ def test_every_row_names_a_test_that_exists() -> None:
 
 def test_a_test_that_does_not_exist_would_be_noticed() -> None:
     assert collected(["tests/unit/test_model_checks.py::test_a_setting_is_refused_by_name[nothing]"]).returncode != 0
+
+
+def test_rows_of_deepspeed_say_on_what_they_run() -> None:
+    """The second environment, with 0.19.2, has no DeepSpeed."""
+    rows = [row for row in ROWS if "test_deepspeed" in row]
+    assert len(rows) >= 3
+    assert [row for row in rows if "0.16.1 only" not in row] == []
