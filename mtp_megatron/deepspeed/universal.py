@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mtp_megatron import compat
 from mtp_megatron.checkpoint import tensor_parallel
 from mtp_megatron.errors import CheckpointError
 from mtp_megatron.model import MTPGPTModel
@@ -55,19 +56,35 @@ def converted(folder: Path) -> Iterator[Path]:
 
     What a user made with ``python -m deepspeed.checkpoint.ds_to_universal --input_folder .../iter_0000100
     --output_folder .../iter_0000100_universal`` (with as many workers as the machine has room for) is used as it is.
+
+    Raises:
+        CheckpointError: on every rank: rank 0 cannot make it.
     """
     target = universal_folder(folder)
     made = dist.get_rank() == 0 and not target.is_dir()
     if made:
         logger.warning("resuming at another TP x DP: making the universal form of %s", folder)
-        _convert(folder, target)
-    dist.barrier()
+        try:
+            _convert(folder, target)
+        except Exception as error:  # whatever it is, the others wait for word of it
+            _tell(str(error) or type(error).__name__)
+            raise
+    complaint = _tell("")
+    if complaint:
+        raise CheckpointError(f"rank 0: {complaint}")
     try:
         yield target
         dist.barrier()
     finally:
         if made:
             shutil.rmtree(target)
+
+
+def _tell(complaint: str) -> str:
+    """What rank 0 complains of, on every rank; also the barrier after its work."""
+    told = [complaint]
+    dist.broadcast_object_list(told, src=0, device=compat.device())
+    return told[0]
 
 
 def _convert(folder: Path, target: Path) -> None:

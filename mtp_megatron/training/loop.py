@@ -138,7 +138,10 @@ class _Session:
             if slower is not None:
                 log.message(slower)
         if self.step >= self.recipe.train.steps:
-            log.message(f"step {self.step} was the last one: set train.steps higher to go on.")
+            log.message(
+                f"step {self.step} was the last one: set train.steps higher and "
+                f"optimizer.decay_steps={self.recipe.optimizer.decay_steps}, the end of this run's schedule, to go on."
+            )
 
     def _evaluate(self, log: RunLog) -> Evaluation:
         recipe = self.recipe

@@ -84,13 +84,17 @@ def check_run_folder(recipe: Recipe) -> RunFolder:
                 "run.resume", "must", f"run.path={recipe.run.path} holds no run", "Set run.path to a run."
             )
         return folder
-    changes = list(differences(_identity(load_recipe(folder.recipe)), _identity(recipe)))
+    there = load_recipe(folder.recipe)
+    changes = list(differences(_identity(there), _identity(recipe)))
     if changes:
+        restore = "restore these values"
+        if there.optimizer.decay_steps != recipe.optimizer.decay_steps:  # null is train.steps, which may change
+            restore += f": set optimizer.decay_steps={there.optimizer.decay_steps} to train longer on its schedule"
         raise ConfigError(
             "run.path",
             recipe.run.path,
             f"it holds another run ({'; '.join(changes)})",
-            "Choose another run.path (with run.load to start from that run's weights), or restore these values.",
+            f"Choose another run.path (with run.load to start from that run's weights), or {restore}.",
         )
     saved = list_iterations(folder.checkpoints)
     if recipe.run.resume == "never" and saved:

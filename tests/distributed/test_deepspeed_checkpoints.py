@@ -66,6 +66,31 @@ def test_a_run_goes_on_exactly_at_another_tp_and_dp(
     assert not list((resumed / "checkpoints").glob("*_universal*")), "the universal form is removed after the load"
 
 
+def cannot_convert(rank: int, world_size: int, folder: Path) -> str:
+    """Ask for the universal form where making it fails on rank 0."""
+    from mtp_megatron.deepspeed import universal
+    from mtp_megatron.errors import CheckpointError
+
+    convert = universal._convert
+
+    def failing(folder: Path, target: Path) -> None:
+        raise CheckpointError(f"{folder}: the disk is full")
+
+    universal._convert = failing
+    try:
+        with universal.converted(folder):
+            return "loaded"
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        universal._convert = convert
+
+
+def test_what_rank_0_cannot_convert_ends_every_rank_at_once(tmp_path: Path) -> None:
+    said = run_world(cannot_convert, 2, tmp_path / "iter_0000004", timeout=60)
+    assert said == [f"{tmp_path}/iter_0000004: the disk is full", f"rank 0: {tmp_path}/iter_0000004: the disk is full"]
+
+
 def forgets_the_moments(rank: int, world_size: int, tree: dict[str, Any]) -> int:
     """Resume, but let Adam start anew."""
     from mtp_megatron.deepspeed import checkpointing

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from mtp_megatron.reference import reference_loss
+from mtp_megatron.targets import context_positions
 from tests.harness import run_world
 from tests.parity import (
     Case,
+    Step,
     assemble,
     assert_same_step,
     gradient_problems,
@@ -66,10 +68,12 @@ LAYOUTS = {
     "n8": Case(world=2, tp=2, heads={"n": 8}),
     "n15": Case(heads={"n": 15}),
     "linear": Case(world=2, tp=2, sequence_parallel=True, heads={"n": 3, "kind": "linear"}),
+    "linear-pp2": Case(world=2, pp=2, heads={"n": 3, "kind": "linear"}),
     "medusa": Case(world=4, tp=2, pp=2, heads={"n": 3, "kind": "medusa"}),
     "medusa-sp": Case(world=2, tp=2, sequence_parallel=True, heads={"n": 3, "kind": "medusa"}),
     "causal": Case(world=4, tp=2, pp=2, heads={"n": 3, "arrangement": "causal"}),
     "anticausal": Case(world=2, tp=2, sequence_parallel=True, heads={"n": 3, "arrangement": "anticausal"}),
+    "anticausal-pp2": Case(world=2, pp=2, heads={"n": 3, "arrangement": "anticausal"}),
     "replicated": Case(world=2, tp=2, heads={"n": 3, "unembedding": "replicated"}),
     "replicated-tied-pp": Case(world=2, pp=2, tied=True, heads={"n": 3, "unembedding": "replicated"}),
     "weights": Case(world=2, pp=2, heads={"n": 3, "loss_decay": 0.6}),
@@ -183,20 +187,42 @@ def test_the_comparison_can_fail(mutate: Callable, suspect: str) -> None:
     assert any(problem.startswith(suspect) for problem in problems), problems
 
 
-def test_legacy_mean_over_microbatches() -> None:
-    """Without `calculate_per_token_loss` Megatron divides each microbatch by its own count and averages."""
-    case = Case(world=2, pp=2, per_token_loss=False)
-    parameters = make_parameters(case)
+LEGACY = {
+    "pp2": Case(world=2, pp=2),
+    "dp2": Case(world=2),  # one rank's microbatches have far fewer targets than the other's
+    "dp2-tp2-sp": Case(world=4, tp=2, sequence_parallel=True),
+    "cp2": Case(world=2, cp=2),
+}
+
+
+def legacy_step(case: Case, parameters: dict[str, torch.Tensor]) -> Step:
+    """What Megatron makes of a global batch without `calculate_per_token_loss`: each microbatch's sum is divided by its
+    own count of targets, under context parallelism by that of the rank's share, and the quotients are averaged."""
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in parameters.items()}
     batches = make_batches(case, parameters)
     total = torch.zeros(())
     for tokens, targets in batches:
-        result = reference_loss(leaves, case.reference_config(), tokens, targets)
-        total = total + result.total / result.tokens[0].clamp_min(1) / len(batches)
+        for rank in range(case.cp):
+            share = targets
+            if case.cp > 1:
+                positions = context_positions(targets.shape[-1], case.cp, rank)
+                share = torch.full_like(targets, -100).index_copy(-1, positions, targets[..., positions])
+            result = reference_loss(leaves, case.reference_config(), tokens, share)
+            total = total + result.total / result.tokens[0].clamp_min(1) / (len(batches) * case.cp)
     total.backward()
     want = reference_step(case, parameters)
     want.gradients = {name: leaf.grad for name, leaf in leaves.items()}
-    assert_same_step(megatron_step(case, parameters), want, 1e-5)
+    return want
+
+
+@pytest.mark.parametrize("name", LEGACY)
+def test_legacy_mean_over_microbatches(name: str) -> None:
+    case = replace(LEGACY[name], per_token_loss=False)
+    parameters = make_parameters(case)
+    got = megatron_step(case, parameters)
+    assert_same_step(got, legacy_step(case, parameters), 1e-5)
+    # Control: the mean over all targets is another one.
+    assert len(gradient_problems(got, reference_step(case, parameters), 1e-2)) > len(parameters) / 2
 
 
 @pytest.mark.parametrize("per_token_loss", [True, False])

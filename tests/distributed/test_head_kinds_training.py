@@ -38,6 +38,34 @@ def test_a_kind_of_head_resumes_at_another_layout(name: str, data: Path, tmp_pat
     assert losses[-1] < losses[0]
 
 
+def resumes_with_a_nudge(rank: int, world_size: int, tree: dict[str, Any]) -> None:
+    """Resume, but read one tensor of head 2 a hundredth too large."""
+    from mtp_megatron.training import checkpointing
+
+    load = checkpointing.load_checkpoint
+
+    def nudged(recipe: Any, trainable: Any, folder: Path) -> int:
+        step = load(recipe, trainable, folder)
+        next(trainable.models[-1].heads[1].parameters()).data.mul_(1.01)
+        return step
+
+    checkpointing.load_checkpoint = nudged
+    try:
+        train_body(rank, world_size, tree)
+    finally:
+        checkpointing.load_checkpoint = load
+
+
+def test_a_head_that_is_not_read_back_exactly_would_be_noticed(data: Path, tmp_path: Path) -> None:
+    """Control of the test above."""
+    settings = {**KINDS["anticausal"], "train__steps": 6, "train__save_interval": 3, "train__eval_batches": 0}
+    whole = tmp_path / "whole"
+    run_world(train_body, 1, tiny_tree(data, whole, **settings))
+    resumed = interrupted_copy(whole, tmp_path / "resumed", step=3)
+    run_world(resumes_with_a_nudge, 1, tiny_tree(data, resumed, **settings))
+    assert largest_difference(metrics(resumed), metrics(whole)) > 1e-5
+
+
 def test_a_curriculum_lets_the_heads_join_one_by_one(data: Path, tmp_path: Path) -> None:
     """Overlapped data parallelism counts gradients per parameter: heads that rest must not confuse it."""
     run = tmp_path / "run"

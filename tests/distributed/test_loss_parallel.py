@@ -5,8 +5,9 @@ Not exercised here: sequence parallelism and the model around it, see `test_exac
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -43,7 +44,10 @@ def inputs(vocab: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, 
 
 def whole(vocab: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Loss sum, gradients and argmax from the whole logits."""
-    hidden, weight, targets = inputs(vocab, dtype)
+    return of_the_whole_matrix(*inputs(vocab, dtype))
+
+
+def of_the_whole_matrix(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
     hidden.requires_grad_()
     weight.requires_grad_()
     logits = hidden @ weight.T
@@ -52,7 +56,7 @@ def whole(vocab: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     best = logits.argmax(-1)
     return {
         "loss": loss.detach(),
-        "correct": ((best == targets) & (targets != IGNORE_INDEX)).sum().to(dtype),
+        "correct": ((best == targets) & (targets != IGNORE_INDEX)).sum().to(hidden.dtype),
         "predictions": best,
         "hidden_grad": hidden.grad,
         "weight_grad": weight.grad,
@@ -124,6 +128,81 @@ def test_control_a_wrong_start_of_a_shard_is_caught() -> None:
         errors = deviation(ranks, whole(507, torch.float64))
         assert min(errors[name] for name in ("loss", "weight_grad", "hidden_grad")) > 1e-3
         assert errors["predictions"] > 0
+
+
+# Random shapes --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One random case; ``rows`` of each of two ranks hold ``vocab`` entries and padding, perhaps a rank of it alone."""
+
+    seed: int
+    tokens: int
+    size: int
+    vocab: int
+    rows: int
+    chunk: int | None
+    ignored: float
+
+    @classmethod
+    def of(cls, seed: int) -> Drawn:
+        draw = random.Random(seed)
+        vocab = draw.randint(1, 40)
+        rows = draw.randint(-(-vocab // 2), vocab + 7)
+        chunk = draw.choice([None, draw.randint(1, 25)])
+        return cls(seed, draw.randint(0, 20), draw.randint(1, 9), vocab, rows, chunk, draw.choice([0.0, 0.3, 1.0]))
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        hidden = torch.randn(self.tokens, self.size, generator=generator, dtype=torch.float64)
+        weight = torch.randn(self.vocab, self.size, generator=generator, dtype=torch.float64)
+        targets = torch.randint(0, self.vocab, (self.tokens,), generator=generator)
+        targets[torch.rand(self.tokens, generator=generator) < self.ignored] = IGNORE_INDEX
+        return hidden, weight, targets
+
+
+DRAWN = [Drawn.of(seed) for seed in range(60)]
+
+
+def _drawn(rank: int, world: int, cases: Sequence[Drawn], roll: int) -> list[dict[str, torch.Tensor]]:
+    results = []
+    for case in cases:
+        hidden, weight, targets = case.tensors()
+        local = local_rows(weight, case.rows, rank)
+        weight_grad = torch.zeros_like(local)
+        sums, hidden_grad = linear_cross_entropy(
+            hidden,
+            local,
+            targets.roll(roll),
+            VocabShard.of(case.vocab, case.rows, dist.group.WORLD),
+            grad_scale=torch.tensor(SCALE, dtype=torch.float64),
+            weight_grad=weight_grad,
+            chunk_tokens=case.chunk,
+        )
+        dist.all_reduce(hidden_grad)
+        results.append(
+            {"loss": sums.loss, "correct": sums.correct, "hidden_grad": hidden_grad, "weight_grad": weight_grad}
+        )
+    return results
+
+
+def drawn_errors(roll: int = 0) -> list[float]:
+    """Largest deviation of each random case from the whole matrix."""
+    found = []
+    for case, *ranks in zip(DRAWN, *run_world(_drawn, 2, DRAWN, roll), strict=True):
+        want = of_the_whole_matrix(*case.tensors())
+        del want["predictions"]
+        errors = deviation(ranks, {name: value for name, value in want.items() if value.numel()})
+        found.append(max(errors.values()))
+    return found
+
+
+def test_random_shapes() -> None:
+    """One world for all of them; the same on one rank is driven by hypothesis in `unit/test_loss.py`."""
+    errors = drawn_errors()
+    assert max(errors) <= 1e-12, DRAWN[errors.index(max(errors))]
+    assert sum(error > 1e-3 for error in drawn_errors(roll=1)) > len(DRAWN) / 2, "control: rolled targets"
 
 
 # Counts and ties ------------------------------------------------------------------------------------------------------

@@ -77,9 +77,14 @@ def test_logged_losses_are_those_of_the_oracle(
     ends = document_ends_from_tokens(batch["tokens"], EOD) if documents == "separate" else None
     targets = future_targets(batch["labels"], 3, loss_mask=batch["loss_mask"], document_ends=ends)
     with torch.no_grad():
-        wanted = reference_loss(parameters, case.reference_config(), batch["tokens"], targets)
+        wanted, others_wanted = (
+            reference_loss(parameters, case.reference_config(), batch["tokens"], made)
+            for made in (targets, targets.roll(1, 0))
+        )
     for head, name in enumerate(["lm loss", "head 2 loss", "head 3 loss"]):
-        assert found[name][1] == pytest.approx(float(wanted.loss_sum[head] / wanted.tokens[head]), rel=1e-5)
+        loss, others = found[name][1], float(others_wanted.loss_sum[head] / others_wanted.tokens[head])
+        assert loss == pytest.approx(float(wanted.loss_sum[head] / wanted.tokens[head]), rel=1e-5)
+        assert loss != pytest.approx(others, rel=1e-4), "control: each head with the targets of another"
         assert f"{name} validation" in found, "evaluation reports every head"
 
 

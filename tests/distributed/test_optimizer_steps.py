@@ -48,8 +48,28 @@ CASES = {
 def test_trained_parameters_equal_the_oracle(name: str) -> None:
     case = CASES[name]
     parameters = make_parameters(case)
-    want, want_norms = train_reference(case, parameters)
     ranks = run_world(_train_body, case.world, case, parameters, make_batches(case, parameters))
+    assert_trained_alike(ranks, *train_reference(case, parameters))
+
+
+def test_the_comparison_can_fail() -> None:
+    """Controls: targets given to the wrong heads; one tensor off by a thousandth."""
+    case = CASES["distributed-optimizer"]
+    parameters = make_parameters(case)
+    batches = make_batches(case, parameters)
+    want = train_reference(case, parameters)
+    rolled = [(tokens, targets.roll(1, 0)) for tokens, targets in batches]
+    mixed_up = run_world(_train_body, case.world, case, parameters, rolled)
+    with pytest.raises(AssertionError, match="comparison failed"):
+        assert_trained_alike(mixed_up, *want)
+    ranks = run_world(_train_body, case.world, case, parameters, batches)
+    nudged = {**want[0], "final_norm.weight": want[0]["final_norm.weight"] * 1.001}
+    with pytest.raises(AssertionError, match=r"final_norm\.weight"):
+        assert_trained_alike(ranks, nudged, want[1])
+
+
+def assert_trained_alike(ranks: list[Any], want: dict[str, torch.Tensor], want_norms: list[float]) -> None:
+    """What every rank holds after training, beside the oracle's parameters and gradient norms."""
     for norms, shards in ranks:
         assert norms == pytest.approx(want_norms, rel=1e-5)
         for key, index, value in shards:

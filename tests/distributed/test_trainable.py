@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from tests.parity import Case, gradient_problems, make_parameters, megatron_step, reference_step
+from tests.parity import Case, Step, gradient_problems, make_parameters, megatron_step, reference_step
 
 CASES = {
     "heads": Case(world=2, tp=2, heads={"n": 3, "trainable": "heads"}),
@@ -29,7 +31,27 @@ def learns(name: str, case: Case) -> bool:
 def test_only_the_trainable_part_gets_the_reference_gradient(name: str) -> None:
     case = CASES[name]
     parameters = make_parameters(case)
-    got, want = megatron_step(case, parameters), reference_step(case, parameters)
+    assert_trains_its_part(case, megatron_step(case, parameters), reference_step(case, parameters))
+
+
+def _lose_a_head(chunks: list) -> None:
+    for chunk in chunks:
+        chunk.set_head_weights((1.0, 0.0, 1.0))
+
+
+def test_the_comparison_can_fail() -> None:
+    """Controls: a trunk that is not frozen, a head whose gradient is lost."""
+    case = CASES["heads"]
+    parameters = make_parameters(case)
+    thawed = megatron_step(replace(case, heads={"n": 3}), parameters)
+    with pytest.raises(AssertionError, match="has a gradient"):
+        assert_trains_its_part(case, thawed, reference_step(case, parameters))
+    lossy = megatron_step(case, parameters, _lose_a_head, idle_heads_are_checked=False)
+    with pytest.raises(AssertionError, match=r"heads\.1\..*: off by"):
+        assert_trains_its_part(case, lossy, reference_step(case, parameters))
+
+
+def assert_trains_its_part(case: Case, got: Step, want: Step) -> None:
     frozen = {key for key in want.gradients if not learns(key, case)}
     assert frozen
     assert frozen != set(want.gradients)

@@ -6,6 +6,7 @@ Not covered here: GPUs, several nodes.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,30 @@ def test_a_nan_ends_the_run_on_every_rank_and_names_step_head_and_checkpoint(dat
     assert len(set(said)) == 1
     assert said[0].startswith("TrainingDiverged: step 6: the loss of head 2 is nan")
     assert "iter_0000004" in said[0]
+
+
+def says_on_the_way(rank: int, world_size: int, tree: dict[str, Any]) -> tuple[int, list[str]]:
+    """Train; what the run told the person who watches."""
+    from mtp_megatron.training.run_log import RunLog
+
+    said: list[str] = []
+    message, RunLog.message = RunLog.message, lambda self, text: said.append(text)
+    try:
+        return train_body(rank, world_size, tree), said
+    finally:
+        RunLog.message = message
+
+
+def test_a_finished_run_says_how_to_go_on_and_that_works(data: Path, tmp_path: Path) -> None:
+    settings = {"train__steps": 4, "train__eval_batches": 0}
+    run_world(train_body, 1, tiny_tree(data, tmp_path / "run", **settings))
+    ((step, said),) = run_world(says_on_the_way, 1, tiny_tree(data, tmp_path / "run", **settings))
+    advice = re.search(r"was the last one: set train\.steps higher and optimizer\.decay_steps=(\d+)", "\n".join(said))
+    assert step == 4
+    assert advice is not None
+    longer = {**settings, "train__steps": 6, "optimizer__decay_steps": int(advice[1])}
+    assert run_world(train_body, 1, tiny_tree(data, tmp_path / "run", **longer)) == [6]
+    assert metrics(tmp_path / "run")[6]["lr"] == metrics(tmp_path / "run")[4]["lr"], "the schedule had ended"
 
 
 @pytest.mark.parametrize("layout", ["|", "Ettttm|mmL"], ids=["data parallel", "heads on two stages"])

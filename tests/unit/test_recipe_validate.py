@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,16 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path, overrides: dict[str,
         check_run_folder(resolved(tmp_path, **overrides))
     assert caught.value.field == "run.path"
     assert says in str(caught.value)
+
+
+def test_a_longer_run_is_told_how_and_what_it_is_told_works(tmp_path: Path) -> None:
+    """``optimizer.decay_steps: null`` is ``train.steps``: a longer run would decay in another way."""
+    written(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        check_run_folder(resolved(tmp_path, train__steps=9))
+    advice = re.search(r"set optimizer\.decay_steps=(\d+)", caught.value.remedy)
+    assert advice is not None
+    check_run_folder(resolved(tmp_path, train__steps=9, optimizer__decay_steps=int(advice[1])))
 
 
 def test_foreign_files_and_a_file_are_refused(tmp_path: Path) -> None:

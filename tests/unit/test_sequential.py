@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mtp_megatron.config import HeadsConfig
 from mtp_megatron.sequential import HeadReport, run_heads
@@ -51,6 +53,32 @@ def test_gradients_equal_plain_autograd(arrangement: str, weights: tuple[float, 
     assert int(report.normalizer) == 11
     right = (torch.tensor(model.config.base_weights(), dtype=losses.dtype) * losses).sum()
     torch.testing.assert_close(report.total, right, rtol=1e-12, atol=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    arrangement=st.sampled_from(ARRANGEMENTS),
+    weights=st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=1, max_size=5).filter(any),
+    length=st.integers(3, 9),
+    rows=st.integers(1, 3),
+    vocab=st.integers(2, 12),
+    seed=st.integers(0, 1000),
+    detached=st.booleans(),
+)
+def test_random_shapes(
+    arrangement: str, weights: list[float], length: int, rows: int, vocab: int, seed: int, detached: bool
+) -> None:
+    """Also more heads than positions, and heads that have no target or no weight."""
+    model = toy(len(weights), arrangement=arrangement, loss_weights=tuple(weights), vocab=vocab)
+    x, targets = batch(model, length, rows, seed)
+    loss, losses, _ = joint(model, x, targets, detach_trunk=detached)
+    loss.backward()
+    want = gradients(model)
+    deferred_loss, report = deferred(model, x, targets, detach_trunk=detached)
+    deferred_loss.backward()
+    assert distance(gradients(model), want) <= 1e-12
+    active = torch.tensor(weights) != 0
+    torch.testing.assert_close(report.loss_sum[active], losses[active], rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
