@@ -8,7 +8,7 @@
 # --ipc=host: NCCL and the data loader exchange data through shared memory, of which Docker gives 64 MB by default.
 #
 # Build arguments:
-#   PYTORCH_TAG          tag of nvcr.io/nvidia/pytorch; its torch must be a 2.13, as NVIDIA names it (2.13.0a0+...) or not
+#   PYTORCH_TAG          tag of nvcr.io/nvidia/pytorch; its torch must be a 2.11 to 2.13, as NVIDIA names it (2.12.0a0+...) or not
 #   MEGATRON_COMMIT      tag or commit of Megatron-LM, 0.16.1 to 0.19.x; its source lies in /opt/Megatron-LM
 #   MEGATRON_REPOSITORY  where that is fetched from
 #   VLLM_VERSION         of the target "serving"
@@ -43,7 +43,7 @@ RUN git init --quiet /opt/Megatron-LM \
  && pip install --no-deps /opt/Megatron-LM
 
 # Built again only when pyproject.toml changes. torch and megatron-core are there already: the container's torch is the only one
-# that fits its Transformer Engine, and by its name (2.13.0a0+...) it would not satisfy torch>=2.13.
+# that fits its Transformer Engine, and by its name (2.11.0a0+...) it may not satisfy torch>=2.11.
 WORKDIR /opt/mtp_megatron
 COPY pyproject.toml ./
 RUN python -c "import importlib.metadata as m; print('torch==' + m.version('torch'))" > /tmp/pins.txt \

@@ -29,7 +29,7 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "train": Subcommand("mtp_megatron.training.cli", "train a recipe, or resume it where it stopped"),
     "convert": Subcommand(
         "mtp_megatron.checkpoint.cli",
-        "convert a model between Megatron, Hugging Face and Meta's layout, or bundle it for serving",
+        "convert a model between Megatron, DeepSpeed, Hugging Face and Meta's layout, or bundle it for serving",
     ),
     "generate": Subcommand("mtp_megatron.serving.cli", "decode an export speculatively, beside plain greedy decoding"),
     "verify": Subcommand(

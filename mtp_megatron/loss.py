@@ -2,19 +2,20 @@
 
 The logits of one chunk of tokens exist at a time, ``[chunk, V/tp]``; the full ``[tokens, V]`` never does. Two
 collectives per chunk cross the tensor-parallel group: the maximum, then one packed sum. The softmax is computed in fp32
-(fp64 for fp64).
+(fp64 for fp64), on a GPU by Triton kernels (:mod:`mtp_megatron.loss_softmax`).
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mtp_megatron.loss_softmax import RowSums, Softmax, TorchSoftmax, softmax_for
 from mtp_megatron.targets import IGNORE_INDEX
 
 CHUNK_ELEMENTS = 1 << 24
@@ -23,9 +24,8 @@ MAX_CHUNK_TOKENS = 1024
 # On a GPU every chunk reads the unembedding and its fp32 gradient again, so that short ones are bound by bandwidth:
 # chunks may be longer there, as far as its memory allows.
 CUDA_MEMORY_SHARE = 32
-"""A chunk's logits and softmax take at most one part in this many of a GPU's memory."""
+"""A chunk's logits, and their softmax if it has a buffer, take at most one part in this many of a GPU's memory."""
 CUDA_MAX_CHUNK_TOKENS = 4096
-_BYTES = 2 + 4  # of a logit in bf16 and of its softmax in fp32
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,12 @@ class TokenSums:
     predictions: Tensor | None
 
 
-def chunk_tokens_for(shard: VocabShard, chunk_tokens: int | None = None, device: torch.device | None = None) -> int:
+def chunk_tokens_for(
+    shard: VocabShard,
+    chunk_tokens: int | None = None,
+    device: torch.device | None = None,
+    bytes_per_logit: int = TorchSoftmax.bytes_per_logit(torch.bfloat16),
+) -> int:
     """Tokens per chunk: the given number, or as many as keep a chunk's logits at about ``CHUNK_ELEMENTS``.
 
     On a CUDA device it is what fits into its memory's ``CUDA_MEMORY_SHARE``, if that is more. All of its memory counts,
@@ -93,7 +98,7 @@ def chunk_tokens_for(shard: VocabShard, chunk_tokens: int | None = None, device:
     tokens = max(16, min(MAX_CHUNK_TOKENS, CHUNK_ELEMENTS // rows))
     if device is None or device.type != "cuda":
         return tokens
-    elements = _cuda_memory(device) // CUDA_MEMORY_SHARE // _BYTES
+    elements = _cuda_memory(device) // CUDA_MEMORY_SHARE // bytes_per_logit
     return max(tokens, min(CUDA_MAX_CHUNK_TOKENS, elements // rows // 16 * 16))
 
 
@@ -115,6 +120,7 @@ def linear_cross_entropy(
     weight_grad: Tensor | None = None,
     chunk_tokens: int | None = None,
     predictions: bool = False,
+    softmax: type[Softmax] | None = None,
 ) -> tuple[TokenSums, Tensor | None]:
     """Sum over tokens of ``-log softmax(hidden @ weight.T)[target]`` and, in the same pass, its gradients.
 
@@ -131,6 +137,7 @@ def linear_cross_entropy(
         weight_grad: ``[V/tp, h]`` buffer to which this call's dL/dweight is added; None: not wanted.
         chunk_tokens: tokens per chunk; None: :func:`chunk_tokens_for`.
         predictions: return the most likely entry of every position.
+        softmax: what makes softmax and gradient of the logits; None: :func:`mtp_megatron.loss_softmax.softmax_for`.
 
     Returns:
         The sums, and dL/dhidden ``[tokens, h]`` in ``hidden``'s dtype (None without ``grad_scale``). The latter is this
@@ -145,91 +152,66 @@ def linear_cross_entropy(
     correct = torch.zeros_like(loss)
     predicted = torch.empty(tokens, dtype=torch.int64, device=hidden.device) if predictions else None
     hidden_grad = None if grad_scale is None else torch.empty_like(hidden)
-    chunk = min(chunk_tokens_for(shard, chunk_tokens, hidden.device), max(tokens, 1))
-    logits_buffer = hidden.new_empty(chunk, shard.rows)
-    # Where it has their type, the softmax overwrites the logits: one buffer instead of two.
-    softmax_buffer = logits_buffer if compute == hidden.dtype else torch.empty_like(logits_buffer, dtype=compute)
+    softmax = softmax or softmax_for(hidden)
+    bytes_per_logit = softmax.bytes_per_logit(hidden.dtype)
+    chunk = min(chunk_tokens_for(shard, chunk_tokens, hidden.device, bytes_per_logit), max(tokens, 1))
+    steps = softmax(hidden, chunk, shard.rows)
     for begin in range(0, tokens, chunk):
         part = slice(begin, min(begin + chunk, tokens))
         x, y = hidden[part], targets[part]
-        logits = torch.mm(x, rows.t(), out=logits_buffer[: x.shape[0]])
-        valid = y != IGNORE_INDEX
-        local = y - shard.start
-        mine = valid & (local >= 0) & (local < shard.rows)
-        local = torch.where(mine, local, 0)
-        softmax, log_sum, target_logit, best = _softmax(logits, local, mine, shard, softmax_buffer[: x.shape[0]])
-        known = (y >= 0) & (y < shard.vocab_size)
+        logits = torch.mm(x, rows.t(), out=steps.logits[: x.shape[0]])
+        column = torch.where((y >= shard.start) & (y < shard.start + shard.rows), y - shard.start, -1)
+        own = steps.sums(logits, column) if shard.rows else _no_sums(column, compute)
+        whole = _over_the_group(own, shard)
+        valid, known = y != IGNORE_INDEX, (y >= 0) & (y < shard.vocab_size)
         share = torch.where(valid, torch.where(known, 1.0, torch.nan), 0.0).to(compute)
-        loss += torch.where(valid, share * (log_sum - target_logit), 0).sum()
-        correct += (valid & (best == y)).sum()
+        losses = whole.total.log() + (whole.top - whole.target_logit)  # in this order: the logits may be large
+        loss += torch.where(valid, share * losses, 0).sum()
+        correct += (valid & (whole.best == y)).sum()
         if predicted is not None:
-            predicted[part] = best
+            predicted[part] = whole.best
         if grad_scale is None or hidden_grad is None:
             continue
         if shard.rows:
-            softmax.scatter_add_(1, local[:, None], -mine[:, None].to(compute))
-        # Rows are scaled in fp32 before the cast: one rounding, and an fp16 gradient never sees an unscaled value.
-        softmax.mul_((share * grad_scale.to(compute))[:, None])
-        logit_grad = softmax if compute == hidden.dtype else logits.copy_(softmax)
-        torch.mm(logit_grad, rows, out=hidden_grad[part])
+            logits = steps.gradient(logits, column, own, whole, share * grad_scale.to(compute))
+        torch.mm(logits, rows, out=hidden_grad[part])
         if weight_grad is not None and shard.rows:
-            _add_outer(weight_grad[: shard.rows], logit_grad, x)
+            _add_outer(weight_grad[: shard.rows], logits, x)
     return TokenSums(loss, correct, predicted), hidden_grad
 
 
-def _softmax(
-    logits: Tensor, local: Tensor, mine: Tensor, shard: VocabShard, out: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Softmax over the whole vocabulary of one chunk of this rank's logits.
+def _no_sums(column: Tensor, dtype: torch.dtype) -> RowSums:
+    """Of a shard of nothing but padding, which takes part in the collectives all the same."""
+    zeros = torch.zeros_like(column, dtype=dtype)
+    return RowSums(torch.full_like(zeros, -torch.inf), torch.zeros_like(column), zeros, zeros)
 
-    Args:
-        logits: ``[c, rows]``.
-        local: ``[c]`` the target's column here, 0 where it is not ``mine`` ``[c]``.
-        out: ``[c, rows]`` buffer for the softmax; ``logits`` itself, which it then overwrites, where the types agree.
 
-    Returns:
-        softmax ``[c, rows]`` (in ``out``), log of the sum of exponentials ``[c]``, the target's logit ``[c]`` (0 where
-        no rank holds it), and the most likely vocabulary entry ``[c]``.
-    """
-    count, rows = logits.shape
-    if rows:
-        best_logit, best = logits.max(dim=-1)
-        best_logit = best_logit.to(out.dtype)
-        target_logit = torch.where(mine, logits.gather(1, local[:, None]).squeeze(1).to(out.dtype), 0)
-        if out.dtype != logits.dtype:
-            out.copy_(logits)
-        torch.softmax(out, dim=-1, out=out)
-        # The softmax at the largest logit is 1 / (sum of exponentials over this shard, relative to that logit).
-        local_sum = out.gather(1, best[:, None]).squeeze(1).reciprocal()
-    else:  # A shard of nothing but padding takes part in the collectives all the same.
-        best_logit = out.new_full((count,), -torch.inf)
-        best = local.new_zeros(count)
-        local_sum, target_logit = out.new_zeros(count), out.new_zeros(count)
-    best = best + shard.start
+def _over_the_group(own: RowSums, shard: VocabShard) -> RowSums:
+    """The sums over the whole vocabulary, with ``best`` as an entry of it, of every rank's ``own``."""
+    best = own.best + shard.start
     if shard.group is None:
-        return out, best_logit + local_sum.log(), target_logit, best
-
-    top = best_logit.clone()
+        return replace(own, best=best)
+    top = own.top.clone()
     dist.all_reduce(top, op=dist.ReduceOp.MAX, group=shard.group)
     # One packed sum: exponentials, target logit, and a slot per rank that names its best entry if it ties for the top.
     # The lowest rank with a filled slot wins, so that ties go to the lowest vocabulary entry as in an unsplit argmax.
-    packed = out.new_zeros(2 + shard.size, count, dtype=torch.float64)
-    share = local_sum * (best_logit - top).exp()
-    packed[0], packed[1] = share, target_logit
-    packed[2 + shard.rank] = torch.where(best_logit == top, best + 1, 0)
+    packed = top.new_zeros(2 + shard.size, len(top), dtype=torch.float64)
+    packed[0], packed[1] = own.total * (own.top - top).exp(), own.target_logit
+    packed[2 + shard.rank] = torch.where(own.top == top, best + 1, 0)
     dist.all_reduce(packed, group=shard.group)
-    total = packed[0].to(out.dtype)
-    out.mul_((share / total)[:, None])
     slots = packed[2:].to(torch.int64)
     first = (slots > 0).to(torch.int8).argmax(dim=0)
     best = slots.gather(0, first[None]).squeeze(0) - 1
-    return out, top + total.log(), packed[1].to(out.dtype), best
+    return RowSums(top, best, packed[0].to(top.dtype), packed[1].to(top.dtype))
 
 
 def _add_outer(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left.T @ right`` without a temporary where the types allow it."""
+    """``total += left.T @ right``, without a temporary where it can be."""
     if total.dtype == left.dtype:
         total.addmm_(left.t(), right)
+    elif total.is_cuda and total.dtype == torch.float32:
+        # The product is added in fp32: it is neither rounded to bf16 on the way nor written and read once more.
+        torch.addmm(total, left.t(), right, out_dtype=torch.float32, out=total)
     else:
         total.add_(torch.mm(left.t(), right))
 
@@ -238,13 +220,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients are computed with the loss and only scaled in backward, so the logits are never computed twice."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, shard, chunk_tokens):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden, weight, targets, shard, chunk_tokens, softmax):  # type: ignore[no-untyped-def]
         wants = ctx.needs_input_grad
         grads = wants[0] or wants[1]
         weight_grad = torch.zeros_like(weight, dtype=_gradient_dtype(weight)) if wants[1] else None
         one = torch.ones((), device=hidden.device) if grads else None
         sums, hidden_grad = linear_cross_entropy(
-            hidden, weight, targets, shard, grad_scale=one, weight_grad=weight_grad, chunk_tokens=chunk_tokens
+            hidden,
+            weight,
+            targets,
+            shard,
+            grad_scale=one,
+            weight_grad=weight_grad,
+            chunk_tokens=chunk_tokens,
+            softmax=softmax,
         )
         if hidden_grad is not None and shard.group is not None:
             dist.all_reduce(hidden_grad, group=shard.group)
@@ -262,7 +251,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_grad = hidden_grad.mul_(grad)
         if weight_grad is not None:
             weight_grad = weight_grad.mul_(grad).to(dtype)
-        return hidden_grad, weight_grad, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -272,14 +261,16 @@ def vocab_parallel_linear_cross_entropy(
     shard: VocabShard | None = None,
     *,
     chunk_tokens: int | None = None,
+    softmax: type[Softmax] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Differentiable form of :func:`linear_cross_entropy` for use outside the deferred heads.
 
-    Shapes as there; ``shard`` None means that ``weight`` ``[V, h]`` is the whole unembedding. Returns the summed loss
-    ``[]`` and the number of correct predictions ``[]``. The gradient of ``hidden`` is already summed over the group.
+    Arguments as there; ``shard`` None means that ``weight`` ``[V, h]`` is the whole unembedding. Returns the summed
+    loss ``[]`` and the number of correct predictions ``[]``. The gradient of ``hidden`` is already summed over the
+    group.
     """
     shard = shard or VocabShard(0, weight.shape[0], weight.shape[0])
-    return _LinearCrossEntropy.apply(hidden, weight, targets, shard, chunk_tokens)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, shard, chunk_tokens, softmax)
 
 
 def _gradient_dtype(weight: Tensor) -> torch.dtype:

@@ -5,7 +5,8 @@
 
 All get the same hidden states ``[tokens, h]``, unembedding ``[V/tp, h]`` and targets, and return the summed loss and
 both gradients (hidden's summed over the tensor-parallel ranks). They are timed in turns, so that a busy machine hits
-all alike; the medians are compared. Only this project's also counts correct predictions.
+all alike; the medians are compared. Only this project's also counts correct predictions. On a GPU it appears with its
+Triton kernels and, beside them, with torch's operations and torch.compile's code for the same two steps.
 
 Peak memory is the allocator's, beyond the inputs and the weight: logits, gradients, everything on the way.
 "error" is the largest deviation of either gradient from megatron-core's unfused path, relative to its largest entry.

@@ -61,13 +61,14 @@ def heads_step(
 
 def count_flops(step: Callable[[], object]) -> int:
     """Floating-point operations of the matrix products in one step."""
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flops}) as counter:
+    ours = {torch.ops.aten.addmm_: _addmm_flops, torch.ops.aten.addmm: _addmm_flops}
+    with FlopCounterMode(display=False, custom_mapping=ours) as counter:
         step()
     return counter.get_total_flops()
 
 
-def _addmm_flops(total: Sequence[int], left: Sequence[int], right: Sequence[int], **_: Any) -> int:
-    """FLOPs of ``total.addmm_(left, right)`` from the shapes: PyTorch's table has the out-of-place products only."""
+def _addmm_flops(total: Sequence[int], left: Sequence[int], right: Sequence[int], *_: Any, **__: Any) -> int:
+    """FLOPs of ``total + left @ right`` from the shapes: PyTorch's table lacks the sum in place and ``out_dtype``."""
     return 2 * left[0] * left[1] * right[1]
 
 

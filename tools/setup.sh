@@ -7,6 +7,7 @@
 #   MTP_TORCH_INDEX_URL  a package index for torch alone, for example one with CPU builds (default: pip's own settings)
 #   MTP_SETUP_FORCE=1    install again although nothing changed
 #   MTP_DEEPSPEED=0      leave DeepSpeed out; its tests are then skipped
+#   MTP_TRITON=0         leave Triton out; the tests of the loss's kernels are then skipped where torch comes without it
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -71,6 +72,7 @@ with_deepspeed="${MTP_DEEPSPEED:-1}"
 if [[ $device == gpu ]] && ! command -v nvcc >/dev/null; then with_deepspeed=0; fi
 key=$(cat pyproject.toml "$constraints" tools/setup.sh | sha256sum | cut -d' ' -f1)-$version-$device
 if [[ "${MTP_DEEPSPEED:-1}" != 1 ]]; then key+=-without-deepspeed; fi
+if [[ "${MTP_TRITON:-1}" != 1 ]]; then key+=-without-triton; fi
 if [[ -z "${MTP_SETUP_FORCE:-}" && -f "$stamp" && "$(cat "$stamp")" == "$key" && "$(version_of "$venv/bin/python")" == "$version" ]]; then
   exit 0
 fi
@@ -110,6 +112,15 @@ if [[ $with_deepspeed == 1 ]]; then
   # Its build looks at the torch that is installed. The kernels are compiled when they are first used.
   retry "${pip[@]}" -c "${pins:-$constraints}" 'setuptools>=77'
   DS_BUILD_OPS=0 retry "${pip[@]}" -c "${pins:-$constraints}" --no-build-isolation "$(requirement deepspeed)"
+fi
+# For the tests of the loss's kernels, in Triton's interpreter (3.6's fails with numpy 2.4). CPU builds of torch come without
+# it, and megatron-core takes other paths through its code where it can import it: so it goes (640 MB) where only those tests
+# look (tests/interpreter.py).
+triton=3.7.1
+if [[ $device == cpu && "${MTP_TRITON:-1}" == 1 && "$(uname -s)" == Linux && ! -d "$venv/triton/triton-$triton.dist-info" ]]; then
+  say "installing Triton $triton for the tests of its kernels"
+  rm -rf "$venv/triton"
+  retry "${pip[@]}" --no-deps --target "$venv/triton" "triton==$triton"
 fi
 
 "$venv/bin/python" -c 'import torch, megatron.core, mtp_megatron' 2>/dev/null ||

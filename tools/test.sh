@@ -16,7 +16,7 @@ main=.venv second=.venv-py312
 # What runs on both: everything that drives megatron-core (schedules, layouts, optimizers, checkpoints, conversion), the
 # training command with its resumption, and Megatron-LM's loop, which is in the newer wheel alone. Left to the main lane:
 # units that need torch at most, the long runs of the quickstart and the README, which go through the same commands
-# again, and DeepSpeed.
+# again, DeepSpeed and Triton.
 shared=(tests/distributed tests/unit/test_compat.py tests/unit/test_compat_training_loop.py
   tests/unit/test_megatron_lm_arguments.py tests/unit/test_fp8.py tests/unit/test_fp8_contexts.py tests/e2e/test_export.py
   tests/e2e/test_train_robustness.py::test_kill_9_in_the_middle_of_a_step_then_the_same_command
@@ -45,7 +45,7 @@ if [[ "$lanes" == *" py312 "* ]]; then
     echo "== lane py312: left out, the main lane has Python 3.12 already"
     lanes=" main "
   elif [[ -n "$python312" ]]; then
-    MTP_DEEPSPEED=0 MTP_VENV=$second PYTHON=$python312 bash tools/setup.sh
+    MTP_DEEPSPEED=0 MTP_TRITON=0 MTP_VENV=$second PYTHON=$python312 bash tools/setup.sh
   elif [[ "$lanes" == *" main "* ]]; then
     echo "== lane py312: left out, no Python 3.12 found on PATH or in ${PYENV_ROOT:-$HOME/.pyenv}/versions"
     lanes=" main "

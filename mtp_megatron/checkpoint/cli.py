@@ -6,7 +6,9 @@ import argparse
 import sys
 from typing import Any
 
-SUMMARY = "convert a model between Megatron, Hugging Face and Meta's layout, or bundle it for serving"
+from mtp_megatron.checkpoint.layouts import SOURCES, TARGETS
+
+SUMMARY = "convert a model between Megatron, DeepSpeed, Hugging Face and Meta's layout, or bundle it for serving"
 _LAYOUTS = {"hf": "a Hugging Face folder", "meta": "Meta's layout", "megatron": "a Megatron checkpoint"}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
 
@@ -16,21 +18,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="SRC",
-        help="a Megatron run, its checkpoints folder or an iter_* one; a Hugging Face folder; a release of Meta's",
+        help="; ".join(SOURCES.values()),
     )
     parser.add_argument(
         "--from",
         dest="kind",
-        choices=("auto", "hf", "meta", "megatron"),
+        choices=("auto", *SOURCES),
         default="auto",
         help="layout of SRC (default: auto, told by its files)",
     )
     parser.add_argument(
         "--to",
-        choices=("hf", "meta", "megatron", "bundle"),
+        choices=tuple(TARGETS),
         default="hf",
-        help="hf (default): a Hugging Face folder; meta: the layout of the paper's release; megatron: a distributed "
-        "checkpoint for run.load, at any TP x PP; bundle: hf with drafts for serving engines",
+        help="; ".join(f"{name}: {what}" for name, what in TARGETS.items()) + " (default: %(default)s)",
     )
     parser.add_argument("--heads", type=int, metavar="N", help="heads of the result (default: as many as SRC has)")
     parser.add_argument(

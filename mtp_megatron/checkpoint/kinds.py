@@ -7,6 +7,7 @@ from pathlib import Path
 from mtp_megatron.checkpoint.deepspeed_reader import DeepSpeedCheckpoint, deepspeed_folder
 from mtp_megatron.checkpoint.description import ModelDescription, describe
 from mtp_megatron.checkpoint.hf_reader import CONFIG, open_hf
+from mtp_megatron.checkpoint.layouts import SOURCES
 from mtp_megatron.checkpoint.megatron_reader import open_checkpoint
 from mtp_megatron.checkpoint.meta import PARAMS, WEIGHTS, open_meta
 from mtp_megatron.checkpoint.plain_gpt import open_plain, plain_folder
@@ -15,7 +16,7 @@ from mtp_megatron.checkpoint.torch_dist import METADATA
 from mtp_megatron.errors import CheckpointError
 from mtp_megatron.training.checkpoint_files import TRACKER, list_iterations
 
-KINDS = ("hf", "meta", "megatron", "deepspeed")
+KINDS = tuple(SOURCES)
 _LOOKED_FOR = {
     "hf": f"{CONFIG} with *.safetensors or pytorch_model*.bin",
     "meta": f"{PARAMS} with {WEIGHTS}",

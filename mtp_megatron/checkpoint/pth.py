@@ -10,7 +10,7 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,12 @@ class PthFile:
                 f"{path}: refused: its pickle is damaged or asks for more than tensors, which could run a stranger's "
                 f"code ({_first_line(error)}). Give a file of plain tensors."
             ) from error
-        except (*_DAMAGED, OSError) as error:
+        except (*_DAMAGED, OSError, TypeError, AttributeError) as error:  # the last two: pick finds other things there
             raise CheckpointError(f"{path}: missing, truncated or damaged ({_first_line(error)}). {_REMEDY}") from error
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
             raise CheckpointError(f"{path}: not a dictionary of tensors. Give a model's state dictionary.")
         self._tensors: dict[str, Tensor] = {str(key): value for key, value in state.items()}
+        self._checked: set[str] = set()
 
     def keys(self) -> list[str]:
         """Keys of the state dictionary."""
@@ -77,15 +78,20 @@ class PthFile:
         return self._tensors[key]
 
     def read_part(self, key: str, start: int, count: int) -> Tensor:
-        """``count`` values of a flat tensor from ``start`` on, without reading the rest; no checksum is looked at.
+        """``count`` values of a flat tensor from ``start`` on, and no more in memory than these.
+
+        The first part asked for has the whole tensor read, block by block, for its checksum.
 
         Raises:
-            CheckpointError: the file ends before.
+            CheckpointError: the tensor is damaged or ends before.
         """
         meta = self._tensors[key]
         storage = meta.untyped_storage()
         if meta.dim() != 1 or meta.stride() != (1,) or start + count > meta.numel():
             raise CheckpointError(f"{self.folder}: {key} is no flat tensor of {start + count} values. {_REMEDY}")
+        if key not in self._checked:
+            self._check_length(key, sum(len(block) for block in self._blocks(key)))
+            self._checked.add(key)
         begin = int(storage._checkpoint_offset or 0) + (int(meta.storage_offset()) + start) * meta.element_size()
         with self.folder.open("rb") as file:
             file.seek(begin)
@@ -101,21 +107,30 @@ class PthFile:
             CheckpointError: they are damaged.
         """
         meta = self._tensors[key]
-        storage = meta.untyped_storage()
-        # Set by torch.load on the meta device (torch's notes on serialization).
-        member = self._members[int(storage._checkpoint_offset or 0)]
-        values = torch.empty(storage.nbytes(), dtype=torch.uint8)
+        values = torch.empty(meta.untyped_storage().nbytes(), dtype=torch.uint8)
         view, filled = memoryview(values.numpy().data), 0
+        for block in self._blocks(key):
+            if filled + len(block) <= len(view):
+                view[filled : filled + len(block)] = block
+            filled += len(block)
+        self._check_length(key, filled)
+        return values.view(meta.dtype).as_strided(meta.shape, meta.stride(), meta.storage_offset())
+
+    def _blocks(self, key: str) -> Iterator[bytes]:
+        """The bytes of a tensor's storage; where they end, zipfile compares their checksum."""
+        # Set by torch.load on the meta device (torch's notes on serialization).
+        begin = int(self._tensors[key].untyped_storage()._checkpoint_offset or 0)
         try:
-            with zipfile.ZipFile(self.folder) as archive, archive.open(member) as file:
+            with zipfile.ZipFile(self.folder) as archive, archive.open(self._members[begin]) as file:
                 while block := file.read(_BLOCK):
-                    view[filled : filled + len(block)] = block
-                    filled += len(block)
+                    yield block
         except (*_DAMAGED, OSError) as error:
             raise CheckpointError(f"{self.folder}: {key} is damaged ({_first_line(error)}). {_REMEDY}") from error
-        if filled != len(view):
-            raise CheckpointError(f"{self.folder}: {key} has {filled} of {len(view)} bytes. {_REMEDY}")
-        return values.view(meta.dtype).as_strided(meta.shape, meta.stride(), meta.storage_offset())
+
+    def _check_length(self, key: str, found: int) -> None:
+        expected = self._tensors[key].untyped_storage().nbytes()
+        if found != expected:
+            raise CheckpointError(f"{self.folder}: {key} has {found} of {expected} bytes. {_REMEDY}")
 
 
 def _members(path: Path) -> dict[int, zipfile.ZipInfo]:

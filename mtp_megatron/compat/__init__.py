@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mtp_megatron.compat.devices import backend, device, prepare
     from mtp_megatron.compat.experts import aux_loss_coefficient, take_load_balancing_loss
     from mtp_megatron.compat.fp8 import fp8_context, without_fp8
-    from mtp_megatron.compat.kernels import fusions, slower_without_apex
+    from mtp_megatron.compat.kernels import fusions, slower_without_apex, slower_without_triton
     from mtp_megatron.compat.overlap import userbuffers, without_overlap
     from mtp_megatron.compat.specs import layer_spec, norm_class, trunk_block_spec
     from mtp_megatron.compat.versions import MCORE_VERSION
@@ -37,6 +37,7 @@ _LAZY = {
     "layer_spec": "mtp_megatron.compat.specs",
     "norm_class": "mtp_megatron.compat.specs",
     "slower_without_apex": "mtp_megatron.compat.kernels",
+    "slower_without_triton": "mtp_megatron.compat.kernels",
     "take_load_balancing_loss": "mtp_megatron.compat.experts",
     "trunk_block_spec": "mtp_megatron.compat.specs",
     "userbuffers": "mtp_megatron.compat.overlap",
@@ -55,6 +56,7 @@ __all__ = [
     "norm_class",
     "prepare",
     "slower_without_apex",
+    "slower_without_triton",
     "take_load_balancing_loss",
     "trunk_block_spec",
     "userbuffers",

@@ -1,7 +1,9 @@
-"""Fused kernels that megatron-core can be told to use, what each needs, and which of them this machine has."""
+"""Fused kernels that megatron-core can be told to use and the loss's own, what each needs, which this machine has."""
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -54,6 +56,37 @@ FUSIONS: tuple[Fusion, ...] = (
     # Megatron's torch norm refuses it and Transformer Engine's ignores it.
     Fusion("persist_layer_norm", "a norm other than RMSNorm", lambda: False),
 )
+
+
+TRITON_CAPABILITY = (8, 0)
+"""Lowest compute capability for which the loss uses Triton: the first one with bf16."""
+
+
+def why_no_triton(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str | None:
+    """Why the loss leaves logits of this type to torch's operations; None where it has Triton kernels for them."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, for tests
+    if device.type != "cuda" and not interpreted:
+        return "no CUDA device"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"logits of {dtype}"
+    if not _has_triton():
+        return "triton is not installed"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < TRITON_CAPABILITY:
+        return f"a GPU of compute capability below {'.'.join(map(str, TRITON_CAPABILITY))}"
+    return None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return packages.locate("triton") is not None
+
+
+def slower_without_triton() -> str | None:
+    """One line for the log where a GPU's loss has to do without its Triton kernels; else None."""
+    reason = why_no_triton(torch.device("cuda")) if torch.cuda.is_available() else None
+    if reason is None:
+        return None
+    return f"the loss is slower and needs more memory without its Triton kernels: {reason}."
 
 
 def fusions() -> dict[str, bool]:

@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from mtp_megatron.compat.versions import EnvironmentUnsupported, installed_version
+from mtp_megatron.install import EXPLANATION, install_command
 
 # Megatron imports these where it can and then prefers them to torch; their kernels need a GPU.
 GPU_ONLY = ("transformer_engine", "apex", "amp_C")
@@ -125,8 +126,8 @@ def require_deepspeed(cuda: bool = True) -> None:
     """
     if deepspeed().state is not State.USABLE:
         raise EnvironmentUnsupported(
-            "run.deepspeed was given, but DeepSpeed is not installed. Install it: pip install "
-            "'mtp-megatron[deepspeed]'; "
+            "run.deepspeed was given, but DeepSpeed is not installed. Install it: "
+            f"{install_command('deepspeed')} ({EXPLANATION}); "
             f"on a machine without a GPU: {_INSTALL_DEEPSPEED}, and a C++ compiler (g++)."
         )
     if not cuda and shutil.which(os.environ.get("CXX", "g++")) is None:

@@ -9,7 +9,7 @@ import torch
 
 from mtp_megatron import __version__
 from mtp_megatron.compat import cpu, devices, fallbacks, fp8, packages, versions
-from mtp_megatron.compat.kernels import FUSIONS, slower_without_apex
+from mtp_megatron.compat.kernels import FUSIONS, slower_without_apex, why_no_triton
 from mtp_megatron.compat.packages import State
 
 # What mtp_megatron.model_checks refuses on every machine.
@@ -41,6 +41,11 @@ def _megatron() -> str:
 def _weight_gradient() -> str:
     fused = next(fusion for fusion in FUSIONS if fusion.setting == "gradient_accumulation_fusion")
     return "added to main_grad by the loss itself" if fused.available else "summed in fp32, then handed to autograd"
+
+
+def _loss_softmax(cuda: bool) -> str:
+    reason = why_no_triton(torch.device("cuda" if cuda else "cpu"))
+    return "Triton kernels" if reason is None else f"torch's operations: {reason}"
 
 
 def _optimizer(cuda: bool) -> str:
@@ -114,6 +119,7 @@ def lines(verbose: bool = False) -> Iterable[str]:
         yield _row(fusion.setting, "on" if fusion.available else f"off: needs {fusion.needs}")
     yield _row("without Apex", slower_without_apex() or ("nothing is slower" if cuda else "no difference on the CPU"))
     yield _row("FP8 and FP4 in the trunk", _low_precision())
+    yield _row("softmax of the loss", _loss_softmax(cuda))
     yield _row("unembedding's weight gradient", _weight_gradient())
     stand_ins = () if cuda else (*cpu.TORCH, *cpu.MEGATRON)
     yield _row("stand-ins for CUDA", f"{len(stand_ins)} (--verbose lists them)" if stand_ins else "none")

@@ -27,9 +27,9 @@ def pretrain_mtp(args_defaults: dict[str, Any] | None = None) -> None:
     from mtp_megatron.megatron_lm.model import get_embedding_ranks, model_provider
     from mtp_megatron.megatron_lm.step import forward_step
 
-    slower = kernels.slower_without_apex()
-    if slower is not None and os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"{slower}\n")
+    for slower in (kernels.slower_without_apex(), kernels.slower_without_triton()):
+        if slower is not None and os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"{slower}\n")
     megatron_lm.pretrain(
         train_valid_test_datasets_provider,
         model_provider,

@@ -11,7 +11,7 @@ from typing import Any
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.planning.candidates import layouts
 from mtp_megatron.planning.cost import logits_chunk, rank_costs
-from mtp_megatron.planning.estimate import GPUS_PER_NODE, Hardware
+from mtp_megatron.planning.estimate import Hardware
 from mtp_megatron.planning.lines import changed
 from mtp_megatron.planning.shapes import Sizes
 from mtp_megatron.planning.tensors import Tensors, largest_category, largest_tensors
@@ -48,7 +48,7 @@ class Advice:
     fits: bool
 
 
-def advise(recipe: Recipe, world_size: int, hardware: Hardware, *, gpus_per_node: int = GPUS_PER_NODE) -> Advice | None:
+def advise(recipe: Recipe, world_size: int, hardware: Hardware) -> Advice | None:
     """None: the plan fits.
 
     The number of GPUs, the batch and the model stay as they are. Combinations of changes are tried in the order of
@@ -62,7 +62,7 @@ def advise(recipe: Recipe, world_size: int, hardware: Hardware, *, gpus_per_node
     fullest = max(rank_costs(recipe, world_size), key=lambda cost: cost.memory)
     if fullest.memory <= room:
         return None
-    options = _options(recipe, gpus_per_node)
+    options = _options(recipe, hardware.gpus_per_node)
     changes, memory = _nearest(recipe, options, world_size, hardware)
     category = largest_category(fullest)
     return Advice(

@@ -36,9 +36,10 @@ docs/planning.md says what the figures hold and what they do not.
 _UNITS = {
     "tflops": "1e12 matrix operations per second of a GPU at its peak",
     "efficiency": "share of them that a layer reaches",
-    "link": "GB/s between GPUs of a tensor parallel group",
+    "link": "GB/s between GPUs of a node",
     "network": "GB/s from a GPU to another stage or replica",
     "memory": "GB on a GPU",
+    "gpus_per_node": "GPUs of a node; also the largest tensor parallel size tried",
 }
 
 
@@ -51,16 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, metavar="N", help="ranks (default: the fewest that the layout takes)")
     parser.add_argument("--search", action="store_true", help="find the fastest layout that fits, and print its recipe")
     parser.add_argument(
-        "--gpus-per-node", type=int, default=8, metavar="N", help="largest tensor parallel size tried (default: 8)"
-    )
-    parser.add_argument(
         "--recipe", type=Path, metavar="FILE", help="write the planned or found recipe as YAML for mtp-megatron train"
     )
     parser.add_argument("--json", action="store_true", help="print JSON: bytes, seconds, operations")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the pipeline: .png, .svg or .pdf")
     for field in dataclasses.fields(Hardware):
         meaning = f"{_UNITS[field.name]} (default: {field.default})"
-        parser.add_argument(f"--{field.name}", type=float, default=field.default, metavar="X", help=meaning)
+        kind = type(field.default)
+        parser.add_argument(_option(field.name), type=kind, default=field.default, metavar="X", help=meaning)
     parser.add_argument("--trace", type=int, metavar="RANK", help="the exact memory of this rank instead")
     parser.add_argument(
         "--kernels",
@@ -75,8 +74,6 @@ def run(args: argparse.Namespace) -> int:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for one: a plan is the same on every machine
     if args.gpus is not None and args.gpus < 1:
         raise ConfigError("--gpus", args.gpus, "a job has at least one rank", "Give a positive number.")
-    if args.gpus_per_node < 1:
-        raise ConfigError("--gpus-per-node", args.gpus_per_node, "not a number of GPUs", "Give a positive number.")
     if args.search and args.trace is not None:
         raise ConfigError("--trace", args.trace, "a search costs layouts and traces none", "Leave --search out.")
     if args.search:
@@ -91,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
     hardware = _hardware(args)
     plan = estimate(recipe, world_size, hardware)
-    advice = advise(recipe, world_size, hardware, gpus_per_node=args.gpus_per_node)
+    advice = advise(recipe, world_size, hardware)
     _keep(args, recipe, plan)
     if args.json:
         print(json.dumps(report.as_json(recipe, world_size, hardware, plan, advice), indent=2))
@@ -108,7 +105,7 @@ def _search(args: argparse.Namespace) -> int:
     recipe = changed(recipe, {"model.vocab_size": vocabulary(recipe)})
     hardware, world_size = _hardware(args), args.gpus or recipe.smallest_world
     fixed = [override.partition("=")[0].strip() for override in args.overrides]
-    found = search(recipe, world_size, hardware, fixed=fixed, gpus_per_node=args.gpus_per_node, progress=True)
+    found = search(recipe, world_size, hardware, fixed=fixed, progress=True)
     best = found.best[0]
     _keep(args, best.candidate.recipe, best.plan)
     if args.json:
@@ -122,8 +119,12 @@ def _hardware(args: argparse.Namespace) -> Hardware:
     figures = {field.name: getattr(args, field.name) for field in dataclasses.fields(Hardware)}
     for name, value in figures.items():
         if not value > 0:
-            raise ConfigError(f"--{name}", value, "not a positive number", f"Give {_UNITS[name]}.")
+            raise ConfigError(_option(name), value, "not a positive number", f"Give {_UNITS[name]}.")
     return Hardware(**figures)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _keep(args: argparse.Namespace, recipe: Recipe, plan: Estimate) -> None:

@@ -11,9 +11,6 @@ from mtp_megatron.planning.simulate import Schedule, simulate
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.validate import data_parallel_size, num_microbatches
 
-GPUS_PER_NODE = 8
-"""Ranks that have a link to one another; a ring of more goes through the network."""
-
 
 @dataclass(frozen=True)
 class Hardware:
@@ -23,9 +20,10 @@ class Hardware:
     Attributes:
         tflops: dense matrix multiplication at its peak, in the training precision, 1e12 operations per second.
         efficiency: share of it that a layer reaches.
-        link: GB/s (1e9) from one GPU to another of its tensor parallel group, each way.
+        link: GB/s (1e9) from one GPU to another of its node, each way.
         network: GB/s from one GPU to one of another stage or replica.
         memory: GB (1e9) on one GPU.
+        gpus_per_node: ranks that have a link to one another; a ring of more goes through the network.
     """
 
     tflops: float = 989.0
@@ -33,6 +31,7 @@ class Hardware:
     link: float = 450.0
     network: float = 50.0
     memory: float = 80.0
+    gpus_per_node: int = 8
 
 
 @dataclass(frozen=True)
@@ -202,5 +201,5 @@ def exchange_seconds(recipe: Recipe, sizes: Sizes, hardware: Hardware) -> float:
     tensor, context = recipe.parallel.tensor, recipe.parallel.context
     gathered = 4 * sizes.element * sizes.tokens * sizes.hidden * (tensor - 1) / tensor
     ring = 2 * sizes.element * sizes.tokens * sizes.keys * (context - 1)
-    between = hardware.link if tensor * context <= GPUS_PER_NODE else hardware.network
+    between = hardware.link if tensor * context <= hardware.gpus_per_node else hardware.network
     return gathered / (hardware.link * 1e9) + ring / (between * 1e9)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mtp_megatron.errors import ConfigError
+from mtp_megatron.install import EXPLANATION, install_command
 from mtp_megatron.planning.simulate import Schedule
 
 _FORWARD = ("#80bdeb", "#a9d2f2", "#c9e3f7", "#e1f0fb")  # by chunk, the first one the darkest
@@ -34,7 +35,7 @@ def save_picture(
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
     except ImportError as error:
-        remedy = "Install it with `pip install 'mtp-megatron[report]'`."
+        remedy = f"Install it with `{install_command('report')}` ({EXPLANATION})."
         raise ConfigError("--picture", str(path), "it needs matplotlib, which is not installed", remedy) from error
     figure = Figure(figsize=(10, 1.6 + 0.45 * schedule.ranks), layout="constrained")
     windows = _windows(schedule)

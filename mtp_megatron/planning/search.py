@@ -16,7 +16,7 @@ from tqdm import tqdm
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.planning.candidates import AT_THE_END, Candidate, candidate, choices, describe, layouts
 from mtp_megatron.planning.cost import check_known, rank_costs
-from mtp_megatron.planning.estimate import GPUS_PER_NODE, Estimate, Hardware, estimate
+from mtp_megatron.planning.estimate import Estimate, Hardware, estimate
 from mtp_megatron.planning.lines import changed
 from mtp_megatron.planning.tensors import CATEGORIES, largest_category, largest_tensors
 from mtp_megatron.training.recipe import Recipe
@@ -73,7 +73,6 @@ def search(
     hardware: Hardware,
     *,
     fixed: Sequence[str] = (),
-    gpus_per_node: int = GPUS_PER_NODE,
     count: int = 5,
     progress: bool = False,
 ) -> Search:
@@ -82,7 +81,6 @@ def search(
     Args:
         recipe: with its vocabulary; what it says of :data:`SEARCHED` counts where ``fixed`` names it.
         fixed: dotted keys that stay as they are.
-        gpus_per_node: the largest tensor parallel size.
         count: how many layouts to return.
         progress: show a bar, if standard error is a terminal.
 
@@ -92,7 +90,7 @@ def search(
     """
     check_known(recipe)
     survey = _Survey(hardware.memory * 1e9)
-    cuts = list(choices(recipe, world_size, fixed, gpus_per_node))
+    cuts = list(choices(recipe, world_size, fixed, hardware.gpus_per_node))
     for cut in tqdm(cuts, desc="cuts", unit="cut", leave=False, disable=None if progress else True):
         survey.take(recipe, cut, world_size, hardware, fixed)
     if survey.smallest is None:

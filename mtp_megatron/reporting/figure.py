@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtp_megatron.errors import ConfigError
+from mtp_megatron.install import EXPLANATION, install_command
 from mtp_megatron.reporting.metrics import Record, RunMetrics
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def save_figure(path: Path, metrics: RunMetrics, speculative: Record | None, tit
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
-        remedy = "Install it with `pip install 'mtp-megatron[report]'`"
+        remedy = f"Install it with `{install_command('report')}` ({EXPLANATION})"
         raise ConfigError("output", str(path), "the figure needs matplotlib, which is not installed", remedy) from error
     with matplotlib.rc_context(_STYLE):
         panels = 2 if speculative is None else 3

@@ -18,19 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
 from tqdm import tqdm
 
+from mtp_megatron.checkpoint.carried_tokenizer import read_files
 from mtp_megatron.checkpoint.convert import DEFAULT_SHARD_BYTES, convert
 from mtp_megatron.checkpoint.heads import NewHeads
 from mtp_megatron.checkpoint.hf import EXPORT_CONFIG, EXPORT_FORMAT, HEADS_STEM, MODEL_STEM
-from mtp_megatron.checkpoint.sharded import ShardedWriter, index_path, read_sharded
+from mtp_megatron.checkpoint.hf_reader import HFFolder
+from mtp_megatron.checkpoint.sharded import ShardedWriter, index_path, is_finite, read_sharded
 from mtp_megatron.data.atomic import new_folder
 from mtp_megatron.errors import CheckpointError
 from mtp_megatron.serving.bundle_readme import readme
 from mtp_megatron.serving.drafts import HEADS_FOLDER, TRANSFORMS, Draft, drafts_of
-from mtp_megatron.serving.manifest import MANIFEST, write_manifest
+from mtp_megatron.serving.manifest import write_manifest
 
 README = "README.md"
 
@@ -43,31 +43,6 @@ class Bundle:
     drafts: tuple[str, ...]
     total_bytes: int
     notices: tuple[str, ...] = ()
-
-
-class TensorSource:
-    """Tensors of an exported folder by key; the files stay open, and only what is asked for is read."""
-
-    def __init__(self, folder: Path) -> None:
-        self._files: dict[str, Any] = {}
-        self._of_key: dict[str, str] = {}
-        for stem in (MODEL_STEM, HEADS_STEM):
-            if not index_path(folder, stem).is_file():
-                continue
-            index = json.loads(index_path(folder, stem).read_text(encoding="utf-8"))["weight_map"]
-            for key, name in index.items():
-                self._of_key[key] = name
-                if name not in self._files:
-                    self._files[name] = safe_open(folder / name, framework="pt")
-
-    def keys(self) -> list[str]:
-        """Every key, in the order of the export."""
-        return list(self._of_key)
-
-    def get(self, key: str) -> Tensor:
-        """Read one tensor."""
-        tensor: Tensor = self._files[self._of_key[key]].get_tensor(key)
-        return tensor
 
 
 def write_bundle(
@@ -85,7 +60,8 @@ def write_bundle(
     """Write a serving bundle of a model in any layout that ``convert`` reads.
 
     Written to a hidden folder that is renamed at the end; memory is bounded by one shard and one tensor. An export of
-    this package's is taken file by file where nothing about it is to change.
+    this package's is read, checked and written like any other source: files that are copied as they are carry their
+    damage into a bundle whose hashes then say that it is whole.
 
     Args:
         source: see :func:`mtp_megatron.checkpoint.convert.convert`, as for the other arguments.
@@ -101,31 +77,26 @@ def write_bundle(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output}: exists and is not an empty folder. Choose another --output folder.")
     with new_folder(output) as folder:
-        notices: tuple[str, ...] = ()
-        if is_export(source) and dtype is None and heads is None and kind in ("auto", "hf"):
-            for path in source.iterdir():
-                # A copy: links between two folders of the user's would let a change in one damage the other.
-                if path.is_file() and path.name not in (README, MANIFEST):
-                    shutil.copyfile(path, folder / path.name)
-        else:
-            plain = folder / "plain"
-            notices = convert(
-                source,
-                plain,
-                to="hf",
-                kind=kind,
-                heads=heads,
-                new_heads=new_heads,
-                model_recipe=model_recipe,
-                dtype=dtype,
-                max_shard_bytes=max_shard_bytes,
-                progress=progress,
-            ).notices
-            for path in plain.iterdir():
-                path.rename(folder / path.name)
-            plain.rmdir()
+        plain = folder / "plain"
+        notices = convert(
+            source,
+            plain,
+            to="hf",
+            kind=kind,
+            heads=heads,
+            new_heads=new_heads,
+            model_recipe=model_recipe,
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+            progress=progress,
+        ).notices
+        for path in plain.iterdir():
+            path.rename(folder / path.name)
+        plain.rmdir()
+        if is_export(source):
+            _keep_what_an_export_says(source, folder)
         llama, export = _read_json(folder / "config.json"), _read_json(folder / EXPORT_CONFIG)
-        tensors = TensorSource(folder)
+        tensors = HFFolder(folder)
         drafts = drafts_of(llama, export, tensors.keys())
         for draft in drafts:
             _write_draft(draft, folder, tensors, max_shard_bytes, progress)
@@ -141,7 +112,21 @@ def is_export(folder: Path) -> bool:
     return path.is_file() and _read_json(path).get("format") == EXPORT_FORMAT
 
 
-def _write_draft(draft: Draft, folder: Path, tensors: TensorSource, max_shard_bytes: int, progress: bool) -> None:
+def _keep_what_an_export_says(source: Path, folder: Path) -> None:
+    """The training that an export names, and what people put beside its tokenizer, a chat template for example.
+
+    Files that the conversion makes are not replaced: they are made of what was checked.
+    """
+    export, said = _read_json(folder / EXPORT_CONFIG), _read_json(source / EXPORT_CONFIG).get("source")
+    if isinstance(said, dict):
+        text = json.dumps({**export, "source": said}, indent=2) + "\n"
+        (folder / EXPORT_CONFIG).write_text(text, encoding="utf-8")
+    for name, content in read_files(source).items():
+        if not (folder / name).exists():
+            (folder / name).write_bytes(content)
+
+
+def _write_draft(draft: Draft, folder: Path, tensors: HFFolder, max_shard_bytes: int, progress: bool) -> None:
     target = folder / draft.folder
     target.mkdir()
     model_type: torch.dtype = getattr(torch, draft.config["dtype"])
@@ -149,7 +134,11 @@ def _write_draft(draft: Draft, folder: Path, tensors: TensorSource, max_shard_by
     for rule in tqdm(draft.rules, desc=draft.folder, unit="tensor", disable=not progress):
         if draft.folder == HEADS_FOLDER and rule.sources[0].startswith("mtp_heads."):
             continue  # these files are there already, and get a second name
-        made = TRANSFORMS[rule.transform]([tensors.get(key) for key in rule.sources], draft.config, model_type)
+        made = TRANSFORMS[rule.transform]([tensors.read(key) for key in rule.sources], draft.config, model_type)
+        if not is_finite(made):  # a product of two finite ones
+            raise CheckpointError(
+                f"{draft.folder}: {rule.draft} does not fit {draft.config['dtype']}. Choose another --dtype."
+            )
         writer.add(rule.draft, made)
     writer.close()
     if draft.folder == HEADS_FOLDER:

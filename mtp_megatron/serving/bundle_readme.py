@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mtp_megatron import __version__
+from mtp_megatron.install import EXPLANATION, install_command
 from mtp_megatron.serving.drafts import EAGLE3_FOLDER, HEADS_FOLDER, MEDUSA_FOLDER, Draft, eagle3_layers
 from mtp_megatron.serving.engine_command import sglang_arguments, vllm_arguments
 
@@ -65,7 +66,7 @@ def _plain() -> str:
 def _all_heads(heads: int) -> str:
     return f"""## All heads: vLLM with the plugin of mtp-megatron
 
-    pip install --no-deps mtp-megatron      # in vLLM's environment
+    {install_command(no_deps=True)}      # in vLLM's environment; {EXPLANATION}
 {_vllm(HEADS_FOLDER, heads - 1)}
 
 `num_speculative_tokens` is the number of heads beside head 1 in use: 1 to {heads - 1}. Tried with vLLM

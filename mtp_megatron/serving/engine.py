@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_megatron.errors import ConfigError, MTPError
+from mtp_megatron.install import EXPLANATION, install_command
 
 PYTHON_VARIABLE = "MTP_VLLM_PYTHON"
 PLUGIN = "mtp_megatron"  # the entry point's name in pyproject.toml
@@ -155,7 +156,7 @@ def explain(status: int, output: str | None) -> str:
     last = "\n".join(f"  {line}" for line in lines[-_LAST_LINES:])
     remedy = "Its messages stand above."
     if any("no vLLM plugin named" in line for line in lines):
-        remedy = "Install this package there: PYTHON -m pip install --no-deps mtp-megatron (or a checkout of it)."
+        remedy = f"Install this package there: PYTHON -m {install_command(no_deps=True)} ({EXPLANATION})."
     elif any("NUMA" in line and "cpu" in line.lower() for line in lines[-_LAST_LINES:]):
         remedy = "Set VLLM_CPU_OMP_THREADS_BIND=nobind."
     elif any("Unsupported CPU attention configuration" in line for line in lines[-_LAST_LINES:]):

@@ -11,11 +11,11 @@ import torch
 from mtp_megatron.checkpoint.description import shape_of
 from mtp_megatron.checkpoint.hf import EXPORT_CONFIG, HEADS_STEM, MODEL_STEM
 from mtp_megatron.checkpoint.hf_config import model_settings
+from mtp_megatron.checkpoint.hf_reader import HFFolder
 from mtp_megatron.checkpoint.sharded import is_finite, read_sharded
 from mtp_megatron.checkpoint.source import expected_shape, model_shapes
 from mtp_megatron.checkpoint.tables import FURTHER_HEADS, LLAMA, expand
 from mtp_megatron.errors import CheckpointError
-from mtp_megatron.serving.bundle import TensorSource
 from mtp_megatron.serving.drafts import TRANSFORMS, Draft, drafts_of
 
 _AGAIN = "Convert the checkpoint again."
@@ -40,7 +40,7 @@ def check_tensors(folder: Path) -> int:
             count += 1
     if expected:
         raise CheckpointError(f"{folder}: {min(expected)} is missing. {_AGAIN}")
-    tensors = TensorSource(folder)
+    tensors = HFFolder(folder)
     for draft in drafts_of(llama, export, tensors.keys()):
         count += _check_draft(folder, draft, tensors)
     return count
@@ -61,7 +61,7 @@ def expected_shapes(llama: dict[str, Any], export: dict[str, Any]) -> dict[str, 
     }
 
 
-def _check_draft(folder: Path, draft: Draft, tensors: TensorSource) -> int:
+def _check_draft(folder: Path, draft: Draft, tensors: HFFolder) -> int:
     dtype: torch.dtype = getattr(torch, draft.config["dtype"])
     rules = {rule.draft: rule for rule in draft.rules}
     for key, tensor in read_sharded(folder / draft.folder, MODEL_STEM):
@@ -69,7 +69,7 @@ def _check_draft(folder: Path, draft: Draft, tensors: TensorSource) -> int:
         name = f"{folder / draft.folder}: {key}"
         if rule is None:
             raise CheckpointError(f"{name} is no tensor of this draft. {_AGAIN}")
-        made = TRANSFORMS[rule.transform]([tensors.get(source) for source in rule.sources], draft.config, dtype)
+        made = TRANSFORMS[rule.transform]([tensors.read(source) for source in rule.sources], draft.config, dtype)
         _check(name, tensor, tuple(made.shape))
         if not torch.equal(tensor, made):
             origin = ", ".join(rule.sources) or "its rule"

@@ -134,9 +134,9 @@ class _Session:
             f"vocabulary {model.vocab_size}; TP {parallel.tensor} x PP {parallel.pipeline} x DP {copies}{shared} on "
             f"{compat.device().type}, {self.recipe.train.precision}; {self.origin}; run folder {self.folder.path}"
         )
-        slower = compat.slower_without_apex()
-        if slower is not None:
-            log.message(slower)
+        for slower in (compat.slower_without_apex(), compat.slower_without_triton()):
+            if slower is not None:
+                log.message(slower)
         if self.step >= self.recipe.train.steps:
             log.message(f"step {self.step} was the last one: set train.steps higher to go on.")
 

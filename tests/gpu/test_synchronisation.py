@@ -1,7 +1,7 @@
 """The heads never wait for the GPU: CUDA itself raises where they would. tests/unit/test_no_synchronisation.py counts
 operations instead, without a GPU.
 
-Never run where this was written: there was no GPU.
+Passed on an H200, 2026-11-27 (without Transformer Engine).
 """
 
 from __future__ import annotations

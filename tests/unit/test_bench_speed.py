@@ -13,11 +13,12 @@ sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
 import bench_loss
 import bench_step
-from bench.losses import AUTOGRAD, CCE, LIGER, RAW, UNFUSED
+from bench.losses import AUTOGRAD, CCE, LIGER, RAW, RAW_COMPILED, RAW_TORCH, UNFUSED, CompiledSoftmax
 from bench.models import Shape
 from bench.worlds import alone
 
 from mtp_megatron.config import HeadsConfig
+from mtp_megatron.loss import VocabShard, linear_cross_entropy
 
 SMALL = Shape(hidden=64, ffn=96, attention_heads=2, vocab=320, sequence=16, batch=2)
 
@@ -70,7 +71,7 @@ def test_bench_step_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize("size", [1, 2])
 def test_bench_loss_compares_the_same_gradients(size: int, tmp_path: Path) -> None:
     path = tmp_path / "loss.json"
-    only = [AUTOGRAD, RAW, UNFUSED, LIGER, CCE]
+    only = [AUTOGRAD, RAW, RAW_TORCH, RAW_COMPILED, UNFUSED, LIGER, CCE]
     assert bench_loss.main(["--quick", "--repeats", "1", "--tp", str(size), "--json", str(path), "--only", *only]) == 0
     rows = {row["rival"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
     assert list(rows) == only
@@ -82,3 +83,27 @@ def test_bench_loss_compares_the_same_gradients(size: int, tmp_path: Path) -> No
         for absent in (LIGER, CCE):
             assert rows[absent]["note"].startswith("not available on this device")
             assert "seconds" not in rows[absent]
+        for same in (RAW_TORCH, RAW_COMPILED):
+            assert rows[same]["note"].endswith("softmax is torch's here (no CUDA device)")
+
+
+def test_the_softmax_to_be_compiled_is_the_loss() -> None:
+    """The formulas alone; compiling them takes longer than it tells."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(30, 8, generator=generator), torch.randn(50, 8, generator=generator)
+    targets = torch.randint(0, 50, (30,), generator=generator)
+    targets[::5] = -100
+    results = []
+    with torch.compiler.set_stance("force_eager"):
+        for softmax in (None, CompiledSoftmax):
+            weight_grad = torch.zeros_like(weight)
+            sums, hidden_grad = linear_cross_entropy(
+                *(hidden, weight, targets, VocabShard.of(50, 50, None)),
+                grad_scale=torch.tensor(0.5),
+                weight_grad=weight_grad,
+                chunk_tokens=16,
+                predictions=True,
+                softmax=softmax,
+            )
+            results.append((sums.loss, sums.correct, sums.predictions, hidden_grad, weight_grad))
+    torch.testing.assert_close(results[1], results[0])

@@ -19,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from mtp_megatron.checkpoint.convert import convert
 from mtp_megatron.checkpoint.kinds import detect, open_source
 from mtp_megatron.cli import main
+from mtp_megatron.config import HeadsConfig
 from mtp_megatron.errors import MTPError
+from mtp_megatron.serving.bundle import write_bundle
 from tests.checkpoints import (
     MEGATRON_LM_ARGUMENTS,
     SHAPE,
@@ -29,6 +31,7 @@ from tests.checkpoints import (
     write_torch_dist,
 )
 from tests.foreign_models import FAMILIES, PARAMS, hf_logits, meta_logits, tokenizer_model, write_hf, write_meta
+from tests.serving.models import random_weights, write_export
 
 TOKENS = torch.randint(0, 257, (2, 20), generator=torch.Generator().manual_seed(3))
 
@@ -39,7 +42,10 @@ def tokenizer() -> bytes:
 
 
 def quiet(source: Path, output: Path, to: str, **options: Any) -> Path:
-    convert(source, output, to=to, progress=False, **options)
+    if to == "bundle":
+        write_bundle(source, output, progress=False, **options)
+    else:
+        convert(source, output, to=to, progress=False, **options)
     return output
 
 
@@ -132,9 +138,18 @@ def test_an_export_with_heads_comes_back_whole(tmp_path: Path) -> None:
     tensors = random_tensors()
     for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
         tensors[key][SHAPE.vocab_size :] = 0
-    write_checkpoint(tmp_path / "run", tensors=tensors)
+    heads = {
+        "n": 3,
+        "loss_weights": [1.0, 0.5, 0.25],
+        "curriculum_steps": 9,
+        "documents": "ignore",
+        "trainable": "heads",
+    }
+    settings = HeadsConfig.parse(heads).model_dump(mode="json")
+    write_checkpoint(tmp_path / "run", tensors=tensors, heads=settings)
     folder = quiet(tmp_path / "run", tmp_path / "hf", "hf", max_shard_bytes=30_000)
     source, description = open_source(quiet(folder, tmp_path / "megatron", "megatron"))
+    assert description.raw["heads"] == settings, "how they were trained"
     assert description.shape.num_heads == SHAPE.num_heads
     assert description.raw["tokenizer"]["kind"] == "bytes"
     for key in source.keys():  # noqa: SIM118
@@ -270,9 +285,9 @@ def corrupt(source: Path) -> None:
     weights.write_bytes(content)
 
 
-def change(source: Path, key: str, value: torch.Tensor) -> None:
-    tensors = load_file(source / "model.safetensors") | {key: value}
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+def change(source: Path, key: str, value: torch.Tensor, file: str = "model.safetensors") -> None:
+    tensors = load_file(source / file) | {key: value}
+    save_file(tensors, source / file, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize(
@@ -292,6 +307,55 @@ def test_damaged_hugging_face_folders(harm: Callable[[Path], None], message: str
     harm(source)
     for to in ("megatron", "hf", "meta"):
         refused(source, message, to)
+    refused(source, message, "bundle", heads=2)
+
+
+def lead_outside(source: Path) -> None:
+    path = source / "mtp_heads.safetensors.index.json"
+    edit(path, weight_map={key: f"../{name}" for key, name in json.loads(path.read_text())["weight_map"].items()})
+
+
+NORM, HEADS = "mtp_heads.4.input_layernorm.weight", "mtp_heads.safetensors"
+
+
+@pytest.mark.parametrize("to", ["bundle", "hf", "megatron"])
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (damage_config, r"config\.json: missing or damaged"),
+        (truncate, r"model\.safetensors: missing, truncated or damaged"),
+        (corrupt, r"model\.safetensors: missing, truncated or damaged"),
+        (lambda s: (s / HEADS).unlink(), r"mtp_heads\.safetensors: missing, truncated or damaged"),
+        (lambda s: (s / HEADS).write_bytes(b""), r"mtp_heads\.safetensors: missing, truncated or damaged"),
+        (lambda s: (s / f"{HEADS}.index.json").write_text("{}"), "no weight_map of files in this folder"),
+        (lead_outside, "no weight_map of files in this folder"),
+        (lambda s: change(s, "model.norm.weight", torch.ones(3, 3)), r"norm\.weight has shape \[3, 3\]"),
+        (lambda s: change(s, NORM, torch.ones(63), HEADS), r"mtp_heads\.4\.input_layernorm\.weight has shape \[63\]"),
+        (lambda s: change(s, NORM, torch.ones(64, dtype=torch.int8), HEADS), "a quantised model's type"),
+        (lambda s: change(s, NORM, torch.full((64,), torch.nan), HEADS), r"heads\.3\..*holds NaN"),
+        (lambda s: change(s, NORM, torch.full((64,), torch.inf), HEADS), r"heads\.3\..*holds NaN or infinity"),
+        (lambda s: change(s, "mtp_heads.5.surprise", torch.ones(1), HEADS), r"disagree \(mtp_heads\.5\.surprise\)"),
+        (lambda s: edit(s / "mtp_config.json", heads={"n": 5}), r"missing: mtp_heads\.5\.input_layernorm\.weight"),
+        (lambda s: edit(s / "mtp_config.json", heads=4), r"mtp_config\.json: not an export's"),
+        (lambda s: (s / "mtp_config.json").write_text("[]"), r"mtp_config\.json: damaged, no settings in it"),
+    ],
+)
+def test_damaged_exports(harm: Callable[[Path], None], message: str, to: str, tmp_path: Path) -> None:
+    source = write_export(tmp_path / "source", random_weights())
+    harm(source)
+    refused(source, message, to)
+
+
+def test_the_command_line_refuses_a_damaged_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_export(tmp_path / "source", random_weights())
+    arguments = ["convert", str(source), "--to", "bundle", "--quiet", "--output"]
+    truncate(source)
+    assert main([*arguments, str(tmp_path / "out")]) == 2
+    assert "model.safetensors: missing, truncated or damaged" in capsys.readouterr().err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
+    write_export(tmp_path / "whole", random_weights())
+    arguments[1] = str(tmp_path / "whole")
+    assert main([*arguments, str(tmp_path / "out")]) == 0, "control"
 
 
 class Malicious:
@@ -374,7 +438,7 @@ def test_heads_and_output_on_the_command_line(tmp_path: Path, capsys: pytest.Cap
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("to", ["megatron", "meta", "hf"])
+@pytest.mark.parametrize("to", ["megatron", "meta", "hf", "bundle"])
 def test_memory_is_bounded_by_one_tensor(to: str, tmp_path: Path) -> None:
     """A model of 0.4 GB whose largest tensor has 17 MB and whose shards have 50, in a process of its own."""
     report = subprocess.run(

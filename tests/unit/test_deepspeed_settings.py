@@ -224,7 +224,7 @@ def test_without_deepspeed_the_rest_works_and_asking_says_what_to_install(
     config.write_text("{}")
     with pytest.raises(EnvironmentUnsupported) as caught:
         preflight(parse_recipe(tiny_tree(data, tmp_path / "run", run__deepspeed=str(config))), 1)
-    for words in ("mtp-megatron[deepspeed]", "DS_BUILD_OPS=0", "--no-build-isolation", "g++"):
+    for words in ("pip install 'PATH_TO_CHECKOUT[deepspeed]'", "DS_BUILD_OPS=0", "--no-build-isolation", "g++"):
         assert words in str(caught.value)
 
 

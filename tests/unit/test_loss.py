@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mtp_megatron import loss as loss_module
 from mtp_megatron.loss import VocabShard, linear_cross_entropy, vocab_parallel_linear_cross_entropy
+from mtp_megatron.loss_softmax import TorchSoftmax
 from mtp_megatron.targets import IGNORE_INDEX
 
 CHUNKS = (None, 1, 5, 13, 14, 1000)
@@ -259,8 +260,8 @@ def test_counts_and_predictions_equal_argmax(dtype: torch.dtype, chunk: int | No
 def test_default_chunk_bounds_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 20 * VOCAB)
     widths = []
-    softmax = loss_module._softmax
-    monkeypatch.setattr(loss_module, "_softmax", lambda *a: widths.append(tuple(a[0].shape)) or softmax(*a))
+    sums = TorchSoftmax.sums
+    monkeypatch.setattr(TorchSoftmax, "sums", lambda *a: widths.append(tuple(a[1].shape)) or sums(*a))
     case = inputs(torch.float64, tokens=50)
     assert error(ours(*case), plain(*case)) <= 1e-12
     assert widths == [(20, VOCAB), (20, VOCAB), (10, VOCAB)]

@@ -187,6 +187,7 @@ def test_what_the_formulas_do_not_know_is_refused_by_name(setting: str, field: s
         (["14B"], "13B"),
         (["7B", "--tflops", "0"], "--tflops"),
         (["7B", "--gpus", "0"], "--gpus"),
+        (["7B", "--gpus-per-node", "0"], "--gpus-per-node"),
         (["7B", "--trace", "2", "--gpus", "2"], "--trace"),
         (["1.3B", "--picture", "x.gif"], "--picture"),
         (["examples/recipes/quickstart.yaml", "data.path=nowhere"], "model.vocab_size"),

@@ -130,6 +130,9 @@ def test_context_parallel_ranks_keep_enough_of_a_sequence() -> None:
     assert plans[1, 2].terms.exchange == pytest.approx(8 * layers * passes * keys)
     ring = plans[8, 2].terms.exchange - plans[8, 1].terms.exchange / 2
     assert ring == pytest.approx(8 * layers * passes * keys / 8 * 450 / 50)  # eighth of the channels, by the network
+    cut = ["parallel.context=2", "parallel.tensor=1", "train.global_batch_size=8", "parallel.pipeline=1"]
+    small_nodes = estimate(checked(read_plan("7B", cut), 2), 2, Hardware(gpus_per_node=1))
+    assert small_nodes.terms.exchange == pytest.approx(plans[1, 2].terms.exchange * 450 / 50)
 
 
 def test_memory_decides_where_the_fastest_does_not_fit() -> None:

@@ -134,7 +134,7 @@ def test_damaged_decoding_table_is_refused(run, capsys):
 
 def test_figure_without_matplotlib_names_the_extra(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MTPError, match=r"mtp-megatron\[report\]"):
+    with pytest.raises(MTPError, match=r"pip install 'PATH_TO_CHECKOUT\[report\]'"):
         save_figure(tmp_path / "x.png", read_metrics(run([train_record(1)])), None, "title")
 
 

@@ -46,9 +46,10 @@ def test_files_and_plain_model(source, whole):
     names = {path.relative_to(whole).as_posix() for path in whole.rglob("*") if path.is_file()}
     assert {"README.md", "manifest.json", "config.json", "model.safetensors", "tokenizer.json"} < names
     assert {"mtp-heads/config.json", "mtp-heads/model.safetensors.index.json", "eagle3-head2/config.json"} < names
-    for name in ("model.safetensors", "mtp_heads.safetensors", "config.json"):
+    for name in ("model.safetensors", "mtp_heads.safetensors"):
         assert (whole / name).read_bytes() == (source / name).read_bytes()
         assert (whole / name).stat().st_ino != (source / name).stat().st_ino
+    assert config_of(source).items() <= config_of(whole).items()
     # The heads' tensors have two names and one place.
     assert (whole / "mtp_heads.safetensors").samefile(whole / "mtp-heads" / "mtp_heads.safetensors")
 
@@ -128,6 +129,42 @@ def test_an_export_that_lacks_a_tensor_leaves_no_bundle(tmp_path):
     with pytest.raises(CheckpointError, match=r"mtp_heads\.4\.mlp\.down_proj\.weight"):
         write_bundle(export, tmp_path / "out", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_an_export_is_cut_into_shards_of_the_size_asked_for(source, tmp_path):
+    made = write_bundle(source, tmp_path / "out", max_shard_bytes=150_000, progress=False).output
+    for stem in ("model", "mtp_heads"):
+        parts = sorted(made.glob(f"{stem}-0*.safetensors"))
+        assert len(parts) > 1, stem
+        assert all(path.stat().st_size < 170_000 for path in parts)
+        joined = {key: tensor for path in parts for key, tensor in load_file(path).items()}
+        whole = load_file(source / f"{stem}.safetensors")
+        assert joined.keys() == whole.keys()
+        assert all(torch.equal(joined[key], whole[key]) for key in whole)
+    assert check_tensors(made) == len(shapes()) + 1 + 27 + 13
+
+
+def test_what_an_export_says_of_its_training_and_what_people_added_stay(source, tmp_path):
+    export = shutil.copytree(source, tmp_path / "hf")
+    (export / "chat_template.jinja").write_text("{{ messages }}")
+    (export / "pytorch_model.bin").write_bytes(b"a pickle that nobody checked")
+    made = write_bundle(export, tmp_path / "out", dtype="bf16", progress=False).output
+    said, says = (json.loads((folder / "mtp_config.json").read_text()) for folder in (export, made))
+    assert says["source"] == said["source"]
+    assert (says["dtype"], config_of(made)["dtype"]) == ("bfloat16", "bfloat16")
+    assert (made / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert not (made / "pytorch_model.bin").exists()
+
+
+def test_a_product_that_does_not_fit_its_type_leaves_no_bundle(tmp_path):
+    """Both factors fit: the head's map and the unembedding that it is folded into."""
+    config = replace(CONFIG, head_kind="linear")
+    weights = {key: tensor * (3000 if tensor.ndim > 1 else 1) for key, tensor in random_weights(config).items()}
+    export = write_export(tmp_path / "hf", weights, config, torch.float16)
+    with pytest.raises(CheckpointError, match=r"lm_heads\.0\.weight does not fit float16\. Choose another --dtype"):
+        write_bundle(export, tmp_path / "out", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert write_bundle(export, tmp_path / "out", dtype="fp32", progress=False).drafts == ("medusa",)
 
 
 def test_one_head_has_nothing_to_draft_with():

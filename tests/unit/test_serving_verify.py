@@ -137,4 +137,6 @@ def test_an_engine_that_fails_says_why(bundle):
     """This interpreter has the plugin's entry point or not, and no vLLM: either way the error is of the engine."""
     with pytest.raises(EngineError, match="vLLM ended with status 1"):
         run_vllm(sys.executable, bundle, [[1]], [], max_new_tokens=1, context=8, quiet=True)
-    assert "pip install --no-deps" in explain(1, "no vLLM plugin named mtp_megatron is installed in /x (found: none)")
+    assert "PYTHON -m pip install --no-deps PATH_TO_CHECKOUT (" in explain(
+        1, "no vLLM plugin named mtp_megatron is installed in /x (found: none)"
+    )

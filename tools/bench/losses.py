@@ -13,7 +13,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_megatron.compat.kernels import why_no_triton
 from mtp_megatron.loss import VocabShard, linear_cross_entropy, vocab_parallel_linear_cross_entropy
+from mtp_megatron.loss_softmax import RowSums, Softmax, TorchSoftmax
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Rival:
 
 RAW = "mtp_megatron, into main_grad"
 AUTOGRAD = "mtp_megatron"
+RAW_TORCH = f"{RAW}, torch's softmax"
+RAW_COMPILED = f"{RAW}, compiled softmax"
 UNFUSED = "megatron-core"
 FUSED = "megatron-core, fused"
 COMPILED = "torch.compile, plain"
@@ -78,6 +82,8 @@ def rivals(problem: Problem) -> list[Rival]:
     return [
         Rival(AUTOGRAD, lambda: _autograd(problem)),
         Rival(RAW, _Raw(problem)),
+        _where_possible(RAW_TORCH, lambda: _Raw(problem, TorchSoftmax), _same_softmax(problem)),
+        _where_possible(RAW_COMPILED, lambda: _Raw(problem, CompiledSoftmax), _same_softmax(problem)),
         Rival(UNFUSED, _Megatron(problem, fused=False)),
         Rival(FUSED, _Megatron(problem, fused=True)),
         _where_possible(COMPILED, lambda: _Compiled(problem), one_process),
@@ -88,6 +94,12 @@ def rivals(problem: Problem) -> list[Rival]:
 
 def _where_possible(name: str, make: Callable[[], Callable[[], Outcome]], reason: str) -> Rival:
     return Rival(name, None, reason) if reason else Rival(name, make())
+
+
+def _same_softmax(problem: Problem) -> str:
+    """Why this project has no Triton kernels here, with which others could be compared; empty if it has."""
+    reason = why_no_triton(problem.hidden.device, problem.hidden.dtype)
+    return f"nothing to compare: mtp_megatron's softmax is torch's here ({reason})" if reason else ""
 
 
 def _missing(module: str, package: str) -> str:
@@ -112,8 +124,9 @@ def _autograd(problem: Problem) -> Outcome:
 class _Raw:
     """As the deferred heads call it: the weight's gradient is added to a buffer that exists anyway."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, softmax: type[Softmax] | None = None) -> None:
         self.problem = problem
+        self.softmax = softmax
         self.main_grad = torch.zeros_like(problem.weight, dtype=torch.float32)
         self.scale = torch.ones((), device=problem.hidden.device)
 
@@ -126,11 +139,45 @@ class _Raw:
             shard,
             grad_scale=self.scale,
             weight_grad=self.main_grad,
+            softmax=self.softmax,
         )
         assert hidden_grad is not None
         if shard.group is not None:
             dist.all_reduce(hidden_grad, group=shard.group)
         return Outcome(sums.loss, hidden_grad, self.main_grad)
+
+
+class CompiledSoftmax:
+    """The loss's two steps as plain formulas under ``torch.compile``: what its Triton kernels have to beat."""
+
+    def __init__(self, hidden: Tensor, tokens: int, rows: int) -> None:
+        self.logits = hidden.new_empty(tokens, rows)
+
+    @staticmethod
+    def bytes_per_logit(dtype: torch.dtype) -> int:
+        return dtype.itemsize
+
+    def sums(self, logits: Tensor, column: Tensor) -> RowSums:
+        return RowSums(*_sums(logits, column))
+
+    def gradient(self, logits: Tensor, column: Tensor, own: RowSums, whole: RowSums, scale: Tensor) -> Tensor:
+        return _gradient(logits, column, whole.top, whole.total, scale)
+
+
+@torch.compile(dynamic=False)
+def _sums(logits: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = logits.float()
+    top, best = wide.max(dim=-1)
+    total = (wide - top[:, None]).exp().sum(dim=-1)
+    target_logit = wide.gather(1, column.clamp_min(0)[:, None]).squeeze(1)
+    return top, best, total, torch.where(column >= 0, target_logit, 0)
+
+
+@torch.compile(dynamic=False)
+def _gradient(logits: Tensor, column: Tensor, top: Tensor, total: Tensor, scale: Tensor) -> Tensor:
+    share = (logits.float() - top[:, None]).exp() * (scale / total)[:, None]
+    mine = torch.arange(logits.shape[1], device=logits.device) == column[:, None]
+    return logits.copy_(torch.where(mine, share - scale[:, None], share))
 
 
 class _Megatron:
