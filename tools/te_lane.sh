@@ -34,8 +34,7 @@ while (($#)); do
 done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# The oldest megatron-core of the project names Transformer Engine below 2.12. torch is the release that this Transformer
-# Engine was built and run with; the project's own range begins later, so it is installed without its dependencies.
+# The oldest megatron-core and torch of the project's ranges; this megatron-core names Transformer Engine below 2.12.
 torch=2.11.0 cuda=13.0 megatron=0.16.1 engine=2.11.0
 
 retry() {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -99,3 +100,36 @@ def test_the_machine_is_still_looked_at(pretend_gpu: Callable[..., None]) -> Non
         runs.built(runs.recipe_of(train__fp8="hybrid", train__fp8_recipe="mxfp8")),
     ):
         pass
+
+
+def test_fp8_parameters_are_the_trunks(pretend_gpu: Callable[..., None]) -> None:
+    """With delayed scaling, whose cast the tests have in torch."""
+    pretend_gpu(HOPPER)
+    recipe = runs.recipe_of(train__fp8="hybrid", train__fp8_param=True, optimizer__distributed=True)
+    with runs.built(recipe) as model:
+        from megatron.core.fp8_utils import is_float8tensor
+
+        matrices = [p for p in model.decoder.parameters() if p.dim() == 2]
+        assert len(matrices) == 4 * runs.TRUNK
+        assert all(is_float8tensor(parameter) for parameter in matrices)
+        for room in (model.heads, model.final_norm, model.output_layer, model.embedding):
+            assert not any(is_float8tensor(parameter) for parameter in room.parameters())
+
+
+def test_the_buffers_of_the_overlap_are_asked_for_as_it_wants(
+    pretend_gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own signature and names; what it does with them needs GPUs (tests/unit/test_tp_comm_overlap.py)."""
+    pretend_gpu(HOPPER)
+    from transformer_engine.pytorch.module import base
+
+    from mtp_megatron import compat
+
+    config = runs.config_of(runs.recipe_of(**runs.FP8, train__first_last_layers_bf16=True), tp_comm_overlap=True)
+    start = mock.create_autospec(base.initialize_ub)
+    monkeypatch.setattr(base, "initialize_ub", start)
+    with compat.userbuffers(config, tokens=64):
+        (call,) = start.mock_calls
+        modes = base.UserBufferQuantizationMode
+        assert call.kwargs["quantization_modes"] == [modes.FP8, modes.NONE]
+    assert base._ub_communicators is None
