@@ -3,7 +3,7 @@
     python tools/run_groups.py main=.venv py312=.venv-py312 [-- PYTEST-ARGUMENTS]
 
 names the lanes and their environments; with arguments for pytest each lane runs these in place of its groups. Each
-group is a pytest of its own, two run at a time, and what one printed follows when it has ended. At the end come the
+group is a pytest of its own, some run at a time, and what one printed follows when it has ended. At the end come the
 failed tests of all groups and, as the last line, all their numbers, in pytest's words. The exit status is 1 if any
 group failed.
 """
@@ -18,12 +18,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
-AT_ONCE = int(os.environ.get("MTP_GROUPS_AT_ONCE", "2"))
+# One more than there are cores: a group waits often, for imports, for other ranks, for time to pass.
+AT_ONCE = int(os.environ.get("MTP_GROUPS_AT_ONCE") or min(4, len(os.sched_getaffinity(0)) + 1))
 
 # What each lane runs. On both: everything that drives megatron-core (schedules, layouts, optimizers, checkpoints,
 # conversion), the training command with its resumption, and Megatron-LM's loop, which is in the newer wheel alone. Left
@@ -44,12 +44,28 @@ LANES: dict[str, tuple[str, ...]] = {
         "tests/e2e/test_megatron_lm_scripts.py",
     ),
 }
-REST = "rest"  # of a lane: what none of its other groups names
+# The queue, in this order; short ones last, so that the cores end together. What a group holds because it is inside one
+# of its folders, another one of the lane may name: then that one runs it. A lane's "rest" is all that no other names.
+DEEPSPEED = (
+    "tests/e2e/test_deepspeed.py",
+    "tests/unit/test_bench_deepspeed.py",
+    "tests/unit/test_deepspeed_settings.py",
+)
+TRAINING = ("tests/distributed/test_training.py", "tests/distributed/test_heads_on_stages.py")
 QUEUE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("main", "serving", ("tests/serving", "tests/e2e/test_quickstart.py")),
-    ("py312", REST, ()),
+    ("main", "e2e", ("tests/e2e",)),
+    ("py312", "rest", ()),
+    # Together, as the first of these tests compiles what all of them use.
+    (
+        "main",
+        "deepspeed",
+        (*DEEPSPEED, *(f"tests/distributed/test_deepspeed{name}.py" for name in ("", "_checkpoints"))),
+    ),
+    ("main", "rest", ()),
+    ("main", "training", TRAINING),
     ("main", "distributed", ("tests/distributed",)),
-    ("main", REST, ()),
+    ("py312", "training", TRAINING),
 )
 OUTCOMES = ("failed", "passed", "skipped", "xfailed", "xpassed", "error")
 
@@ -96,15 +112,15 @@ class Group:
 
 def groups(lanes: Collection[str]) -> list[Group]:
     """The queue, without what other lanes run."""
-    made = []
-    for lane, name, paths in QUEUE:
-        arguments = list(paths)
-        if name == REST:
-            named = [path for other, _, some in QUEUE if other == lane for path in some]
-            arguments = [*LANES[lane], *(f"--{'deselect' if '::' in path else 'ignore'}={path}" for path in named)]
-        if lane in lanes:
-            made.append(Group(lane, name, arguments))
-    return made
+    return [Group(lane, name, arguments(lane, paths)) for lane, name, paths in QUEUE if lane in lanes]
+
+
+def arguments(lane: str, paths: Sequence[str]) -> list[str]:
+    """For pytest: these paths, or the rest of the lane, without what other groups of the lane name."""
+    others = {path for other, _, some in QUEUE if other == lane for path in some} - set(paths)
+    paths = paths or [path for path in LANES[lane] if path not in others]
+    inside = [other for other in sorted(others) if any(other.startswith(f"{path}/") for path in paths)]
+    return [*paths, *(f"--ignore={other}" for other in inside)]
 
 
 def numbers(line: str) -> Counter[str]:
@@ -123,38 +139,41 @@ def run(queue: list[Group], environments: dict[str, Path], logs: Path) -> int:
     running: list[Group] = []
     total: Counter[str] = Counter()
     failures: list[str] = []
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        """As after Ctrl-C, which the terminal sends to every process: pytest ends what its tests have started."""
-        for group in running:
-            group.process.send_signal(signal.SIGINT)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        while queue or running:
-            while queue and len(running) < AT_ONCE:
-                group = queue.pop(0)
-                group.start(environments[group.lane], logs)
-                running.append(group)
-                print(f"== {group}: started", flush=True)
-            time.sleep(0.1)
-            for group in [group for group in running if group.status() is not None]:
-                running.remove(group)
-                lines, found = group.result()
-                print(f"== {group}: {time.monotonic() - group.started:.0f} s", *lines, sep="\n", flush=True)
-                total += found
-                failures += [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
-    except KeyboardInterrupt:
-        for group in running:
-            try:
-                group.process.wait(60)
-            except subprocess.TimeoutExpired:
-                group.process.kill()
+    stops: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: stops.append(number))
+    while (queue or running) and not stops:
+        while queue and len(running) < AT_ONCE:
+            group = queue.pop(0)
+            group.start(environments[group.lane], logs)
+            running.append(group)
+            print(f"== {group}: started", flush=True)
+        time.sleep(0.1)
+        for group in [group for group in running if group.status() is not None]:
+            running.remove(group)
+            lines, found = group.result()
+            print(f"== {group}: {time.monotonic() - group.started:.0f} s", *lines, sep="\n", flush=True)
+            total += found
+            failures += [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    if stops:
+        stop(running, stops[0])
         failures.append(f"ERROR interrupted before the end of {', '.join(map(str, [*running, *queue]))}")
         total["error"] += 1
     print("== all groups", *failures, summary(total, time.monotonic() - began), sep="\n", flush=True)
     return 1 if total["failed"] + total["error"] else 0
+
+
+def stop(running: list[Group], number: int) -> None:
+    """Let each pytest end what its tests have started, as it does after Ctrl-C, and wait for that."""
+    for group in running:
+        if group.process is not None and number != signal.SIGINT:  # which the terminal has sent to all of them
+            group.process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + 60
+    while any(group.status() is None for group in running) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for group in running:
+        if group.process is not None:
+            group.process.kill()
 
 
 def main(arguments: list[str]) -> int:

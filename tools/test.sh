@@ -8,7 +8,7 @@
 #   main   all tests, in .venv: Python 3.11 and the oldest supported megatron-core, or what tools/setup.sh picks
 #   py312  the tests that touch megatron-core, in .venv-py312: Python 3.12 and the newest supported megatron-core
 # MTP_LANES=main leaves the second one out; MTP_LANES=py312 runs it alone, with pytest's arguments if there are any.
-# Without arguments, tools/run_groups.py runs the tests of all lanes in groups, two at a time.
+# Without arguments, tools/run_groups.py runs the tests of all lanes in groups, some of them at a time.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
