@@ -74,3 +74,14 @@ def _worker_processes() -> Iterator[None]:
     yield
     if "tests.harness" in sys.modules:
         sys.modules["tests.harness"].close()
+
+
+@pytest.fixture(scope="session")
+def fast_quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """`tools/quickstart.sh --fast`, run once for all tests that look at what it makes: its folder and its output."""
+    from tests.quickstart_runs import quickstart
+
+    folder = tmp_path_factory.mktemp("quickstart")
+    result = quickstart(folder, "--fast")
+    assert result.returncode == 0, result.stdout
+    return folder, result.stdout
