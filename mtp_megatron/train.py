@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 
 from mtp_megatron.errors import ConfigError, MTPError
+from mtp_megatron.imports import imports_that_stay
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.recipe_io import load_recipe
 
@@ -38,7 +39,8 @@ def run_rank(recipe: Recipe) -> int:
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     # Megatron's tensor parallel layers need one queue per GPU to overlap in the order of their launches.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    from mtp_megatron.training.loop import train
+    with imports_that_stay():
+        from mtp_megatron.training.loop import train
 
     train(recipe)
     return 0

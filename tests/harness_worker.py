@@ -150,7 +150,10 @@ def main(connection: Connection, directory: str) -> None:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     with open(os.path.join(directory, "stacks"), "w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
-        import torch
+        from mtp_megatron.imports import imports_that_stay
+
+        with imports_that_stay():
+            import torch
 
         torch.set_num_threads(1)
         while True:

@@ -7,20 +7,12 @@
 # Lanes:
 #   main   all tests, in .venv: Python 3.11 and the oldest supported megatron-core, or what tools/setup.sh picks
 #   py312  the tests that touch megatron-core, in .venv-py312: Python 3.12 and the newest supported megatron-core
-# They run side by side. MTP_LANES=main leaves the second one out; MTP_LANES=py312 runs it alone, with pytest's arguments
-# if there are any.
+# MTP_LANES=main leaves the second one out; MTP_LANES=py312 runs it alone, with pytest's arguments if there are any.
+# Without arguments, tools/run_groups.py runs the tests of all lanes in groups, some of them at a time.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 main=.venv second=.venv-py312
-# What runs on both: everything that drives megatron-core (schedules, layouts, optimizers, checkpoints, conversion), the
-# training command with its resumption, and Megatron-LM's loop, which is in the newer wheel alone. Left to the main lane:
-# units that need torch at most, the long runs of the quickstart and the README, which go through the same commands
-# again, DeepSpeed and Triton.
-shared=(tests/distributed tests/unit/test_compat.py tests/unit/test_compat_training_loop.py
-  tests/unit/test_megatron_lm_arguments.py tests/unit/test_fp8.py tests/unit/test_fp8_contexts.py tests/e2e/test_export.py
-  tests/e2e/test_train_robustness.py::test_kill_9_in_the_middle_of_a_step_then_the_same_command
-  tests/e2e/test_megatron_lm.py tests/e2e/test_megatron_lm_scripts.py)
 if (($#)); then default_lanes=main; else default_lanes="py312 main"; fi
 lanes=" ${MTP_LANES:-$default_lanes} "
 [[ "$lanes" =~ ^\ +((main|py312)\ +)+$ ]] || { echo "error: MTP_LANES='${MTP_LANES}' may name main and py312" >&2; exit 2; }
@@ -77,32 +69,13 @@ if [[ "$lanes" == *" main "* ]]; then
   echo "== mypy" && in_lane $main mypy mtp_megatron
 fi
 
-selection=("${shared[@]}")
-if (($#)); then selection=("$@"); fi
-status=0
-if [[ "$lanes" == " main " ]]; then
-  echo "== pytest"
-  in_lane $main python -m pytest -rs "$@" || status=1
-elif [[ "$lanes" != *" main "* ]]; then
-  echo "== pytest, lane py312"
-  in_lane $second python -m pytest -rs "${selection[@]}" || status=1
-else
-  # Side by side: half of the tests keep one core busy at most. The second lane's output follows the first one's.
-  logs=$(mktemp -d)
-  (
-    # shellcheck source=/dev/null
-    source "$second/bin/activate"
-    exec python -m pytest -rs -p no:cacheprovider "${selection[@]}"
-  ) >"$logs/py312" 2>&1 &
-  job=$!
-  trap 'kill $job 2>/dev/null || true; rm -rf "$logs"' EXIT
-  echo "== pytest (lane py312 runs beside it, its output follows)"
-  in_lane $main python -m pytest -rs "$@" | tee "$logs/main" || status=1
-  last=$logs/main
-  wait $job || { status=1; last=$logs/py312; }
-  echo "== pytest, lane py312"
-  cat "$logs/py312"
-  echo "== $(basename "$last"):"
-  tail -n 1 "$last"
+if (($#)) && [[ "$lanes" =~ ^\ +[a-z0-9]+\ +$ ]]; then
+  if [[ "$lanes" == *" main "* ]]; then only=$main; else only=$second; fi
+  echo "== pytest ($only)"
+  in_lane "$only" python -m pytest -rs "$@"
+  exit
 fi
-exit $status
+environments=()
+if [[ "$lanes" == *" main "* ]]; then environments+=("main=$main"); fi
+if [[ "$lanes" == *" py312 "* ]]; then environments+=("py312=$second"); fi
+exec "${environments[0]#*=}/bin/python" tools/run_groups.py "${environments[@]}" -- "$@"

@@ -10,6 +10,7 @@ import torch
 
 from mtp_megatron.compat import cpu, fallbacks, packages
 from mtp_megatron.compat.versions import require_megatron_core
+from mtp_megatron.imports import imports_that_stay
 
 
 def prepare() -> None:
@@ -26,7 +27,7 @@ def prepare() -> None:
         return
     require_megatron_core()
     packages.require_no_wrong_package(torch.cuda.is_available())
-    with warnings.catch_warnings():
+    with imports_that_stay(), warnings.catch_warnings():
         # Each missing optional package warns at import; `python -m mtp_megatron.compat` says the same in one place.
         warnings.simplefilter("ignore")
         cpu.install()

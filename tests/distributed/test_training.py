@@ -78,7 +78,8 @@ def single(data: Path, seedling: Path) -> Path:
 def test_a_layout_trains_like_one_process(name: str, data: Path, seedling: Path, single: Path, tmp_path: Path) -> None:
     world, settings = LAYOUTS[name]
     run = tmp_path / "run"
-    tree = tiny_tree(data, run, run__load=str(seedling), train__steps=20, **settings)
+    once = {"train__steps": 20, "train__save_interval": 0}  # saved at the end: what is saved before is others' to test
+    tree = tiny_tree(data, run, run__load=str(seedling), **once, **settings)
     assert run_world(train_body, world, tree) == [20] * world
     assert largest_difference(metrics(run), metrics(single)) < 1e-5
     for step, record in metrics(run).items():
@@ -91,8 +92,8 @@ def test_a_layout_trains_like_one_process(name: str, data: Path, seedling: Path,
 
 def test_the_comparison_of_layouts_can_fail(data: Path, seedling: Path, single: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    tree = tiny_tree(data, run, run__load=str(seedling), train__steps=20, data__seed=99, train__eval_batches=0)
-    run_world(train_body, 1, tree)
+    once = {"train__steps": 20, "train__save_interval": 0, "train__eval_batches": 0}
+    run_world(train_body, 1, tiny_tree(data, run, run__load=str(seedling), data__seed=99, **once))
     assert largest_difference(metrics(run), metrics(single)) > 1e-3
 
 
@@ -307,7 +308,7 @@ def test_frozen_trunks_train_and_resume(trainable: str, data: Path, seedling: Pa
 def test_bf16_trains_with_fp32_masters_and_resumes(distributed: bool, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = {**TP2_PP2, "train__precision": "bf16", "optimizer__distributed": distributed, "train__steps": 20}
-    tree = tiny_tree(data, run, **settings)
+    tree = tiny_tree(data, run, train__save_interval=16, **settings)
     run_world(train_body, 4, tree)
     losses = [record["loss"] for record in metrics(run).values()]
     assert losses[-1] < losses[0] - 0.5

@@ -3,34 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.quickstart_runs import quickstart
+
 ROOT = Path(__file__).parents[2]
-
-
-def quickstart(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the script in this interpreter's environment; its output, standard error included, is in `stdout`."""
-    env = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "MTP_SETUP": "skip",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    return subprocess.run(
-        ["bash", "tools/quickstart.sh", *arguments, "--data", str(tmp_path / "data"), "--run", str(tmp_path / "run")],
-        cwd=ROOT,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=400,
-    )
 
 
 def steps_in(run: Path, kind: str) -> list[int]:
@@ -58,17 +39,16 @@ def check_results(run: Path, out: str, heads: int) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_quickstart_from_corpus_to_report(tmp_path):
-    result = quickstart(tmp_path, "--fast")
-    assert result.returncode == 0, result.stdout
-    check_results(tmp_path / "run", result.stdout, heads=4)
+def test_quickstart_from_corpus_to_report(fast_quickstart):
+    folder, output = fast_quickstart
+    check_results(folder / "run", output, heads=4)
 
     # Again: nothing is trained a second time, and the report is the same.
-    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    before = (folder / "run" / "metrics.jsonl").read_bytes()
     started = time.monotonic()
-    again = quickstart(tmp_path, "--fast")
+    again = quickstart(folder, "--fast")
     assert again.returncode == 0, again.stdout
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert (folder / "run" / "metrics.jsonl").read_bytes() == before
     assert "interrupting" not in again.stdout
     assert time.monotonic() - started < 200
 

@@ -36,7 +36,7 @@ def settings(data: Path, run: Path, **overrides: Any) -> dict[str, Any]:
 def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nobody killed."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    run_world(train_body, 4, settings(data, run))
+    run_world(train_body, 4, settings(data, run, train__save_interval=0))
     return run
 
 

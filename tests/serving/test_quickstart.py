@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from mtp_megatron import cli
 
 pytestmark = [pytest.mark.serving, pytest.mark.slow]
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.timeout(900)
-def test_vllm_serves_the_export_of_the_quickstart(tmp_path, vllm_python, capfd):
-    """`--fast` trains 40 steps on a part of the corpus; the commands after it are those of the README."""
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    env |= {"MTP_SETUP": "skip", "CUDA_VISIBLE_DEVICES": ""}
-    folders = ["--data", str(tmp_path / "data"), "--run", str(tmp_path / "run")]
-    subprocess.run(["bash", "tools/quickstart.sh", "--fast", *folders], cwd=ROOT, env=env, check=True, timeout=400)
+def test_vllm_serves_the_export_of_the_quickstart(fast_quickstart, vllm_python, capfd):
+    """`--fast` has trained 40 steps on a part of the corpus; the command after it is that of the README."""
+    folder, _ = fast_quickstart
     capfd.readouterr()
-    export = str(tmp_path / "run" / "export")
-    prompts = ["--prompts-from", str(tmp_path / "data"), "--num-prompts", "50", "--quiet"]
-    status = cli.main(["verify", export, "--vllm-python", vllm_python, *prompts])
+    prompts = ["--prompts-from", str(folder / "data"), "--num-prompts", "50", "--quiet"]
+    status = cli.main(["verify", str(folder / "run" / "export"), "--vllm-python", vllm_python, *prompts])
     captured = capfd.readouterr()
     assert status == 0, captured.err
     assert "Text and accepted drafts are those of the torch decoder" in captured.out

@@ -1,4 +1,4 @@
-"""`tools/test.sh`: which lanes it runs, that a failing one fails the run, and that pytest's summary is the last line.
+"""`tools/test.sh`: which lanes it runs, each test once in each; that a failing one fails the run; and the last line.
 
 Environments and tests are stand-ins here: scripts that print what the real ones would.
 """
@@ -8,9 +8,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -23,13 +27,14 @@ def executable(path: Path, text: str) -> Path:
     return path
 
 
-def environment(checkout: Path, name: str, version: str, outcome: str) -> None:
+def environment(checkout: Path, name: str, version: str, outcome: str, also: str = "") -> None:
     """An environment whose pytest prints `outcome`, and fails if that says so."""
     binaries = checkout / name / "bin"
     executable(
         binaries / "python",
         f'if [ "$1" = -c ]; then echo "{version}"; exit; fi\n'
-        f'shift 2; echo "{name} runs: $*"; echo "{outcome}"\ncase "{outcome}" in *failed*) exit 1;; esac',
+        f'if [ "$1" = tools/run_groups.py ]; then exec "{sys.executable}" "$@"; fi\n'
+        f'shift 2; echo "{name} runs: $*"; {also}\necho "{outcome}"\ncase "{outcome}" in *failed*) exit 1;; esac',
     )
     for tool in ("ruff", "mypy"):
         executable(binaries / tool, "exit 0")
@@ -40,7 +45,8 @@ def environment(checkout: Path, name: str, version: str, outcome: str) -> None:
 def checkout(tmp_path: Path) -> Path:
     """A checkout with both environments, a Python 3.12 among pyenv's versions and a set-up that notes its calls."""
     (tmp_path / "tools").mkdir()
-    shutil.copy(ROOT / "tools/test.sh", tmp_path / "tools")
+    for script in ("test.sh", "run_groups.py"):
+        shutil.copy(ROOT / "tools" / script, tmp_path / "tools")
     executable(tmp_path / "tools/setup.sh", 'echo "${MTP_VENV:-.venv} ${PYTHON:-}" >>"$(dirname "$0")/calls"')
     executable(tmp_path / "tools/setup_serving.sh", 'echo serving >>"$(dirname "$0")/calls"')
     executable(tmp_path / "pyenv/versions/3.12.1/bin/python", 'echo "3 12"')
@@ -49,12 +55,16 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(checkout: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+def variables(checkout: Path) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if key not in ("MTP_LANES", "MTP_SERVING", "PYENV_ROOT")}
+    return {**kept, "MTP_SERVING": "0", "PATH": "/usr/bin:/bin", "PYENV_ROOT": str(checkout / "pyenv")}
+
+
+def run(checkout: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", "tools/test.sh", *arguments],
         cwd=checkout,
-        env={**kept, "MTP_SERVING": "0", "PATH": "/usr/bin:/bin", "PYENV_ROOT": str(checkout / "pyenv"), **env},
+        env={**variables(checkout), **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -65,7 +75,13 @@ def lines(result: subprocess.CompletedProcess[str]) -> list[str]:
     return result.stdout.strip().splitlines()
 
 
-def test_a_whole_run_has_both_lanes_and_ends_with_the_main_ones_summary(checkout: Path) -> None:
+def chosen(result: subprocess.CompletedProcess[str], environment: str) -> list[list[str]]:
+    """Arguments of every pytest that ran in an environment, without the options that all have."""
+    head = f"{environment} runs: -rs -p no:cacheprovider "
+    return [line.removeprefix(head).split() for line in lines(result) if line.startswith(head)]
+
+
+def test_a_whole_run_has_both_lanes_and_ends_with_the_sum_of_all_groups(checkout: Path) -> None:
     result = run(checkout)
     assert result.returncode == 0, result.stdout
     assert (checkout / "tools/calls").read_text().split() == [
@@ -73,29 +89,96 @@ def test_a_whole_run_has_both_lanes_and_ends_with_the_main_ones_summary(checkout
         ".venv-py312",
         str(checkout / "pyenv/versions/3.12.1/bin/python"),
     ]
-    assert ".venv runs: -rs" in lines(result)
-    assert lines(result)[-2:] == ["== main:", "7 passed in 2 s"]
-    (second,) = [line for line in lines(result) if line.startswith(".venv-py312 runs: ")]
-    chosen = [word for word in second.split() if word.startswith("tests/")]
-    assert chosen
-    assert all((ROOT / path.split("::")[0]).exists() for path in chosen), "the lane names a test that is not there"
+    counts = [len(chosen(result, name)) for name in (".venv", ".venv-py312")]
+    assert min(counts) > 0
+    assert lines(result)[-2] == "== all groups"
+    assert lines(result)[-1].startswith(f"{7 * counts[0] + 5 * counts[1]} passed in ")
+
+
+def collected(arguments: list[str]) -> list[str]:
+    """Files and tests that pytest takes from a group's arguments."""
+    taken: set[str] = set()
+    for argument in arguments:
+        path, _, name = argument.partition("=")[2 if argument.startswith("--") else 0].partition("::")
+        assert (ROOT / path).exists(), f"{argument}: there is no such test"
+        assert f"def {name}" in (ROOT / path).read_text() if name else True
+        inside = (ROOT / path).rglob("test_*.py") if (ROOT / path).is_dir() else [ROOT / path]
+        files = {f"{file.relative_to(ROOT)}{'::' * bool(name)}{name}" for file in inside}
+        taken = taken - files if argument.startswith("--") else taken | files
+    return sorted(taken)
+
+
+def test_each_lane_runs_each_of_its_tests_once(checkout: Path) -> None:
+    result = run(checkout)
+    main = sorted(file for group in chosen(result, ".venv") for file in collected(group))
+    assert main == sorted(str(file.relative_to(ROOT)) for file in (ROOT / "tests").rglob("test_*.py"))
+    second = [file for group in chosen(result, ".venv-py312") for file in collected(group)]
+    assert len(second) == len(set(second))
+    assert {file for file in main if file.startswith("tests/distributed/")} < set(second)
+    assert sum(file.startswith("tests/e2e/test_train_robustness.py::") for file in second) == 1
 
 
 def test_arguments_go_to_the_main_lane_alone(checkout: Path) -> None:
     result = run(checkout, "tests/unit", "-k", "loss")
-    assert ".venv runs: -rs tests/unit -k loss" in result.stdout
+    assert lines(result)[-2:] == [".venv runs: -rs tests/unit -k loss", "7 passed in 2 s"]
     assert "py312" not in result.stdout
-    chosen = run(checkout, "tests/unit", MTP_LANES="py312")
-    assert lines(chosen)[-2:] == [".venv-py312 runs: -rs tests/unit", "5 passed in 1 s"]
+    alone = run(checkout, "tests/unit", MTP_LANES="py312")
+    assert lines(alone)[-2:] == [".venv-py312 runs: -rs tests/unit", "5 passed in 1 s"]
+    both = run(checkout, "tests/unit", MTP_LANES="main py312")
+    assert chosen(both, ".venv") == chosen(both, ".venv-py312") == [["tests/unit"]]
+    assert lines(both)[-1].startswith("12 passed in ")
 
 
 @pytest.mark.parametrize("broken", [".venv", ".venv-py312"])
-def test_a_failure_in_either_lane_fails_the_run_and_its_summary_is_last(checkout: Path, broken: str) -> None:
-    environment(checkout, broken, "3 11" if broken == ".venv" else "3 12", "1 failed, 4 passed in 1 s")
+def test_a_failure_in_either_lane_fails_the_run_and_is_named_at_the_end(checkout: Path, broken: str) -> None:
+    outcome = "=== 1 failed, 4 passed, 2 skipped, 3 deselected, 9 warnings in 1.25s (0:00:01) ==="
+    environment(checkout, broken, "3 11" if broken == ".venv" else "3 12", outcome, also='echo "FAILED tests/x.py::y"')
     result = run(checkout)
     assert result.returncode == 1
-    assert "7 passed in 2 s" in result.stdout or broken == ".venv"
-    assert lines(result)[-2:] == [f"== {'main' if broken == '.venv' else 'py312'}:", "1 failed, 4 passed in 1 s"]
+    main, second = (len(chosen(result, name)) for name in (".venv", ".venv-py312"))
+    bad, passed = (main, 4 * main + 5 * second) if broken == ".venv" else (second, 7 * main + 4 * second)
+    assert lines(result)[-bad - 2 : -1] == ["== all groups", *["FAILED tests/x.py::y"] * bad]
+    assert lines(result)[-1].startswith(f"{bad} failed, {passed} passed, {2 * bad} skipped in ")
+    assert run(checkout, "tests/unit", MTP_LANES="main" if broken == ".venv" else "py312").returncode == 1
+
+
+def test_a_pytest_that_dies_without_a_word_is_an_error(checkout: Path) -> None:
+    environment(checkout, ".venv-py312", "3 12", "5 passed in 1 s", also="kill -9 $$")
+    result = run(checkout)
+    assert result.returncode == 1
+    dead = len(chosen(result, ".venv-py312"))
+    assert "ERROR lane py312, rest: pytest ended with status -9" in lines(result)[-dead - 1 : -1]
+    assert lines(result)[-1].startswith(f"{7 * len(chosen(result, '.venv'))} passed, {dead} error in ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
+def test_a_run_that_is_stopped_leaves_nothing_running(checkout: Path, number: signal.Signals) -> None:
+    """SIGTERM to the script alone; Ctrl-C reaches every process of the terminal."""
+    stopped = 'trap "echo stopped; exit 2" INT; echo $$ >>tools/running; sleep 60 & wait'
+    for name, version in ((".venv", "3 11"), (".venv-py312", "3 12")):
+        environment(checkout, name, version, "7 passed in 2 s", also=stopped)
+    process = subprocess.Popen(
+        ["bash", "tools/test.sh"],
+        cwd=checkout,
+        env=variables(checkout),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    running = checkout / "tools/running"
+    deadline = time.monotonic() + 60
+    while not running.exists() or len(running.read_text().split()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    if number == signal.SIGTERM:
+        process.send_signal(number)
+    else:
+        os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    assert not any(psutil.pid_exists(int(pid)) for pid in running.read_text().split())
+    assert "ERROR interrupted before the end of lane main" in output
 
 
 def test_without_python_312_it_says_so_in_one_line_and_goes_on(checkout: Path) -> None:
@@ -105,7 +188,7 @@ def test_without_python_312_it_says_so_in_one_line_and_goes_on(checkout: Path) -
     result = run(checkout)
     assert result.returncode == 0
     assert len(re.findall("lane py312: left out, no Python 3.12 found", result.stdout)) == 1
-    assert lines(result)[-1] == "7 passed in 2 s"
+    assert lines(result)[-1].startswith(f"{7 * len(chosen(result, '.venv'))} passed in ")
     alone = run(checkout, MTP_LANES="py312")
     assert alone.returncode == 2
     assert "no Python 3.12 found" in alone.stdout
