@@ -95,9 +95,10 @@ PY
   for folder in "$site"/nvidia/*/include; do CPLUS_INCLUDE_PATH="$folder:${CPLUS_INCLUDE_PATH:-}"; done
   export CPLUS_INCLUDE_PATH CUDA_HOME="$site/nvidia/cu${cuda%.*}" MAX_JOBS="${MTP_TE_JOBS:-$(nproc)}"
   export NVTE_PYTORCH_FORCE_BUILD=TRUE PATH="$PWD/$venv/bin:$PATH"
-  retry "${pip[@]}" "transformer-engine[core_cu${cuda%.*}]==$engine" einops onnx onnxscript
+  retry "${pip[@]}" "transformer-engine==$engine" "transformer-engine-cu${cuda%.*}==$engine" einops onnx onnxscript
   retry "${pip[@]}" --no-deps --no-build-isolation "transformer-engine-torch==$engine"
-  "$venv/bin/python" -c 'import transformer_engine.pytorch' ||
+  # With CUDA_HOME it would take that folder for a whole toolkit, and look for cuBLAS no further.
+  env -u CUDA_HOME "$venv/bin/python" -c 'import transformer_engine.pytorch' ||
     die "the environment in $venv does not import Transformer Engine, see above."
   echo "$key" >"$stamp"
 }
@@ -111,6 +112,7 @@ else
   setup "$venv"
 fi
 if ((!tests)); then exit 0; fi
+unset CUDA_HOME CPLUS_INCLUDE_PATH
 
 export MTP_TE_LANE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" CUDA_VISIBLE_DEVICES=
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
