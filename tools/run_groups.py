@@ -155,7 +155,7 @@ def run(queue: list[Group], environments: dict[str, Path], logs: Path) -> int:
             lines, found = group.result()
             print(f"== {group}: {time.monotonic() - group.started:.0f} s", *lines, sep="\n", flush=True)
             total += found
-            failures += [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+            failures += [line for line in lines if line.startswith(("FAILED tests", "ERROR tests", "ERROR lane"))]
     if stops:
         stop(running, stops[0])
         failures.append(f"ERROR interrupted before the end of {', '.join(map(str, [*running, *queue]))}")
