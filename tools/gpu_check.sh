@@ -111,12 +111,9 @@ PY
   timeout 60 "$python" -m pip install -q --no-index --find-links "$WHEELS" -r "$needed"
 }
 
+# Its extension for torch names the library for the CUDA that it was built for.
 install_transformer_engine() {
-  local cuda
-  cuda=$("$python" -c 'import torch; print(torch.version.cuda.split(".")[0])')
-  # The extra names the library for torch's CUDA; the package alone would ask for that of CUDA 12.
-  timeout 60 "$python" -m pip install -q --no-index --find-links "$WHEELS" --no-build-isolation \
-    "transformer-engine[pytorch,core_cu$cuda]"
+  timeout 60 "$python" -m pip install -q --no-index --find-links "$WHEELS" --no-build-isolation 'transformer-engine[pytorch]'
 }
 
 # By its file and not by its name, which on PyPI is another package's.
