@@ -15,6 +15,7 @@ def imports_that_stay() -> Iterator[None]:
     get more takes a quarter of the import's time, and once more at every later full collection.
     """
     enabled = gc.isenabled()
+    gc.collect()  # or garbage of the caller's would stay too, tensors among it
     gc.disable()
     try:
         yield
