@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -36,3 +37,16 @@ def test_what_was_made_inside_is_not_looked_at_again() -> None:
         kept = [[number] for number in range(1000)]
     assert gc.get_freeze_count() >= before + len(kept)
     assert not any(entry is kept for entry in gc.get_objects())
+
+
+def test_garbage_that_is_there_before_is_not_kept() -> None:
+    class Cycle:
+        def __init__(self) -> None:
+            self.itself = self
+
+    gc.disable()  # or it might be gone already
+    gone = weakref.ref(Cycle())
+    assert gone() is not None
+    with imports_that_stay():
+        pass
+    assert gone() is None
