@@ -14,8 +14,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv="${MTP_VENV:-.venv}"
 stamp="$venv/.mtp-setup"
 
-say() { printf '[setup] %s\n' "$*" >&2; }
-die() { printf 'error: %s\n' "$*" >&2; exit 2; }
+# shellcheck source=/dev/null
+source tools/common.sh setup
 
 # "3.11" for an interpreter that really runs (a pyenv shim may exist and refuse) and can make environments; else nothing.
 version_of() { "$1" -c 'import ensurepip, sys, venv; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true; }
@@ -37,15 +37,6 @@ pick_python() {
     done < <(type -aP "$name" || true)
   done
   die "no usable Python 3.11 or 3.12 found${seen}. Install one, or set PYTHON=/path/to/python3.11."
-}
-
-retry() {
-  local attempt
-  for attempt in 1 2 3; do
-    "$@" && return
-    if ((attempt < 3)); then say "attempt $attempt failed; again in $((attempt * 5)) s"; sleep $((attempt * 5)); fi
-  done
-  die "failed three times: $*"
 }
 
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU '; }

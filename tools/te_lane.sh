@@ -18,10 +18,10 @@
 # GPU nor a CUDA toolkit. Too heavy for tools/test.sh, which skips these tests; docs/fp8.md has their last result.
 set -euo pipefail
 
-usage() { sed -n '2,/^set -euo/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
-say() { printf '[te-lane] %s\n' "$*" >&2; }
-die() { printf 'error: %s\n' "$*" >&2; exit 2; }
-
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=/dev/null
+source tools/common.sh te-lane
+usage() { sed -n '2,/^set -euo/{/^set/d;s/^# \{0,1\}//;p}' tools/te_lane.sh; }
 tests=1 selection=()
 while (($#)); do
   case $1 in
@@ -32,30 +32,9 @@ while (($#)); do
   esac
   shift
 done
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # The oldest megatron-core and torch of the project's ranges; this megatron-core names Transformer Engine below 2.12.
 torch=2.11.0 cuda=13.0 megatron=0.16.1 engine=2.11.0
-
-retry() {
-  local attempt
-  for attempt in 1 2 3; do
-    "$@" && return
-    if ((attempt < 3)); then say "attempt $attempt failed; again in $((attempt * 5)) s"; sleep $((attempt * 5)); fi
-  done
-  die "failed three times: $*"
-}
-
-find_py312() {
-  local candidate
-  for candidate in ${PYTHON:-$(type -aP python3.12 || true) "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python}; do
-    if [[ "$("$candidate" -c 'import ensurepip, sys, venv; print(*sys.version_info[:2])' 2>/dev/null)" == "3 12" ]]; then
-      echo "$candidate"
-      return
-    fi
-  done
-  die "no Python 3.12 found${PYTHON:+: PYTHON=$PYTHON is none}. Install one, or set PYTHON=/path/to/python3.12."
-}
 
 setup() {
   local venv=$1 stamp=$1/.mtp-setup key python site folder
@@ -68,7 +47,8 @@ setup() {
   fi
   key=$(cat pyproject.toml tools/te_lane.sh | sha256sum | cut -d' ' -f1)
   if [[ -z "${MTP_SETUP_FORCE:-}" && -f "$stamp" && "$(cat "$stamp")" == "$key" && -x "$venv/bin/python" ]]; then return; fi
-  python=$(find_py312)
+  python=$(find_py312 ${PYTHON:+"$PYTHON"})
+  [[ -n "$python" ]] || die "no Python 3.12 found${PYTHON:+: PYTHON=$PYTHON is none}. Install one, or set PYTHON=/path/to/python3.12."
   if [[ "$("$venv/bin/python" -c 'import sys; print(*sys.version_info[:2])' 2>/dev/null)" != "3 12" ]]; then
     say "creating $venv"
     "$python" -m venv --clear "$venv"

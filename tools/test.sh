@@ -12,21 +12,12 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# shellcheck source=/dev/null
+source tools/common.sh test
 main=.venv second=.venv-py312
 if (($#)); then default_lanes=main; else default_lanes="py312 main"; fi
 lanes=" ${MTP_LANES:-$default_lanes} "
 [[ "$lanes" =~ ^\ +((main|py312)\ +)+$ ]] || { echo "error: MTP_LANES='${MTP_LANES}' may name main and py312" >&2; exit 2; }
-
-# A Python 3.12 that really runs (a shim of pyenv may exist and refuse), on PATH or among pyenv's versions.
-find_py312() {
-  local candidate
-  for candidate in $(type -aP python3.12 || true) "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python; do
-    if [[ "$("$candidate" -c 'import ensurepip, sys, venv; print(*sys.version_info[:2])' 2>/dev/null)" == "3 12" ]]; then
-      echo "$candidate"
-      return
-    fi
-  done
-}
 
 if [[ "$lanes" == *" main "* ]]; then
   bash tools/setup.sh

@@ -45,7 +45,7 @@ def environment(checkout: Path, name: str, version: str, outcome: str, also: str
 def checkout(tmp_path: Path) -> Path:
     """A checkout with both environments, a Python 3.12 among pyenv's versions and a set-up that notes its calls."""
     (tmp_path / "tools").mkdir()
-    for script in ("test.sh", "run_groups.py"):
+    for script in ("test.sh", "run_groups.py", "common.sh"):
         shutil.copy(ROOT / "tools" / script, tmp_path / "tools")
     executable(tmp_path / "tools/setup.sh", 'echo "${MTP_VENV:-.venv} ${PYTHON:-}" >>"$(dirname "$0")/calls"')
     executable(tmp_path / "tools/setup_serving.sh", 'echo serving >>"$(dirname "$0")/calls"')
