@@ -11,7 +11,8 @@
 #   JOB_ID        name of the job at the rendezvous (mtp)
 #   NPROC         ranks on this node (gpu: one for each GPU)
 #   MAX_RESTARTS  failures of a rank after which this node's ranks are started again, from the last checkpoint (3)
-#   SAVE_SECONDS  what the ranks get, after SIGTERM, SIGINT or SIGHUP to torchrun, to finish their step and save (600)
+#   SAVE_SECONDS  what the ranks get, after SIGTERM, SIGINT or SIGHUP to torchrun, to finish their step and save (600; torch
+#                 2.11 gives 30)
 #   LOCAL_ADDR    address by which other nodes reach this one, where its host name is not it
 #   RDZV_CONF     further settings of the rendezvous (torchrun --rdzv-conf)
 #   PYTHON        interpreter (python)
@@ -35,8 +36,15 @@ options=(
   --rdzv-endpoint "${HEAD:-localhost:0}"
   --rdzv-id "${JOB_ID:-mtp}"
   --max-restarts "${MAX_RESTARTS:-3}"
-  --shutdown-timeout "${SAVE_SECONDS:-600}"
 )
+python="${PYTHON:-python}"
+# Read, not imported: torchrun of torch 2.11 has no such option and kills its ranks 30 seconds after a signal.
+if "$python" -c 'import importlib.util as u, pathlib, sys; folder = pathlib.Path(u.find_spec("torch").origin).parent
+sys.exit("--shutdown-timeout" not in (folder / "distributed/run.py").read_text())'; then
+  options+=(--shutdown-timeout "${SAVE_SECONDS:-600}")
+else
+  echo "this torch's torchrun gives ranks 30 s to save after a signal, whatever SAVE_SECONDS says; a newer torch waits" >&2
+fi
 [[ -n "${LOCAL_ADDR:-}" ]] && options+=(--local-addr "$LOCAL_ADDR")
 [[ -n "${RDZV_CONF:-}" ]] && options+=(--rdzv-conf "$RDZV_CONF")
 
@@ -44,4 +52,4 @@ options=(
 # round before, and a node that comes back waits for an address that nobody publishes again. This gives each round its own.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "${PYTHON:-python}" -m torch.distributed.run "${options[@]}" -m mtp_megatron.train "$@"
+exec "$python" -m torch.distributed.run "${options[@]}" -m mtp_megatron.train "$@"
