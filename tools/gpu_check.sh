@@ -59,8 +59,9 @@ if ((dry)); then
   step bench_step 120 tools/bench_step.py --quick --heads 1 2 --layers 3 --json "$out/bench_step.json"
   step last_stage 120 tools/gpu_last_stage.py --quick --heads 1 2 --repeats 1 --json "$out/last_stage.json"
 else
-  # The limits add up to nine minutes, the installation included. On an H200: kernels 34 s, tests without Transformer
-  # Engine 43, last_stage 61, bench_memory 36; much of it are imports and compilations on a machine that has none cached.
+  # The limits add up to less than ten minutes, the installation's included. On an H200: install 8 s, kernels 34, tests
+  # without Transformer Engine 43, last_stage 61, bench_memory 36; much of it are imports and compilations on a machine
+  # that has none cached.
   step kernels 45 -m mtp_megatron.compat --verbose --smoke
   step tests 100 -m pytest -q -p no:cacheprovider -m gpu tests/gpu
   step fp8_curves 90 tools/gpu_fp8_curves.py --json "$out/fp8_curves.json"
@@ -94,7 +95,7 @@ PY
 
 has_gpu() { "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; }
 
-# Installs into an environment in the results' folder. 100 s at most, of which Transformer Engine takes what is left.
+# Installs into an environment in the results' folder.
 install_wheels() {
   local needed=$out/requirements.txt folder
   "$python" -m venv --clear --without-pip --system-site-packages "$out/venv" || return
@@ -108,16 +109,16 @@ print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["project"]["dependenc
 print("pytest>=8.2\npytest-timeout>=2.3")
 PY
   python=$out/venv/bin/python
-  timeout 60 "$python" -m pip install -q --no-index --find-links "$WHEELS" -r "$needed"
+  timeout 45 "$python" -m pip install -q --no-index --find-links "$WHEELS" -r "$needed"
 }
 
 # Its extension for torch names the library for the CUDA that it was built for.
 install_transformer_engine() {
-  timeout 60 "$python" -m pip install -q --no-index --find-links "$WHEELS" --no-build-isolation 'transformer-engine[pytorch]'
+  timeout 40 "$python" -m pip install -q --no-index --find-links "$WHEELS" --no-build-isolation 'transformer-engine[pytorch]'
 }
 
 # By its file and not by its name, which on PyPI is another package's.
-install_apex() { timeout 20 "$python" -m pip install -q --no-index --no-deps "$WHEELS"/apex-*.whl; }
+install_apex() { timeout 15 "$python" -m pip install -q --no-index --no-deps "$WHEELS"/apex-*.whl; }
 
 if [[ -n ${WHEELS:-} ]]; then
   SECONDS=0
