@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedBase
 
 if TYPE_CHECKING:
     from mtp_megatron.model import MTPGPTModel
@@ -55,8 +56,9 @@ def sharded_state_with_copies(model: MTPGPTModel, upstream: Callable[[], dict[st
         state = upstream()
     finally:
         model.post_process = False
-    norms = [f"{prefix}final_norm.{name}" for name, _ in model.final_norm.named_parameters()]
-    for name in (*norms, f"{prefix}output_layer.weight"):
-        if name in state:  # a tied embedding's stage has no weight here
-            state[name].replica_id = (1, *state[name].replica_id[1:])
+    copies = (f"{prefix}final_norm.", f"{prefix}output_layer.")
+    for name, value in state.items():
+        # Transformer Engine's norm has an `_extra_state` beside its weight.
+        if name.startswith(copies) and isinstance(value, ShardedBase):
+            value.replica_id = (1, *value.replica_id[1:])
     return state

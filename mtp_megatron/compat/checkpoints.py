@@ -1,5 +1,5 @@
-"""Distributed checkpoints across versions of megatron-core: 0.19 reads older ones, older ones here those of 0.19; and
-the distributed optimizer's state where its buffers are padded."""
+"""Distributed checkpoints across versions of megatron-core: 0.19 reads older ones, older ones here those of 0.19;
+the distributed optimizer's state where its buffers are padded, and where parameters are in FP8."""
 
 from __future__ import annotations
 
@@ -76,6 +76,18 @@ def take_unsaved_states(state: dict[str, Any], folder: Path) -> list[tuple[str, 
     for key, name in unsaved:
         del state[key][name]
     return unsaved
+
+
+def cast_parameters_again(trainable: Any) -> None:
+    """Make the model's parameters from the distributed optimizer's fp32 ones, as every step ends. Collective.
+
+    A checkpoint has parameters in FP8 as numbers in bf16, and at a load they are cast before their layers' scales are
+    back, or with a scale that bf16 has rounded: the run would go on with other weights than it had.
+    """
+    for optimizer in getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer]):
+        optimizer._copy_main_params_to_model_params()
+    for chunk in trainable.chunks:
+        chunk.start_param_sync(force_sync=True)
 
 
 @contextmanager

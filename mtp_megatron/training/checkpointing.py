@@ -15,7 +15,12 @@ import torch
 import torch.distributed as dist
 
 from mtp_megatron import compat
-from mtp_megatron.compat.checkpoints import load_strategies, padded_optimizer_state, take_unsaved_states
+from mtp_megatron.compat.checkpoints import (
+    cast_parameters_again,
+    load_strategies,
+    padded_optimizer_state,
+    take_unsaved_states,
+)
 from mtp_megatron.data.manifest import Manifest
 from mtp_megatron.data.tokenizer import MODEL_FILE
 from mtp_megatron.errors import CheckpointError
@@ -100,6 +105,8 @@ def load_checkpoint(recipe: Recipe, trainable: Trainable, folder: Path) -> int:
     loaded = read_state(state, folder)
     put_models(trainable.models, loaded)
     trainable.optimizer.load_state_dict(loaded["optimizer"])
+    if recipe.train.fp8_param:
+        cast_parameters_again(trainable)
     trainable.scheduler.load_state_dict(loaded["opt_param_scheduler"])
     if same_grid:
         restore_rng_state(loaded["rng_state"])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtp_megatron.checkpoint.deepspeed_reader import DeepSpeedCheckpoint, is_deepspeed, megatron_key
 from mtp_megatron.checkpoint.tensor_parallel import split
+from mtp_megatron.compat.checkpoints import cast_parameters_again
 from mtp_megatron.errors import CheckpointError
 from mtp_megatron.training import checkpoint_files as files
 from mtp_megatron.training.architecture import check_architecture
@@ -28,26 +29,38 @@ def load_weights(recipe: Recipe, trainable: Trainable, folder: Path) -> None:
     Raises:
         CheckpointError: another architecture, or files that cannot be read.
     """
-    load_initial(recipe, trainable.models, folder)
-    trainable.optimizer.reload_model_params()  # the fp32 masters follow the model
+    loaded = load_initial(recipe, trainable.models, folder)
+    if not recipe.train.fp8_param:
+        trainable.optimizer.reload_model_params()  # the fp32 masters follow the model
+        return
+    # A model in FP8 has rounded what was loaded: its masters follow the checkpoint.
+    trainable.optimizer.reload_model_params(state_dict=loaded)
+    cast_parameters_again(trainable)
 
 
-def load_initial(recipe: Recipe, models: Sequence[MTPGPTModel], folder: Path) -> None:
+def load_initial(recipe: Recipe, models: Sequence[MTPGPTModel], folder: Path) -> dict[str, Any]:
     """Put a checkpoint's weights into this rank's model chunks. Collective.
 
     Heads that the checkpoint lacks keep their fresh values or, with ``heads.new_heads=copy``, become copies of its head
     1, the last layer of the plain next-token model (and of its unembedding, where each head has its own). Heads that
     this model lacks are left behind.
 
+    Returns:
+        What was put in, a state dict by chunk (:func:`.checkpointing.chunk_keys`).
+
     Raises:
         CheckpointError: another architecture, or files that cannot be read.
     """
+    from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
+
     check_architecture(folder, recipe, initial=True)
     known = int(files.read_mtp_config(folder)["heads"]["n"])
     state = model_state(models)
     for chunk in state.values():
         for name in [name for name in chunk if is_new(name, known)]:
             del chunk[name]
+    # As numbers in bf16, or a parameter in FP8 would be rounded before the optimizer sees it (0.19 loads in place).
+    force_all_tensors_to_non_fp8(state)
     if is_deepspeed(folder):
         loaded = {"model": _shards(folder, models, known)}
     else:
@@ -60,6 +73,7 @@ def load_initial(recipe: Recipe, models: Sequence[MTPGPTModel], folder: Path) ->
                     whole[name] = whole[source]
         loaded[key] = whole
     put_models(models, loaded)
+    return loaded
 
 
 def _shards(folder: Path, models: Sequence[MTPGPTModel], known: int) -> dict[str, Any]:

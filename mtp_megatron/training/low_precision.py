@@ -69,6 +69,13 @@ def check_low_precision(recipe: Recipe) -> None:
             "megatron-core keeps the full weights beside FP8 ones in its distributed optimizer alone",
             "Set optimizer.distributed=true, or this to false.",
         )
+    if request.fp8_param and request.fp8_recipe == "mxfp8":
+        raise ConfigError(
+            "train.fp8_param",
+            True,
+            "Transformer Engine cannot put mxfp8's matrices into megatron-core's buffers",
+            "Set it to false, or train.fp8_recipe to tensorwise.",
+        )
     _check_layers_in_bf16(recipe)
     _check_multiples(recipe, request.scaling)
 

@@ -11,6 +11,7 @@ import importlib
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -64,15 +65,25 @@ def generic_gemm(
 
 
 def quantize(tensor: Tensor, quantizer: Any, out: Any = None, skip: Any = None) -> Any:
-    """Per-tensor FP8 with the scale of ``quantizer`` (delayed scaling); notes the largest value in its history."""
-    from transformer_engine.pytorch.tensor import Float8Quantizer, Float8Tensor, Float8TensorStorage
+    """Per-tensor FP8: delayed scaling, whose scale is given, or current scaling, which computes it.
 
-    assert type(quantizer) is Float8Quantizer, f"no stand-in for {type(quantizer).__name__}"
+    The largest value goes where the quantizer wants it: into the history, or beside the scale.
+    """
+    from transformer_engine.pytorch.tensor import Float8CurrentScalingQuantizer, Float8Quantizer
+    from transformer_engine.pytorch.tensor import Float8Tensor, Float8TensorStorage
+
+    assert type(quantizer) in (Float8Quantizer, Float8CurrentScalingQuantizer), type(quantizer).__name__
     assert skip is None
-    wide = tensor.detach().float()
-    quantizer.amax.copy_(wide.abs().max())
     kind = _torch_type(quantizer.dtype)
     limit = torch.finfo(kind).max
+    wide = tensor.detach().float()
+    if quantizer.amax.numel():
+        quantizer.amax.copy_(wide.abs().max())
+    if type(quantizer) is Float8CurrentScalingQuantizer:
+        if quantizer.with_amax_reduction:
+            dist.all_reduce(quantizer.amax, dist.ReduceOp.MAX, group=quantizer.amax_reduction_group)
+        assert not quantizer.use_existing_amax
+        quantizer.scale.copy_(_scale(quantizer.amax, limit, quantizer.force_pow_2_scales, quantizer.amax_epsilon))
     data = (wide * quantizer.scale).clamp(-limit, limit).to(kind).view(torch.uint8)
     fields = {
         "data": data if quantizer.rowwise_usage else None,
@@ -82,8 +93,13 @@ def quantize(tensor: Tensor, quantizer: Any, out: Any = None, skip: Any = None) 
         "quantizer": quantizer,
     }
     if out is not None:
-        out._data, out._scale_inv, out._transpose = fields["data"], fields["fp8_scale_inv"], fields["data_transpose"]
-        out._transpose_invalid = out._transpose is None
+        # In place, as there: a parameter's data may be a view, and part of a buffer that is gathered from the ranks.
+        for mine, name in (("_data", "data"), ("_scale_inv", "fp8_scale_inv"), ("_transpose", "data_transpose")):
+            if getattr(out, mine) is None:
+                setattr(out, mine, fields[name])
+            elif fields[name] is not None:
+                getattr(out, mine).copy_(fields[name].reshape(getattr(out, mine).shape))
+        out._transpose_invalid = fields["data_transpose"] is None
         return out
     if quantizer.internal:
         return Float8TensorStorage(**fields)
@@ -91,7 +107,38 @@ def quantize(tensor: Tensor, quantizer: Any, out: Any = None, skip: Any = None) 
 
 
 def fp8_transpose(data: Tensor, dtype: Any, *, out: Tensor | None = None) -> Tensor:
-    return data.reshape(-1, data.shape[-1]).t().contiguous()
+    transposed = data.reshape(-1, data.shape[-1]).t()
+    return transposed.contiguous() if out is None else out.copy_(transposed)
+
+
+def dequantize(tensor: Any, dtype: Any) -> Tensor:
+    return _values(tensor).reshape(tensor.size()).to(_torch_type(dtype))
+
+
+def compute_amax(tensor: Tensor, amax: Tensor) -> None:
+    amax.copy_(tensor.abs().max())
+
+
+def _scale(amax: Tensor, limit: float, powers_of_two: bool, epsilon: float) -> Tensor:
+    """What makes the largest value the format's largest; 1 where there is none."""
+    scale = limit / amax.clamp(min=epsilon)
+    scale = torch.where((amax > 0) & amax.isfinite(), scale.clamp(max=torch.finfo(torch.float32).max), 1.0)
+    return torch.ldexp(torch.ones_like(scale), torch.frexp(scale)[1] - 1) if powers_of_two else scale
+
+
+def multi_tensor_compute_scale_and_scale_inv(
+    chunk_size: int, noop: Tensor, lists: list[list[Tensor]], limit: float, powers_of_two: bool, epsilon: float
+) -> None:
+    """Of each largest value in the first list the scale, into the second, and its inverse, into the third."""
+    for amax, scale, inverse in zip(*lists, strict=True):
+        scale.copy_(_scale(amax, limit, powers_of_two, epsilon))
+        inverse.copy_(scale.reciprocal())
+
+
+def multi_tensor_scale(chunk_size: int, noop: Tensor, lists: list[list[Tensor]], scale: float) -> None:
+    """Each tensor of the first list, times ``scale``, into that of the second."""
+    for source, target in zip(*lists, strict=True):
+        target.copy_(source * scale)
 
 
 def _values(tensor: Any) -> Tensor:
@@ -123,6 +170,10 @@ PLACES: dict[str, tuple[str, ...]] = {
     "generic_gemm": (_NATIVE,),
     "quantize": (_NATIVE,),
     "fp8_transpose": (_NATIVE,),
+    "dequantize": (_NATIVE,),
+    "compute_amax": (_NATIVE,),
+    "multi_tensor_compute_scale_and_scale_inv": ("transformer_engine.pytorch.tensor.utils",),
+    "multi_tensor_scale": ("transformer_engine.pytorch.tensor.utils",),
 }
 
 

@@ -8,10 +8,12 @@ Transformer Engine's sake are told of one, and nothing of the project's checks i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import sys
 import types
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +22,7 @@ import torch
 from packaging.version import Version
 
 from mtp_megatron import compat
-from mtp_megatron.compat import cpu, fp8, packages
+from mtp_megatron.compat import cpu, fallbacks, fp8, packages
 from tests.transformer_engine import kernels
 
 HOPPER, BLACKWELL = (9, 0), (10, 0)
@@ -69,6 +71,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch, capability: fp8.Capability = HOPPER
     # Masks are made with device="cuda".
     monkeypatch.setattr(torch, "arange", cpu._on_cpu(torch.arange))
     _optimizer_in_torch(monkeypatch)
+    # Gloo packs what is coalesced into one type: parameters in bf16 beside those in FP8 receive the latter's bytes.
+    buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+    monkeypatch.setattr(buffers, "_coalescing_manager", _one_at_a_time)
 
     # Attention in torch's own operations: Transformer Engine's choice where neither flash nor cuDNN's fits.
     utils = importlib.import_module("transformer_engine.pytorch.attention.dot_product_attention.utils")
@@ -87,6 +92,28 @@ def _asked_by_the_engine() -> bool:
     return str(sys._getframe(2).f_globals.get("__name__")).startswith("transformer_engine.")
 
 
+class Manager:
+    """Counts what Transformer Engine's state manager does: regions entered, histories updated by whether forward."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+        self.regions, self.updates = 0, Counter[bool]()
+        enter = FP8GlobalStateManager.autocast_enter.__func__
+        update = FP8GlobalStateManager.reduce_and_update_fp8_tensors.__func__
+
+        def entering(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            self.regions += 1
+            return enter(cls, *args, **kwargs)
+
+        def updating(cls: Any, forward: bool = True) -> Any:
+            self.updates[forward] += 1
+            return update(cls, forward=forward)
+
+        monkeypatch.setattr(FP8GlobalStateManager, "autocast_enter", classmethod(entering))
+        monkeypatch.setattr(FP8GlobalStateManager, "reduce_and_update_fp8_tensors", classmethod(updating))
+
+
 def forget() -> None:
     """What was remembered of the pretended device."""
     for path, name in _REMEMBERS:
@@ -97,6 +124,7 @@ def forget() -> None:
 def _tell_the_project(monkeypatch: pytest.MonkeyPatch, capability: fp8.Capability) -> None:
     """Its checks run as they are, on this machine's own packages and a device that is not there."""
     from mtp_megatron.compat import specs
+    from mtp_megatron.megatron_lm import arguments
 
     machine = dataclasses.replace(
         fp8.this_machine(),
@@ -106,20 +134,32 @@ def _tell_the_project(monkeypatch: pytest.MonkeyPatch, capability: fp8.Capabilit
         transformer_engine=packages.transformer_engine(cuda=True),
     )
     monkeypatch.setattr(fp8, "this_machine", lambda: machine)
-    monkeypatch.setattr(specs, "torch", types.SimpleNamespace(cuda=types.SimpleNamespace(is_available=lambda: True)))
+    for module in (specs, arguments):
+        asked = types.SimpleNamespace(cuda=types.SimpleNamespace(is_available=lambda: True))
+        monkeypatch.setattr(module, "torch", asked)
 
 
 def _optimizer_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Megatron takes Adam, clipping and copies from Transformer Engine where it is there: kernels all of them."""
     from megatron.core import optimizer, utils
-    from megatron.core.optimizer import clip_grads
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
     from megatron.core.optimizer import optimizer as steps
 
     monkeypatch.setattr(optimizer, "USING_PYTORCH_OPTIMIZER", True)
+    # Adam's state is torch's then, with what the package repairs of it where there is no Transformer Engine.
+    monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", False)
+    for row in fallbacks.TORCH_ADAM:
+        original = getattr(distrib_optimizer.DistributedOptimizer, row.name)
+        monkeypatch.setattr(distrib_optimizer.DistributedOptimizer, row.name, row.make(original))
     for module in (clip_grads, steps):
         monkeypatch.setattr(module, "multi_tensor_applier", utils.local_multi_tensor_applier)
         monkeypatch.setattr(module, "multi_tensor_scale_impl", utils.local_multi_tensor_scale)
     monkeypatch.setattr(clip_grads, "l2_norm_impl", utils.local_multi_tensor_l2_norm)
+
+
+def _one_at_a_time(*groups: Any, async_ops: bool = False) -> contextlib.AbstractContextManager[None]:
+    assert not async_ops, "these tests overlap no communication"
+    return contextlib.nullcontext()
 
 
 def _with_cuda(module: Any) -> Callable[..., None]:

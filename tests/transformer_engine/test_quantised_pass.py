@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.transformer_engine import runs
+from tests.transformer_engine.pretend import Manager
 from tests.transformer_engine.runs import HEADS, MICROBATCHES, TRUNK, HeadsPass
 
 DELAYED = {"train__fp8": "hybrid", "train__fp8_recipe": "delayed"}
@@ -122,28 +123,6 @@ def test_heads_in_fp8_where_they_are_asked_for(reference: Counter[str]) -> None:
         runs.put_weights(model, weights)
         with pytest.raises(AssertionError):
             same(runs.heads_alone(model, quantised), quantised)
-
-
-class Manager:
-    """Counts what Transformer Engine's state manager does."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from transformer_engine.pytorch.quantization import FP8GlobalStateManager
-
-        self.regions, self.updates = 0, Counter[bool]()
-        enter = FP8GlobalStateManager.autocast_enter.__func__
-        update = FP8GlobalStateManager.reduce_and_update_fp8_tensors.__func__
-
-        def entering(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            self.regions += 1
-            return enter(cls, *args, **kwargs)
-
-        def updating(cls: Any, forward: bool = True) -> Any:
-            self.updates[forward] += 1
-            return update(cls, forward=forward)
-
-        monkeypatch.setattr(FP8GlobalStateManager, "autocast_enter", classmethod(entering))
-        monkeypatch.setattr(FP8GlobalStateManager, "reduce_and_update_fp8_tensors", classmethod(updating))
 
 
 def rolls(layer: Any, key: str, quantizer: int) -> int:
