@@ -5,7 +5,6 @@ Never run where this was written: there was no GPU. tests/unit/test_fp8_contexts
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from mtp_megatron.compat import fp8
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.recipe_io import parse_recipe
 from mtp_megatron.training.validate import check_recipe
+from tests.fp8_runs import Manager, in_fp8
 
 pytestmark = pytest.mark.gpu
 VOCAB, MICROBATCHES = 256, 2
@@ -64,12 +64,6 @@ def trained(recipe: Recipe, steps: int) -> Iterator[tuple[Any, list[float]]]:
         yield model, losses
 
 
-def in_fp8(module: torch.nn.Module) -> list[bool]:
-    """Of each of Transformer Engine's linear layers, whether its last forward pass was in FP8 (its own record)."""
-    linear = (layer for layer in module.modules() if isinstance(getattr(layer, "weight", None), torch.nn.Parameter))
-    return [layer.fp8 for layer in linear if isinstance(getattr(layer, "fp8", None), bool)]
-
-
 @pytest.mark.parametrize("name", fp8.SCALINGS)
 def test_the_trunk_learns_and_the_heads_stay_in_bf16(name: str) -> None:
     asked = {"fp4": "e2m1"} if name == fp8.NVFP4 else {"fp8": "hybrid", "fp8_recipe": name}
@@ -102,15 +96,7 @@ def test_fp8_parameters_are_the_trunks() -> None:
 
 def test_the_amax_history_advances_once_per_microbatch(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of({"fp8": "hybrid", "fp8_recipe": "delayed"})
-    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
-
-    calls: Counter[bool] = Counter()
-    original = FP8GlobalStateManager.reduce_and_update_fp8_tensors.__func__
-
-    def counted(cls: type, forward: bool = True, **more: Any) -> Any:
-        calls[forward] += 1
-        return original(cls, forward=forward, **more)
-
-    monkeypatch.setattr(FP8GlobalStateManager, "reduce_and_update_fp8_tensors", classmethod(counted))
+    manager = Manager(monkeypatch)
     with trained(recipe, 1):
-        assert calls == {True: MICROBATCHES, False: MICROBATCHES}
+        assert manager.regions == MICROBATCHES, "the heads open none"
+        assert manager.updates == {True: MICROBATCHES, False: MICROBATCHES}

@@ -69,8 +69,12 @@ def quantize(tensor: Tensor, quantizer: Any, out: Any = None, skip: Any = None) 
 
     The largest value goes where the quantizer wants it: into the history, or beside the scale.
     """
-    from transformer_engine.pytorch.tensor import Float8CurrentScalingQuantizer, Float8Quantizer
-    from transformer_engine.pytorch.tensor import Float8Tensor, Float8TensorStorage
+    from transformer_engine.pytorch.tensor import (
+        Float8CurrentScalingQuantizer,
+        Float8Quantizer,
+        Float8Tensor,
+        Float8TensorStorage,
+    )
 
     assert type(quantizer) in (Float8Quantizer, Float8CurrentScalingQuantizer), type(quantizer).__name__
     assert skip is None

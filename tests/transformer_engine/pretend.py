@@ -13,7 +13,6 @@ import dataclasses
 import importlib
 import sys
 import types
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +67,10 @@ def pretend(monkeypatch: pytest.MonkeyPatch, capability: fp8.Capability = HOPPER
     gemm = importlib.import_module("transformer_engine.pytorch.cpp_extensions.gemm")
     monkeypatch.setattr(gemm, "get_cublas_workspace", lambda *_: torch.empty(0))
     kernels.install(monkeypatch)
+    # Generators, of its recomputation.
+    states = importlib.import_module("transformer_engine.pytorch.distributed")
+    monkeypatch.setattr(states, "_get_cuda_rng_state", cpu._get_state(None))
+    monkeypatch.setattr(states, "_set_cuda_rng_state", cpu._set_state(None))
     # Masks are made with device="cuda".
     monkeypatch.setattr(torch, "arange", cpu._on_cpu(torch.arange))
     _optimizer_in_torch(monkeypatch)
@@ -90,28 +93,6 @@ def pretend(monkeypatch: pytest.MonkeyPatch, capability: fp8.Capability = HOPPER
 def _asked_by_the_engine() -> bool:
     """Whether the caller of the caller of this function (a property) is Transformer Engine's code."""
     return str(sys._getframe(2).f_globals.get("__name__")).startswith("transformer_engine.")
-
-
-class Manager:
-    """Counts what Transformer Engine's state manager does: regions entered, histories updated by whether forward."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from transformer_engine.pytorch.quantization import FP8GlobalStateManager
-
-        self.regions, self.updates = 0, Counter[bool]()
-        enter = FP8GlobalStateManager.autocast_enter.__func__
-        update = FP8GlobalStateManager.reduce_and_update_fp8_tensors.__func__
-
-        def entering(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            self.regions += 1
-            return enter(cls, *args, **kwargs)
-
-        def updating(cls: Any, forward: bool = True) -> Any:
-            self.updates[forward] += 1
-            return update(cls, forward=forward)
-
-        monkeypatch.setattr(FP8GlobalStateManager, "autocast_enter", classmethod(entering))
-        monkeypatch.setattr(FP8GlobalStateManager, "reduce_and_update_fp8_tensors", classmethod(updating))
 
 
 def forget() -> None:

@@ -139,18 +139,6 @@ def trunk_grads(model: Any) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and "decoder." in name}
 
 
-def linear_layers(module: torch.nn.Module) -> dict[str, Any]:
-    """Transformer Engine's linear layers by name."""
-    from transformer_engine.pytorch import LayerNormLinear, Linear
-
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, LayerNormLinear | Linear)}
-
-
-def in_fp8(module: torch.nn.Module) -> list[bool]:
-    """Of each of Transformer Engine's linear layers, whether its last forward pass was in FP8 (its own record)."""
-    return [layer.fp8 for layer in linear_layers(module).values()]
-
-
 def relative(left: Tensor, right: Tensor) -> float:
     """Of the difference, in the norm over all entries."""
     return float((left.double() - right.double()).norm() / right.double().norm())

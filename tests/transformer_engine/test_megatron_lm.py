@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.fp8_runs import Seen
 from tests.harness import run_world
 from tests.megatron_lm import CASE, flags, needs_megatron_lm, scalars
 from tests.parity import make_parameters
-from tests.transformer_engine.loops import Seen, train_megatron_lm
+from tests.transformer_engine.loops import train_megatron_lm
 
 pytestmark = [needs_megatron_lm, pytest.mark.timeout(900)]
 
@@ -70,9 +71,7 @@ def test_the_trunk_runs_in_fp8_and_the_heads_do_not(hybrid: tuple[list[Seen], Lo
         pytest.param("--use-distributed-optimizer", id="dp2"),
     ],
 )
-def test_layouts_learn_alike(
-    hybrid: tuple[list[Seen], Losses], bf16: Losses, tmp_path: Path, layout: str
-) -> None:
+def test_layouts_learn_alike(hybrid: tuple[list[Seen], Losses], bf16: Losses, tmp_path: Path, layout: str) -> None:
     _, one = hybrid
     ranks, losses = train(tmp_path, 2, *HYBRID, *layout.split())
     assert [seen.trunk for seen in ranks] == [[True] * 4 * (TRUNK // 2 if "pipeline" in layout else TRUNK)] * 2

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mtp_megatron.errors import ConfigError
+from tests.fp8_runs import linear_layers
 from tests.transformer_engine import runs
 from tests.transformer_engine.pretend import BLACKWELL, HOPPER
 
@@ -70,7 +71,7 @@ def test_modules_names_and_shapes(
 
         # Four matrices in each layer; the embedding and the unembedding are Megatron's own.
         for room, layers in ((model.decoder, runs.TRUNK), (model.heads, runs.HEADS)):
-            assert len(runs.linear_layers(room)) == 4 * layers
+            assert len(linear_layers(room)) == 4 * layers
             owners = {origin(m) for m in room.modules() if list(m.parameters(recurse=False))}
             assert owners == {"transformer_engine"}
         assert origin(model.final_norm) == "transformer_engine"

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests import fp8_runs
+from tests.fp8_runs import Manager
 from tests.transformer_engine import runs
-from tests.transformer_engine.pretend import Manager
 from tests.transformer_engine.runs import HEADS, MICROBATCHES, TRUNK, HeadsPass
 
 DELAYED = {"train__fp8": "hybrid", "train__fp8_recipe": "delayed"}
@@ -43,6 +44,27 @@ def reference(pretend_gpu: Callable[..., None]) -> Iterator[Counter[str]]:
         yield made
 
 
+def test_the_stand_in_for_the_cast_is_the_reference(pretend_gpu: Callable[..., None]) -> None:
+    """Current scaling, which both have: the same scale, the same bytes, the transpose too."""
+    pretend_gpu()
+    import transformer_engine_torch as native
+    from transformer_engine.pytorch.custom_recipes.quantization_current_scaling import CurrentScalingQuantizerRef
+    from transformer_engine.pytorch.tensor import Float8CurrentScalingQuantizer
+
+    values = torch.randn(32, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    values[0, 0] = 7.0
+    for kind, stored in (
+        (native.DType.kFloat8E4M3, torch.float8_e4m3fn),
+        (native.DType.kFloat8E5M2, torch.float8_e5m2),
+    ):
+        ours = Float8CurrentScalingQuantizer(kind, torch.device("cpu"))(values)
+        reference = CurrentScalingQuantizerRef(dtype=stored, rowwise=True, columnwise=True)(values)
+        assert torch.equal(ours._scale_inv.view(()), reference.scale.view(()))
+        assert torch.equal(ours._data.view(stored).float(), reference.data.float())
+        assert torch.equal(ours._transpose.view(stored).float(), reference.data_t.float())
+        assert ours._data.unique().numel() > 100
+
+
 def same(left: HeadsPass, right: HeadsPass) -> None:
     """Bit by bit."""
     assert torch.equal(left.losses, right.losses)
@@ -58,7 +80,7 @@ def passes(recipe: Any, weights: dict[str, Any] | None, **fields: Any) -> tuple[
         if weights is not None:
             runs.put_weights(model, weights)
         ran = runs.whole_pass(model, runs.microbatch(recipe))
-        fp8 = (runs.in_fp8(model.decoder), runs.in_fp8(model.heads))
+        fp8 = (fp8_runs.in_fp8(model.decoder), fp8_runs.in_fp8(model.heads))
         return runs.weights_of(model), ran, runs.trunk_grads(model), fp8
 
 
@@ -76,8 +98,8 @@ def test_the_trunk_is_quantised_and_the_heads_are_not(
         runs.put_weights(model, weights)
         quantised = runs.whole_pass(model, runs.microbatch(recipe))
         grads = runs.trunk_grads(model)
-        assert runs.in_fp8(model.decoder) == [True] * 4 * TRUNK
-        assert runs.in_fp8(model.heads) == [False] * 4 * HEADS
+        assert fp8_runs.in_fp8(model.decoder) == [True] * 4 * TRUNK
+        assert fp8_runs.in_fp8(model.heads) == [False] * 4 * HEADS
     for role in ("linear_input", "linear_weight", "linear_grad_output"):
         assert reference[role] == 4 * TRUNK, "one for each matrix of the trunk"
 
@@ -174,11 +196,11 @@ def test_the_history_advances_once_for_each_microbatch(
     model, manager = step(runs.recipe_of(**DELAYED), 8, monkeypatch)
     assert manager.regions == MICROBATCHES + 1, "and one for the evaluation"
     assert manager.updates == {True: MICROBATCHES, False: MICROBATCHES}
-    for name, layer in runs.linear_layers(model.decoder).items():
+    for name, layer in fp8_runs.linear_layers(model.decoder).items():
         # Its first row is being written to; an evaluation writes there too, and does not advance.
         assert rolls(layer, "scaling_fwd", 0) == MICROBATCHES + 1, name
         assert rolls(layer, "scaling_bwd", 0) == MICROBATCHES, name
-    for layer in runs.linear_layers(model.heads).values():
+    for layer in fp8_runs.linear_layers(model.heads).values():
         assert "scaling_fwd" not in layer.fp8_meta, "no history at all"
 
 

@@ -6,16 +6,16 @@ Delayed scaling is the one with a state of its own (scales and histories, reduce
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.fp8_runs import Seen
 from tests.harness import run_world
 from tests.training_runs import interrupted_copy, largest_difference, make_data, metrics, tiny_tree, train_body
-from tests.transformer_engine.loops import Seen, masters, train_recipe
+from tests.transformer_engine.loops import masters, train_recipe
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -55,8 +55,8 @@ def train(data: Path, start: Path) -> Train:
     """Train from these weights into a folder, with some settings of the recipe."""
 
     def trained(run: Path, world: int = 1, **settings: Any) -> list[Seen]:
-        tree = partial(tiny_tree, train__precision="bf16", train__transformer_engine=True, run__load=str(start))
-        return run_world(train_recipe, world, tree(data, run, **settings), fresh=True, timeout=300)
+        common = {"train__precision": "bf16", "train__transformer_engine": True, "run__load": str(start)}
+        return run_world(train_recipe, world, tiny_tree(data, run, **common | settings), fresh=True, timeout=300)
 
     return trained
 
@@ -85,6 +85,23 @@ def test_layouts_learn_alike(train: Train, one: Path, tmp_path: Path, layout: st
         # A stage of heads alone has no layer that could have a history of gradients.
         assert seen.updates == {True: STEPS * microbatches} | ({False: STEPS * microbatches} if seen.trunk else {})
         assert seen.regions == (STEPS + EVALUATIONS) * microbatches
+
+
+EXPERTS: dict[str, Any] = {"model__num_experts": 4, "model__moe_ffn_hidden_size": 32, "run__load": None}
+
+
+@pytest.mark.parametrize(
+    ("settings", "others"),
+    [
+        pytest.param(DELAYED | {"train__recompute": "full"}, DELAYED, id="full recomputation, delayed"),
+        pytest.param(TENSORWISE | {"train__recompute": "full"}, TENSORWISE, id="full recomputation, tensorwise"),
+        pytest.param(EXPERTS, EXPERTS | {"train__transformer_engine": False}, id="experts, in bf16"),
+    ],
+)
+def test_nothing_changes(train: Train, tmp_path: Path, settings: dict[str, Any], others: dict[str, Any]) -> None:
+    train(tmp_path / "one", **settings)
+    train(tmp_path / "other", **others)
+    assert largest_difference(metrics(tmp_path / "one"), metrics(tmp_path / "other")) == 0
 
 
 @pytest.mark.parametrize(

@@ -52,12 +52,32 @@ def test_an_environment_without_it_is_refused() -> None:
 
 def test_a_given_environment_is_used_as_it_is(tmp_path: Path) -> None:
     """Its Python is a stand-in that prints what it is asked for."""
-    executable(tmp_path / "bin/python", 'case "$1" in -c|-) ;; *) echo "$MTP_TE_LANE $*";; esac')
+    executable(tmp_path / "bin/python", 'case "$1" in -c|-) ;; *) echo "$MTP_TE_LANE $*"; exit "${PYTEST:-0}";; esac')
+    tests = "1 -m pytest -rs -p no:cacheprovider tests/transformer_engine -k history"
     said = lane("-k", "history", MTP_TE_VENV=str(tmp_path))
     assert said.returncode == 0, said.stderr
-    assert said.stdout.strip() == "1 -m pytest -rs -p no:cacheprovider tests/transformer_engine -k history"
+    assert said.stdout.splitlines() == [tests]
+    assert "left out: the same with megatron-core" in said.stderr
     assert lane("--setup-only", MTP_TE_VENV=str(tmp_path)).stdout == ""
     assert {path.name for path in tmp_path.iterdir()} == {"bin"}
+
+
+def test_twice_where_there_is_a_newer_megatron_core(tmp_path: Path) -> None:
+    chosen = "[[ $PYTHONPATH == */megatron-core-* ]] && code=$NEWER || code=$OLDER"
+    executable(tmp_path / "bin/python", f'case "$1" in -c|-) ;; *) {chosen}; exit "$code";; esac')
+    (tmp_path / "megatron-core-9.9").mkdir()
+    # Exit status 5: pytest found none of what was asked for.
+    for older, newer, expected in (
+        ("0", "0", 0),
+        ("1", "0", 1),
+        ("0", "1", 1),
+        ("5", "0", 0),
+        ("0", "5", 0),
+        ("5", "5", 5),
+    ):
+        said = lane(MTP_TE_VENV=str(tmp_path), OLDER=older, NEWER=newer)
+        assert said.returncode == expected, (older, newer, said.stderr)
+        assert "left out" not in said.stderr
 
 
 def test_elsewhere_its_tests_are_one_that_is_skipped() -> None:
@@ -68,6 +88,8 @@ def test_elsewhere_its_tests_are_one_that_is_skipped() -> None:
     assert "1 skipped in" in said.stdout.splitlines()[-1]
     assert "bash tools/te_lane.sh" in said.stdout
     # What is left out there is what the lane has.
-    text = (ROOT / "tests/transformer_engine/conftest.py").read_text(encoding="utf-8")
-    others = {path.name for path in (ROOT / "tests/transformer_engine").glob("test_*.py")} - {"test_lane.py"}
-    assert set(re.findall(r'"(test_\w+\.py)"', text)) == others
+    from tests.transformer_engine.conftest import OTHERS
+
+    assert set(OTHERS) == {path.name for path in (ROOT / "tests/transformer_engine").glob("test_*.py")} - {
+        "test_lane.py"
+    }
