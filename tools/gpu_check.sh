@@ -11,7 +11,7 @@
 #   PYTHON       interpreter with the project's environment (default: .venv/bin/python, else python3)
 #   WHEELS       folder of wheels: the project's dependencies, Transformer Engine and NVIDIA's Apex (where its wheel is
 #                there) are installed from it, without any network, into an environment in the results' folder that sees
-#                PYTHON's packages
+#                PYTHON's packages; tools/gpu_wheels.sh makes such a folder
 #
 # Each step has a time limit of its own; it writes NAME.txt, and NAME.json where it measures. summary.txt and summary.json
 # say how each step ended. Where Transformer Engine cannot be installed, its part is left out by name.
@@ -62,12 +62,12 @@ else
   # The limits add up to less than ten minutes, the installation's included. On an H200: install 8 s, kernels 34, tests
   # without Transformer Engine 43, last_stage 61, bench_memory 36; much of it are imports and compilations on a machine
   # that has none cached.
-  step kernels 45 -m mtp_megatron.compat --verbose --smoke
-  step tests 100 -m pytest -q -p no:cacheprovider -m gpu tests/gpu
-  step fp8_curves 90 tools/gpu_fp8_curves.py --json "$out/fp8_curves.json"
+  step kernels 40 -m mtp_megatron.compat --verbose --smoke
+  step tests 120 -m pytest -q -p no:cacheprovider -m gpu tests/gpu
+  step fp8_curves 70 tools/gpu_fp8_curves.py --json "$out/fp8_curves.json"
   step last_stage 70 tools/gpu_last_stage.py --json "$out/last_stage.json"
   step bench_memory 45 tools/bench_memory.py --dtype bf16 --hidden 1024 --json "$out/bench_memory.json"
-  step bench_loss 80 tools/bench_loss.py --dtype bf16 --tp 1 --tokens 16384 --hidden 2048 --json "$out/bench_loss.json"
+  step bench_loss 75 tools/bench_loss.py --dtype bf16 --tp 1 --tokens 16384 --hidden 2048 --json "$out/bench_loss.json"
   step bench_step 65 tools/bench_step.py --dtype bf16 --hidden 1024 --sequence 1024 --vocab 32768 --json "$out/bench_step.json"
 fi
 
@@ -112,9 +112,24 @@ PY
   timeout 45 "$python" -m pip install -q --no-index --find-links "$WHEELS" -r "$needed"
 }
 
-# Its extension for torch names the library for the CUDA that it was built for.
+# Its extension for torch names the library for the CUDA that it was built for. One that does not import would end every
+# step, as Megatron imports it where it is there: it goes again.
 install_transformer_engine() {
-  timeout 40 "$python" -m pip install -q --no-index --find-links "$WHEELS" --no-build-isolation 'transformer-engine[pytorch]'
+  local folder
+  timeout 25 "$python" -m pip install -q --no-index --find-links "$WHEELS" --no-build-isolation \
+    'transformer-engine[pytorch]' || return
+  # It looks for CUDA's libraries in its own environment, and torch's lie in PYTHON's.
+  for folder in "$out"/venv/lib/python*/site-packages; do
+    if [[ -d $folder && ! -e $folder/nvidia ]]; then ln -s "$("$python" - <<'PY'
+from importlib.util import find_spec
+spec = find_spec("nvidia")
+print(next(iter(spec.submodule_search_locations)) if spec else "/nowhere")
+PY
+    )" "$folder/nvidia"; fi
+  done
+  timeout 25 "$python" -c 'import torch, transformer_engine.pytorch' && return
+  "$python" -m pip uninstall -q -y transformer-engine transformer-engine-cu12 transformer-engine-cu13 transformer-engine-torch
+  return 1
 }
 
 # By its file and not by its name, which on PyPI is another package's.
@@ -146,7 +161,7 @@ if [[ -n ${WHEELS:-} ]] && has_gpu; then
   if install_transformer_engine >"$out/transformer_engine.txt" 2>&1; then
     ended transformer_engine passed "$SECONDS" "installed from $WHEELS"
   else
-    ended transformer_engine "left out, see transformer_engine.txt" "$SECONDS" "not to be installed from $WHEELS"
+    ended transformer_engine "left out, see transformer_engine.txt" "$SECONDS" "no working one in $WHEELS"
   fi
   if compgen -G "$WHEELS/apex-*.whl" >/dev/null; then
     SECONDS=0

@@ -3,8 +3,8 @@
     python tools/gpu_fp8_curves.py             # minutes; needs a GPU with FP8 and Transformer Engine
     python tools/gpu_fp8_curves.py --quick     # on any machine: shows that it runs
 
-Each run is a process of its own: the same initial weights, the same batches of a random bigram language, which can be
-learnt down to its entropy. The trunk's matrices are in FP8, the heads in bf16 (with ``--fp8-heads`` one more run has
+Every run has the same initial weights and the same batches of a random bigram language, which can be learnt down to its
+entropy. The trunk's matrices are in FP8, the heads in bf16 (with ``--fp8-heads`` one more run has
 both in FP8). Where FP8 cannot run, the reason is printed and fp32 is compared with bf16.
 
 Expected, not measured: over the last quarter of the run the mean loss lies within EXPECTED of bf16's, relatively. FP8
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from bench.report import Column, Limit, Result, add_common_arguments
 from bench.timing import synchronize_device
-from bench.worlds import spawn
+from bench.worlds import alone
 
 from mtp_megatron.compat import fp8
 
@@ -75,8 +75,8 @@ def recipe_tree(settings: dict[str, Any], sizes: dict[str, int]) -> dict[str, An
     }
 
 
-def body(rank: int, size: int, device: torch.device, settings: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
-    """One run; its losses and the median time of a step."""
+def train(settings: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
+    """One run, in the world of this process; its losses and the median time of a step."""
     from time import perf_counter
 
     from mtp_megatron.training.batches import to_microbatch
@@ -131,7 +131,8 @@ def measure(args: argparse.Namespace) -> Result:
     ]
     result = Result("Loss of head 1 in bf16 and FP8, the same data and initial weights", sizes, columns)
     for name, settings in names.items():
-        (run,) = spawn(body, 1, args.threads, settings, sizes)
+        with alone(args.threads):  # one process: importing everything again would take longer than a run
+            run = train(settings, sizes)
         result.rows.append({"run": name, **run})
     base = [losses[0] for losses in result.rows[0]["losses"]]
     quarter = max(1, len(base) // 4)

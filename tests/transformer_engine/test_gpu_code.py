@@ -60,8 +60,8 @@ def test_loss_curves(tools: None, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = {"layers": 2, "hidden": 128, "sequence": 64, "batch": 8, "steps": 80}
     last = {}
     for name in ("bf16", "tensorwise", "delayed", "tensorwise, heads too"):
-        with alone(1) as device:
-            run = curves.body(0, 1, device, found[name], sizes)
+        with alone(1):
+            run = curves.train(found[name], sizes)
         assert run["heads"] == ["torch.bfloat16"]
         first, last[name] = run["losses"][0][0], statistics.mean(losses[0] for losses in run["losses"][-20:])
         assert last[name] < 0.8 * first, "it learns"

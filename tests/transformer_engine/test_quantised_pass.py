@@ -62,7 +62,7 @@ def test_the_stand_in_for_the_cast_is_the_reference(pretend_gpu: Callable[..., N
         assert torch.equal(ours._scale_inv.view(()), reference.scale.view(()))
         assert torch.equal(ours._data.view(stored).float(), reference.data.float())
         assert torch.equal(ours._transpose.view(stored).float(), reference.data_t.float())
-        assert ours._data.unique().numel() > 100
+        assert ours._data.unique().numel() > 70
 
 
 def same(left: HeadsPass, right: HeadsPass) -> None:

@@ -22,7 +22,8 @@ NAMES = ["kernels", "tests", "fp8_curves", "last_stage", "bench_memory", "bench_
 STUB = f"""#!/bin/bash
 case "$*" in
   -\\ *) exec {sys.executable} "$@" ;;
-  *"transformer-engine"*) echo "No matching distribution found" >&2; exit 1 ;;
+  *"uninstall"*"transformer-engine"*) echo "it is gone" ;;
+  *"transformer-engine"*) [[ -n $IT_INSTALLS ]] || {{ echo "No matching distribution found" >&2; exit 1; }} ;;
   "-m venv"*) folder="${{@: -1}}/bin"; mkdir -p "$folder"; cp "$0" "$folder/python" ;;
   -) exec {sys.executable} "$@" ;;
   -c*transformer_engine*) exit 1 ;;
@@ -65,8 +66,8 @@ def test_without_a_gpu_it_says_what_would_run(tmp_path: Path) -> None:
     assert "no CUDA device" in said.stderr
     lines = re.findall(r"^  (\w+) +at most +(\d+) s  python (.+)$", said.stderr, re.MULTILINE)
     assert [name for name, _, _ in lines] == NAMES
-    limits = re.findall(r"timeout (\d+) .*pip install", (ROOT / "tools/gpu_check.sh").read_text())
-    assert len(limits) == 3, "the project's dependencies, Transformer Engine, Apex"
+    limits = re.findall(r'timeout (\d+) "\$python" -(?:m pip install|c)', (ROOT / "tools/gpu_check.sh").read_text())
+    assert len(limits) == 4, "the project's dependencies, Transformer Engine and its import, Apex"
     assert sum(int(seconds) for _, seconds, _ in lines) + sum(map(int, limits)) < 600
     for _, _, command in lines:
         tool, *arguments = command.split()
@@ -95,6 +96,15 @@ def test_wheels_without_transformer_engine_leave_it_out_by_name(tmp_path: Path, 
     assert re.search(r"^transformer_engine +left out, see transformer_engine.txt", said.stdout, re.MULTILINE)
     assert "No matching distribution" in (tmp_path / "out/transformer_engine.txt").read_text()
     assert "torch" in (tmp_path / "out/requirements.txt").read_text()
+
+
+def test_a_transformer_engine_that_does_not_import_goes_again(tmp_path: Path, stub: str) -> None:
+    """Megatron would import it in every step."""
+    only = ("--out", str(tmp_path / "out"), "--only", "kernels")
+    said = check(*only, PYTHON=stub, WHEELS=str(tmp_path), IT_INSTALLS="1")
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert re.search(r"^transformer_engine +left out, see transformer_engine.txt", said.stdout, re.MULTILINE)
+    assert (tmp_path / "out/transformer_engine.txt").read_text() == "it is gone\n"
 
 
 @no_cuda
