@@ -39,12 +39,16 @@ options=(
 )
 python="${PYTHON:-python}"
 # Read, not imported: torchrun of torch 2.11 has no such option and kills its ranks 30 seconds after a signal.
-if "$python" -c 'import importlib.util as u, pathlib, sys; folder = pathlib.Path(u.find_spec("torch").origin).parent
-sys.exit("--shutdown-timeout" not in (folder / "distributed/run.py").read_text())'; then
-  options+=(--shutdown-timeout "${SAVE_SECONDS:-600}")
-else
-  echo "this torch's torchrun gives ranks 30 s to save after a signal, whatever SAVE_SECONDS says; a newer torch waits" >&2
-fi
+waits=$("$python" -c 'import importlib.util as u, pathlib; torch = u.find_spec("torch")
+print("--shutdown-timeout" in (pathlib.Path(torch.origin).parent / "distributed/run.py").read_text() if torch else None)')
+case "$waits" in
+  True) options+=(--shutdown-timeout "${SAVE_SECONDS:-600}") ;;
+  False) echo "this torch's torchrun gives ranks 30 s to save after a signal, whatever SAVE_SECONDS says; a newer torch waits" >&2 ;;
+  *)
+    echo "error: PYTHON=$python has no torch; name the interpreter of the environment with mtp_megatron" >&2
+    exit 2
+    ;;
+esac
 [[ -n "${LOCAL_ADDR:-}" ]] && options+=(--local-addr "$LOCAL_ADDR")
 [[ -n "${RDZV_CONF:-}" ]] && options+=(--rdzv-conf "$RDZV_CONF")
 

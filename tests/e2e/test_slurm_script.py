@@ -123,3 +123,17 @@ def test_the_scripts_say_what_they_need(script: str, words: list[str], env: dict
     )  # fmt: skip
     assert done.returncode != 0
     assert says in done.stderr
+
+
+def test_an_interpreter_without_torch_is_named(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\nexec {sys.executable} -I -S "$@"\n')  # without site-packages
+    python.chmod(0o755)
+    env = {"PATH": os.environ["PATH"], "PYTHON": str(python)}
+    command = ["bash", str(SCRIPTS / "node.sh"), "recipe.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, env=env)
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == f"error: PYTHON={python} has no torch; name the interpreter of the environment with mtp_megatron\n"
+    )

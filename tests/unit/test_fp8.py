@@ -115,6 +115,11 @@ class TestMachine:
         ("train.fp4", "train.fp8='hybrid' is set", {"train__fp4": "e2m1"}),
         ("train.first_last_layers_bf16", "tensorwise", {"train__first_last_layers_bf16": True}),
         ("train.fp8_param", "optimizer.distributed=true", {"train__fp8_param": True}),
+        (
+            "train.fp8_param",
+            "mxfp8's matrices",
+            {"train__fp8_param": True, "optimizer__distributed": True, "train__fp8_recipe": "mxfp8"},
+        ),
         ("train.fp8_param", "no FP8 without train.fp8", {"train__fp8": None, "train__fp8_param": True}),
         ("heads.fp8", "history", {"heads__fp8": True}),
         ("heads.fp8", "without train.fp8", {"heads__fp8": True, "train__fp8": None}),
