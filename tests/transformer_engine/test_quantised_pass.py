@@ -1,14 +1,15 @@
 """Trunk and heads, forward and backward, with Transformer Engine's quantisers: the trunk in FP8, the heads not.
 
-``tensorwise`` runs in Transformer Engine's own reference implementation of it (a ``CustomRecipe`` with
-``current_scaling_ref_quantizer_factory``); ``delayed`` in its own quantisers, histories and state manager, above a cast
-in torch (``kernels.quantize``). What a GPU's kernels make of the same numbers is not exercised.
+``tensorwise`` and NVFP4 run in Transformer Engine's own reference implementations of them (a ``CustomRecipe`` with its
+``current_scaling_ref_quantizer_factory``, or NVFP4's); ``delayed`` in its own quantisers, histories and state manager,
+above a cast in torch (``kernels.quantize``). What a GPU's kernels make of the same numbers is not exercised.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -17,31 +18,49 @@ import torch
 from tests import fp8_runs
 from tests.fp8_runs import Manager
 from tests.transformer_engine import runs
+from tests.transformer_engine.pretend import BLACKWELL
 from tests.transformer_engine.runs import HEADS, MICROBATCHES, TRUNK, HeadsPass
 
 DELAYED = {"train__fp8": "hybrid", "train__fp8_recipe": "delayed"}
 
 
-@pytest.fixture
-def reference(pretend_gpu: Callable[..., None]) -> Iterator[Counter[str]]:
-    """``tensorwise`` as Transformer Engine's reference has it; the roles of the quantisers that were made."""
-    pretend_gpu()
-    from megatron.core import fp8_utils
+@dataclass
+class Reference:
+    """Transformer Engine's own reference of a recipe.
+
+    Attributes:
+        settings: of the project's recipe that ask for it.
+        made: roles of the quantisers that were made, counted.
+        worst: largest relative error of anything, at these sizes.
+    """
+
+    settings: dict[str, Any]
+    worst: float
+    made: Counter[str] = field(default_factory=Counter)
+
+
+@pytest.fixture(params=["tensorwise", "nvfp4"])
+def reference(request: pytest.FixtureRequest, pretend_gpu: Callable[..., None]) -> Iterator[Reference]:
+    fp4 = request.param == "nvfp4"
+    pretend_gpu(*((BLACKWELL,) if fp4 else ()))
+    from megatron.core import fp4_utils, fp8_utils
     from transformer_engine.common.recipe import CustomRecipe
     from transformer_engine.pytorch.custom_recipes.quantization_current_scaling import (
         current_scaling_ref_quantizer_factory,
     )
+    from transformer_engine.pytorch.custom_recipes.quantization_nvfp4 import nvfp4_ref_rht_2d_quantizer_factory
 
-    made: Counter[str] = Counter()
+    found = Reference({"train__fp4": "e2m1"}, 0.5) if fp4 else Reference(runs.FP8, 0.2)
 
     def factory(role: str) -> Any:
-        made[role] += 1
-        return current_scaling_ref_quantizer_factory(role)
+        found.made[role] += 1
+        return nvfp4_ref_rht_2d_quantizer_factory(role) if fp4 else current_scaling_ref_quantizer_factory(role)
 
     recipe = CustomRecipe(qfactory=factory)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(fp8_utils, "get_fp8_recipe", lambda config: recipe)
-        yield made
+        for module, name in ((fp8_utils, "get_fp8_recipe"), (fp4_utils, "get_fp4_recipe")):
+            monkeypatch.setattr(module, name, lambda config: recipe)
+        yield found
 
 
 def test_the_stand_in_for_the_cast_is_the_reference(pretend_gpu: Callable[..., None]) -> None:
@@ -84,16 +103,14 @@ def passes(recipe: Any, weights: dict[str, Any] | None, **fields: Any) -> tuple[
         return runs.weights_of(model), ran, runs.trunk_grads(model), fp8
 
 
-def test_the_trunk_is_quantised_and_the_heads_are_not(
-    reference: Counter[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_trunk_is_quantised_and_the_heads_are_not(reference: Reference, capsys: pytest.CaptureFixture[str]) -> None:
     exact = runs.recipe_of(train__precision="fp32")
     weights, plain, plain_grads, _ = passes(runs.recipe_of(), None)
-    assert not reference
+    assert not reference.made
     wide = {name: value.float() for name, value in weights.items()}
     _, full, full_grads, _ = passes(exact, wide)
 
-    recipe = runs.recipe_of(**runs.FP8)
+    recipe = runs.recipe_of(**reference.settings)
     with runs.built(recipe) as model:
         runs.put_weights(model, weights)
         quantised = runs.whole_pass(model, runs.microbatch(recipe))
@@ -101,7 +118,7 @@ def test_the_trunk_is_quantised_and_the_heads_are_not(
         assert fp8_runs.in_fp8(model.decoder) == [True] * 4 * TRUNK
         assert fp8_runs.in_fp8(model.heads) == [False] * 4 * HEADS
     for role in ("linear_input", "linear_weight", "linear_grad_output"):
-        assert reference[role] == 4 * TRUNK, "one for each matrix of the trunk"
+        assert reference.made[role] == 4 * TRUNK, "one for each matrix of the trunk"
 
     # The heads, of a model without FP8, given the same z.
     with runs.built(runs.recipe_of()) as model:
@@ -120,27 +137,27 @@ def test_the_trunk_is_quantised_and_the_heads_are_not(
     }
     with capsys.disabled():
         for name, (low, high) in errors.items():
-            print(f"\n  relative error of {name}: bf16 {low:.1e}, FP8 {high:.1e}", end="")
+            print(f"\n  relative error of {name}: bf16 {low:.1e}, here {high:.1e}", end="")
     for name in ("z", "worst gradient of the trunk"):
         low, high = errors[name]
-        assert 2 * low < high < 0.2, f"{name}: three bits of mantissa must show, and no more than that"
+        assert 2 * low < high < reference.worst, f"{name}: three bits of mantissa (or one) must show, and no more"
     assert errors["dL/dz"][1] < 0.05, "the heads run in bf16 on a slightly different z"
     assert errors["losses"][1] < 0.01
 
 
-def test_the_first_and_last_layers_stay_in_bf16(reference: Counter[str]) -> None:
-    recipe = runs.recipe_of(**runs.FP8, train__first_last_layers_bf16=True)
+def test_the_first_and_last_layers_stay_in_bf16(reference: Reference) -> None:
+    recipe = runs.recipe_of(**reference.settings, train__first_last_layers_bf16=True)
     *_, (trunk, heads) = passes(recipe, None)
     assert trunk == [False] * 4 + [True] * 4 * (TRUNK - 2) + [False] * 4
     assert heads == [False] * 4 * HEADS
 
 
-def test_heads_in_fp8_where_they_are_asked_for(reference: Counter[str]) -> None:
+def test_heads_in_fp8_where_they_are_asked_for(reference: Reference) -> None:
     """The control of the tests above: heads that are quantised are seen, and differ from those that are not."""
-    weights, quantised, _, (trunk, heads) = passes(runs.recipe_of(**runs.FP8, heads__fp8=True), None)
+    weights, quantised, _, (trunk, heads) = passes(runs.recipe_of(**reference.settings, heads__fp8=True), None)
     assert trunk == [True] * 4 * TRUNK
     assert heads == [True] * 4 * HEADS
-    assert reference["linear_weight"] == 4 * (TRUNK + HEADS)
+    assert reference.made["linear_weight"] == 4 * (TRUNK + HEADS)
     with runs.built(runs.recipe_of()) as model:
         runs.put_weights(model, weights)
         with pytest.raises(AssertionError):
