@@ -8,13 +8,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from tests.fp8_runs import linear_layers
 from tests.gpu import test_fp8 as fp8_tests
 from tests.transformer_engine.loops import initialise_as_on_a_gpu
-from tests.transformer_engine.runs import relative
+from tests.transformer_engine.runs import FP8, built, heads_alone, microbatch, recipe_of, relative, whole_pass
+from tests.unit.test_no_synchronisation import Reads
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,3 +86,16 @@ def test_the_last_stage(tools: None) -> None:
     with alone(1) as device:
         local = stage_step(DEFERRED, 3, shape, None, device)()
     assert relative(engine, local) < 0.02
+
+
+@pytest.mark.parametrize("fp8", [{}, FP8 | {"heads__fp8": True}], ids=["bf16", "fp8"])
+def test_no_head_reads_a_value(fp8: dict[str, Any]) -> None:
+    """Whose reads would make the host wait for a GPU (tests/gpu/test_synchronisation.py asks CUDA itself)."""
+    recipe = recipe_of(**fp8)
+    with built(recipe) as model:
+        trunk = whole_pass(model, microbatch(recipe))
+        with Reads() as reads:
+            heads_alone(model, trunk)
+        # Megatron's tracker compares the states of the host's own generator, which lie on the host.
+        assert reads.names == ["_local_scalar_dense"] * recipe.heads.n
+        assert len(linear_layers(model.heads)) == 4 * recipe.heads.n
