@@ -70,9 +70,14 @@ wanted = closure([*project, "pytest", "pytest-timeout", "transformer-engine[pyto
 for name in sorted(set(wanted) - set(closure(["torch"]))):
     print(f"{name}{wanted[name]}")
 PY
-newest=("$venv"/megatron-core-*)
-# The newest one, whose wheel has Megatron-LM's loop; the rivals of tools/bench_loss.py.
-printf '%s\n' "megatron-core==${newest[0]##*-}" liger-kernel cut-cross-entropy >>"$list"
+# The newest megatron-core there, whose wheel has Megatron-LM's loop; the rivals of tools/bench_loss.py.
+found=("$venv"/megatron-core-*)
+if [[ -d ${found[0]} ]]; then
+  megatron=${found[0]##*-}
+else
+  megatron=$("$venv/bin/python" -c 'from importlib.metadata import version; print(version("megatron-core"))')
+fi
+printf '%s\n' "megatron-core==$megatron" liger-kernel cut-cross-entropy >>"$list"
 say "collecting $(wc -l <"$list") wheels in $folder"
 retry "$venv/bin/python" -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation \
   --wheel-dir "$folder" ${MTP_TE_WHEELS:+--find-links "$MTP_TE_WHEELS"} -r "$list"
