@@ -55,6 +55,7 @@ class Case:
     per_token_loss: bool = True
     layout: str | None = None
     pattern: str | None = None  # of a HybridModel in place of a GPTModel
+    engine: bool = False  # layers of Transformer Engine
     loss_scale: float = 1.0
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -260,6 +261,7 @@ def build_chunks(case: Case, parameters: dict[str, torch.Tensor]) -> tuple[Any, 
             post_process=ps.is_pipeline_last_stage(**where),
             tied_embeddings=case.tied,
             vp_stage=stage,
+            **({"transformer_engine": True} if case.engine else {}),
         )
         chunks.append(model.to(compat.device()).to(case.dtype))
     fill(chunks, parameters)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from tests import fp8_runs
+from tests import fp8_runs, parity
 from tests.fp8_runs import Seen
+from tests.parity import Case
 
 
 def become_a_gpu(megatron_lm: bool = False) -> pytest.MonkeyPatch:
@@ -82,7 +83,14 @@ def masters(rank: int, world_size: int, tree: dict[str, Any]) -> dict[str, tuple
         }
 
 
-def body_of(rank: int, world_size: int, body: Callable[..., Any], *args: Any) -> Any:
-    """Another body of ``run_world``, there."""
-    become_a_gpu()
-    return body(rank, world_size, *args)
+def steps(rank: int, world_size: int, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """One step of each case, as :func:`tests.parity.step_body` returns it; ``engine``: its linear layers, counted."""
+    monkeypatch = become_a_gpu()
+    found = []
+    built = fp8_runs.watch(monkeypatch, parity, "build_chunks")
+    for case in cases:
+        parameters = parity.make_parameters(case)
+        step = parity.step_body(rank, world_size, case, parameters, parity.make_batches(case, parameters), None)
+        _, chunks = built.pop()
+        found.append(step | {"engine": sum(len(fp8_runs.linear_layers(chunk)) for chunk in chunks)})
+    return found
