@@ -96,6 +96,7 @@ if [[ -n ${MTP_TE_VENV:-} ]]; then
 else
   venv=.venv-te
   setup "$venv"
+  exec 9>&- # its lock: the tests may take their time
 fi
 if ((!tests)); then exit 0; fi
 unset CUDA_HOME CPLUS_INCLUDE_PATH
