@@ -1,6 +1,6 @@
 """FP8 on a GPU that has it: the trunk learns in every recipe that works here, the heads stay in BF16.
 
-Never run where this was written: there was no GPU. tests/unit/test_fp8_contexts.py has what can be tested without one.
+Not run on one yet. tests/transformer_engine/test_gpu_code.py runs these functions without a GPU.
 """
 
 from __future__ import annotations
