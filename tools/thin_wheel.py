@@ -70,9 +70,7 @@ def _entries(library: bytearray, at: int, end: int) -> Iterator[tuple[int, int, 
         header, size = struct.unpack_from("<IQ", library, at + 4)
         (arch,) = struct.unpack_from("<I", library, at + 28)
         if header < 32:
-            raise ValueError(
-                f"the entry at byte {at} has a header of {header} bytes: not the format known here"
-            )
+            raise ValueError(f"the entry at byte {at} has a header of {header} bytes: not the format known here")
         yield arch, at + header, size
         at += header + size
 
