@@ -200,7 +200,7 @@ def test_the_documents_table_and_command_are_the_codes() -> None:
     assert (checked.train.fp8, checked.train.fp8_recipe) == ("hybrid", "tensorwise")
     directives = re.findall(r"<!-- test: (.+?) -->\n```bash", text)
     assert len(directives) == text.count("```bash")
-    assert set(directives) == {"not run, it needs a GPU"}
+    assert all(re.fullmatch("not run, it .*needs a GPU", directive) for directive in directives)
 
 
 @no_cuda
