@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.documents import ROOT, RUNNABLE, Block, blocks, documents, unheld
+from tests.documents import NOT_RUN, ROOT, RUNNABLE, Block, blocks, documents, unheld
 
 DOCUMENTS = documents()
 # Who runs the blocks marked `run` of a document.
@@ -16,11 +16,6 @@ RUNNERS = {
     "README.md": "tests/e2e/test_readme.py",
     "docs/planning.md": "tests/e2e/test_planning_docs.py",
     "examples/deepspeed/README.md": "tests/e2e/test_deepspeed.py",
-}
-# The only ones that no test runs: a further one is a decision, to be made here too.
-NOT_RUN = {
-    ("docs/fp8.md", "it needs a GPU"): 2,
-    ("docs/fp8.md", "it downloads 3 GB, compiles for minutes, and the second line needs a GPU"): 1,
 }
 COVERED = [
     (name, block) for name, found in DOCUMENTS.items() for block in found if block.directive.startswith("covered-by ")
