@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+
+from mtp_megatron.compat import packages
 
 
 @dataclass
@@ -32,7 +35,7 @@ class Seen:
 class Manager:
     """Counts what Transformer Engine's state manager does, from now on."""
 
-    def __init__(self, monkeypatch: Any) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
         self.regions, self.updates = 0, Counter[bool]()
@@ -51,6 +54,12 @@ class Manager:
 
         monkeypatch.setattr(FP8GlobalStateManager, name, classmethod(entering))
         monkeypatch.setattr(FP8GlobalStateManager, "reduce_and_update_fp8_tensors", classmethod(updating))
+
+
+def skip_without_transformer_engine() -> None:
+    """Where there is a GPU, for layers in any precision."""
+    if packages.transformer_engine(cuda=True).state is not packages.State.USABLE:
+        pytest.skip("Transformer Engine is not installed")
 
 
 def linear_layers(module: torch.nn.Module) -> dict[str, Any]:
@@ -78,8 +87,6 @@ def seen_of(manager: Manager, models: Sequence[Any]) -> Seen:
 
 def train_megatron_lm(rank: int, world_size: int, argv: Sequence[str], parameters: dict[str, Tensor]) -> Seen:
     """For ``run_world``: Megatron-LM's loop on given weights and on samples of :mod:`tests.megatron_lm`."""
-    import pytest
-
     from mtp_megatron import megatron_lm
     from tests.megatron_lm import train_filled
 
@@ -90,7 +97,7 @@ def train_megatron_lm(rank: int, world_size: int, argv: Sequence[str], parameter
         return seen_of(manager, built)
 
 
-def watch(monkeypatch: Any, module: Any, name: str) -> list[Any]:
+def watch(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[Any]:
     """What a function of a module returns from now on."""
     original: Callable[..., Any] = getattr(module, name)
     returned: list[Any] = []

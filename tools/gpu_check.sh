@@ -115,17 +115,13 @@ PY
 # Its extension for torch names the library for the CUDA that it was built for. One that does not import would end every
 # step, as Megatron imports it where it is there: it goes again.
 install_transformer_engine() {
-  local folder
+  local folder libraries
   timeout 25 "$python" -m pip install -q --no-index --find-links "$WHEELS" --no-build-isolation \
     'transformer-engine[pytorch]' || return
   # It looks for CUDA's libraries in its own environment, and torch's lie in PYTHON's.
+  libraries=$("$python" -c 'import nvidia; print(list(nvidia.__path__)[0])' 2>/dev/null) || libraries=
   for folder in "$out"/venv/lib/python*/site-packages; do
-    if [[ -d $folder && ! -e $folder/nvidia ]]; then ln -s "$("$python" - <<'PY'
-from importlib.util import find_spec
-spec = find_spec("nvidia")
-print(next(iter(spec.submodule_search_locations)) if spec else "/nowhere")
-PY
-    )" "$folder/nvidia"; fi
+    if [[ -n $libraries && ! -e $folder/nvidia ]]; then ln -s "$libraries" "$folder/nvidia"; fi
   done
   timeout 25 "$python" -c 'import torch, transformer_engine.pytorch' && return
   "$python" -m pip uninstall -q -y transformer-engine transformer-engine-cu12 transformer-engine-cu13 transformer-engine-torch

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_megatron.compat import fp8, packages
+from mtp_megatron.compat import fp8
 from tests.fp8_runs import Seen, train_megatron_lm
 from tests.harness import run_world
 from tests.megatron_lm import CASE, MODEL, TRAINING, needs_megatron_lm, scalars
@@ -33,8 +33,6 @@ def losses(folder: Path, arguments: str) -> tuple[Seen, dict[int, float]]:
 
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
 def test_hybrid_is_the_trunks(recipe: str, tmp_path: Path) -> None:
-    if packages.transformer_engine(True).state is not packages.State.USABLE:
-        pytest.skip("Transformer Engine is not installed")
     if (reason := fp8.why_not(fp8.SCALINGS[recipe], fp8.this_machine())) is not None:
         pytest.skip(f"{recipe}: {reason}")
     bf16, expected = losses(tmp_path / "bf16", ENGINE)

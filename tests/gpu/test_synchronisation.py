@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from mtp_megatron.compat import packages
 from mtp_megatron.targets import future_targets
 from mtp_megatron.training.recipe_io import parse_recipe
 from mtp_megatron.training.validate import check_recipe
+from tests.fp8_runs import skip_without_transformer_engine
 
 pytestmark = pytest.mark.gpu
 VOCAB = 300
@@ -54,8 +54,8 @@ def step_of(model: Any) -> Any:
 @pytest.mark.parametrize("arrangement", ["parallel", "causal"])
 @pytest.mark.parametrize("engine", [False, True], ids=["local", "transformer_engine"])
 def test_no_head_and_no_chunk_waits(arrangement: str, engine: bool) -> None:
-    if engine and packages.transformer_engine(True).state is not packages.State.USABLE:
-        pytest.skip("Transformer Engine is not installed")
+    if engine:
+        skip_without_transformer_engine()
     from mtp_megatron.training.build import build_trainable
     from mtp_megatron.training.world import model_parallel_world
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mtp_megatron.compat import packages
+from tests.fp8_runs import skip_without_transformer_engine
 from tests.parity import Case, gradient_problems, make_parameters, megatron_step, reference_step
 
 pytestmark = pytest.mark.gpu
@@ -20,8 +20,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_the_oracles(name: str) -> None:
-    if packages.transformer_engine(True).state is not packages.State.USABLE:
-        pytest.skip("Transformer Engine is not installed")
+    skip_without_transformer_engine()
     case = CASES[name]
     parameters = make_parameters(case)
     step = megatron_step(case, parameters)

@@ -17,7 +17,8 @@ from mtp_megatron.training.validate import check_recipe
 from tests.training_runs import VOCAB, tiny_tree
 
 TRUNK, HEADS, MICROBATCHES = 4, 3, 2
-FP8 = {"train__fp8": "hybrid", "train__fp8_recipe": "tensorwise"}
+DELAYED = {"train__fp8": "hybrid", "train__fp8_recipe": "delayed"}
+TENSORWISE = {"train__fp8": "hybrid", "train__fp8_recipe": "tensorwise"}
 
 
 def recipe_of(**overrides: Any) -> Recipe:

@@ -41,7 +41,7 @@ def trained(recipe: Any, folder: Path, save: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("saved_by", ["local", "transformer_engine"])
-@pytest.mark.parametrize("settings", [{}, runs.FP8, {**runs.FP8, "train__fp8_recipe": "delayed"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, runs.TENSORWISE, runs.DELAYED], ids=str)
 def test_a_run_goes_on_with_the_other_modules(
     pretend_gpu: Callable[..., None], tmp_path: Path, saved_by: str, settings: dict[str, Any]
 ) -> None:

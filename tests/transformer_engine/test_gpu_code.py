@@ -16,7 +16,7 @@ import torch
 from tests.fp8_runs import linear_layers
 from tests.gpu import test_fp8 as fp8_tests
 from tests.transformer_engine.loops import initialise_as_on_a_gpu
-from tests.transformer_engine.runs import FP8, built, heads_alone, microbatch, recipe_of, relative, whole_pass
+from tests.transformer_engine.runs import TENSORWISE, built, heads_alone, microbatch, recipe_of, relative, whole_pass
 from tests.unit.test_no_synchronisation import Reads
 
 ROOT = Path(__file__).parents[2]
@@ -35,16 +35,10 @@ def test_learning(name: str) -> None:
     fp8_tests.test_the_trunk_learns_and_the_heads_stay_in_bf16(name)
 
 
-def test_heads_in_fp8() -> None:
-    fp8_tests.test_heads_in_fp8_where_they_are_asked_for()
-
-
-def test_fp8_parameters() -> None:
-    fp8_tests.test_fp8_parameters_are_the_trunks()
-
-
-def test_the_amax_history(monkeypatch: pytest.MonkeyPatch) -> None:
-    fp8_tests.test_the_amax_history_advances_once_per_microbatch(monkeypatch)
+# Collected here as they are, without the mark that skips them where there is no GPU.
+test_heads_in_fp8 = fp8_tests.test_heads_in_fp8_where_they_are_asked_for
+test_fp8_parameters = fp8_tests.test_fp8_parameters_are_the_trunks
+test_the_amax_history = fp8_tests.test_the_amax_history_advances_once_per_microbatch
 
 
 @pytest.fixture
@@ -88,7 +82,7 @@ def test_the_last_stage(tools: None) -> None:
     assert relative(engine, local) < 0.02
 
 
-@pytest.mark.parametrize("fp8", [{}, FP8 | {"heads__fp8": True}], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("fp8", [{}, TENSORWISE | {"heads__fp8": True}], ids=["bf16", "fp8"])
 def test_no_head_reads_a_value(fp8: dict[str, Any]) -> None:
     """Whose reads would make the host wait for a GPU (tests/gpu/test_synchronisation.py asks CUDA itself)."""
     recipe = recipe_of(**fp8)

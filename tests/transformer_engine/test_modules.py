@@ -31,7 +31,9 @@ RECIPES: list[Any] = [
         )
     ),
     pytest.param({"train__fp4": "e2m1"}, BLACKWELL, id="nvfp4"),
-    pytest.param({**runs.FP8, "train__first_last_layers_bf16": True}, HOPPER, id="first and last layers in bf16"),
+    pytest.param(
+        {**runs.TENSORWISE, "train__first_last_layers_bf16": True}, HOPPER, id="first and last layers in bf16"
+    ),
     pytest.param({"model__qk_norm": True, "model__qkv_bias": True}, HOPPER, id="norms of queries and keys, biases"),
 ]
 
@@ -126,7 +128,7 @@ def test_the_buffers_of_the_overlap_are_asked_for_as_it_wants(
 
     from mtp_megatron import compat
 
-    config = runs.config_of(runs.recipe_of(**runs.FP8, train__first_last_layers_bf16=True), tp_comm_overlap=True)
+    config = runs.config_of(runs.recipe_of(**runs.TENSORWISE, train__first_last_layers_bf16=True), tp_comm_overlap=True)
     start = mock.create_autospec(base.initialize_ub)
     monkeypatch.setattr(base, "initialize_ub", start)
     with compat.userbuffers(config, tokens=64):

@@ -19,9 +19,7 @@ from tests import fp8_runs
 from tests.fp8_runs import Manager
 from tests.transformer_engine import runs
 from tests.transformer_engine.pretend import BLACKWELL
-from tests.transformer_engine.runs import HEADS, MICROBATCHES, TRUNK, HeadsPass
-
-DELAYED = {"train__fp8": "hybrid", "train__fp8_recipe": "delayed"}
+from tests.transformer_engine.runs import DELAYED, HEADS, MICROBATCHES, TRUNK, HeadsPass
 
 
 @dataclass
@@ -50,7 +48,7 @@ def reference(request: pytest.FixtureRequest, pretend_gpu: Callable[..., None]) 
     )
     from transformer_engine.pytorch.custom_recipes.quantization_nvfp4 import nvfp4_ref_rht_2d_quantizer_factory
 
-    found = Reference({"train__fp4": "e2m1"}, 0.5) if fp4 else Reference(runs.FP8, 0.2)
+    found = Reference({"train__fp4": "e2m1"}, 0.5) if fp4 else Reference(runs.TENSORWISE, 0.2)
 
     def factory(role: str) -> Any:
         found.made[role] += 1

@@ -16,13 +16,12 @@ from tests.fp8_runs import Seen
 from tests.harness import run_world
 from tests.training_runs import interrupted_copy, largest_difference, make_data, metrics, tiny_tree, train_body
 from tests.transformer_engine.loops import masters, train_recipe
+from tests.transformer_engine.runs import DELAYED, TENSORWISE, TRUNK
 
 pytestmark = pytest.mark.timeout(900)
 
-STEPS, MICROBATCHES, TRUNK = 8, 4, 4
+STEPS, MICROBATCHES = 8, 4
 EVALUATIONS = 4  # two batches, twice
-DELAYED = {"train__fp8": "hybrid", "train__fp8_recipe": "delayed"}
-TENSORWISE = {"train__fp8": "hybrid", "train__fp8_recipe": "tensorwise"}
 DISTRIBUTED = {"optimizer__distributed": True}
 PARAM = DISTRIBUTED | {"train__fp8_param": True}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -50,7 +49,7 @@ def start(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 Train = Callable[..., list[Seen]]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def train(data: Path, start: Path) -> Train:
     """Train from these weights into a folder, with some settings of the recipe."""
 
@@ -62,19 +61,21 @@ def train(data: Path, start: Path) -> Train:
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("one") / "run"
+def one(train: Train, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, Any], float]:
+    """What one rank logged of a training in FP8, and how far from bf16 that is."""
+    folder = tmp_path_factory.mktemp("one")
+    train(folder / "fp8", **DELAYED)
+    train(folder / "bf16")
+    logged = metrics(folder / "fp8")
+    return logged, largest_difference(logged, metrics(folder / "bf16"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_learn_alike(train: Train, one: Path, tmp_path: Path, layout: str) -> None:
-    if not one.exists():
-        train(one, **DELAYED)
-        train(one.parent / "bf16")
-    cost = largest_difference(metrics(one), metrics(one.parent / "bf16"))
+def test_layouts_learn_alike(train: Train, one: tuple[dict[int, Any], float], tmp_path: Path, layout: str) -> None:
+    logged, cost = one
     assert cost > 1e-4, "control: FP8 takes part"
     ranks = train(tmp_path / "run", 2, **DELAYED, **LAYOUTS[layout])
-    difference = largest_difference(metrics(tmp_path / "run"), metrics(one))
+    difference = largest_difference(metrics(tmp_path / "run"), logged)
     # A pipeline rounds nothing otherwise, unless stages add up their heads' gradients.
     assert difference <= (0 if layout == "pp2" else 0.5 * cost)
 
