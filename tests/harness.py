@@ -79,8 +79,7 @@ def run_world(
     reusable = False
     try:
         outcomes = _run(workers, task, timeout)
-        until = time.monotonic() + CLEANING
-        reusable = not fresh and all(not o.lost and w.ready(until) for o, w in zip(outcomes, workers, strict=True))
+        reusable = not fresh and not any(outcome.lost for outcome in outcomes) and _cleaned(workers)
         # Caches of megatron-core keep process groups alive, each with threads of gloo.
         reusable = reusable and all(w.threads() <= THREADS for w in workers)
     finally:
@@ -220,6 +219,14 @@ def _run(workers: Sequence[Worker], task: Task, timeout: float) -> list[Outcome]
         outcome if outcome.ok else replace(outcome, text=outcome.text + workers[rank].output_tail())
         for rank, outcome in sorted(outcomes.items())
     ]
+
+
+def _cleaned(workers: Sequence[Worker]) -> bool:
+    """Have all workers clean up after their task, which they do together; False if one does not come to its end."""
+    for worker in workers:
+        worker.clean()
+    until = time.monotonic() + CLEANING
+    return all(worker.ready(until) for worker in workers)
 
 
 def _dump_stacks(workers: Sequence[Worker]) -> None:

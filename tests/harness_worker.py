@@ -23,6 +23,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
+CLEAN = "clean"  # what a worker is told when every rank has an outcome
 READY = "ready"  # what a worker sends when it has cleaned up after a task
 _PR_SET_PDEATHSIG = 1
 _TAIL = 4000  # bytes of a worker's own output that an error shows
@@ -91,6 +92,11 @@ class Worker:
         died = f"died with exit code {self.process.exitcode}"
         return Outcome(ok=False, lost=True, kind="Died", text=died, summary=died, time=-math.inf)  # always a cause
 
+    def clean(self) -> None:
+        """Let the worker clean up after its task; ask `ready` for the end of it."""
+        with contextlib.suppress(OSError):
+            self.connection.send(CLEAN)
+
     def ready(self, deadline: float) -> bool:
         """Wait until the worker has cleaned up after its task, at the latest until `deadline` (monotonic)."""
         with contextlib.suppress(EOFError, OSError):
@@ -156,17 +162,18 @@ def main(connection: Connection, directory: str) -> None:
             import torch
 
         torch.set_num_threads(1)
-        while True:
-            try:
+        with contextlib.suppress(EOFError):  # the parent has closed its end
+            while True:
                 rank, task, path, cwd = connection.recv()
-            except EOFError:
-                os._exit(0)  # nothing left to flush; torch's own teardown takes a second
-            os.ftruncate(output, 0)
-            sys.path[:] = path
-            os.chdir(cwd)
-            connection.send(_outcome(rank, task))  # before cleaning up, which may hang after an error
-            _clean()
-            connection.send(READY)
+                os.ftruncate(output, 0)
+                sys.path[:] = path
+                os.chdir(cwd)
+                connection.send(_outcome(rank, task))  # before cleaning up, which may hang after an error
+                # Not before all ranks are done: gloo fails to connect to a rank that has left its groups already.
+                connection.recv()
+                _clean()
+                connection.send(READY)
+        os._exit(0)  # nothing left to flush; torch's own teardown takes a second
 
 
 def _outcome(rank: int, task: Task) -> Outcome:
@@ -183,6 +190,8 @@ def _outcome(rank: int, task: Task) -> Outcome:
             text=traceback.format_exc(),
             summary=str(error) if type(error).__name__ == "Skipped" else f"{type(error).__name__}: {error}",
             time=now,
+            # torch has counted a default group that failed, and the names of the next would not be the other ranks'.
+            lost=not sys.modules["torch"].distributed.is_initialized(),
         )
 
 

@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 from tests.harness import parallel, run_world
 
+only_gloo = pytest.mark.skipif(torch.cuda.device_count() >= 2, reason="about connections and interfaces of gloo")
+
 
 def _sum(rank: int, world_size: int, start: float) -> tuple[float, int]:
     value = torch.tensor(start + rank)
@@ -80,6 +82,12 @@ def _found(rank: int, world_size: int) -> tuple[bool, torch.dtype, str | None, s
 
     environment = os.environ.get("LEFT_BEHIND"), os.environ.get("FROM_CALLER")
     return ps.model_parallel_is_initialized(), torch.get_default_dtype(), *environment
+
+
+def _rank_zero_returns_first(rank: int, world_size: int) -> None:
+    if rank == 1:
+        time.sleep(1)
+        dist.isend(torch.ones(1), dst=0)  # fails when rank 0 has closed its connections
 
 
 def test_results_come_in_rank_order_and_processes_are_reused() -> None:
@@ -158,6 +166,19 @@ def test_nothing_is_left_behind_for_the_next_body() -> None:
     run_world(_layout, 2, 2, 1)
     assert run_world(_dirty, 2, env={"FROM_CALLER": "yes"}) == ["yes", "yes"]
     assert run_world(_found, 2) == [(False, torch.float32, None, None)] * 2
+
+
+@only_gloo
+def test_no_rank_leaves_its_world_before_all_are_done() -> None:
+    run_world(_rank_zero_returns_first, 2)
+
+
+@only_gloo
+def test_a_world_that_could_not_be_made_does_not_confuse_the_next() -> None:
+    run_world(_sum, 2, 0.0)
+    with pytest.raises(RuntimeError, match="no_such_interface"):
+        run_world(_sum, 2, 0.0, env={"GLOO_SOCKET_IFNAME": "no_such_interface"})
+    assert run_world(_sum, 3, 0.0, timeout=30)[0][0] == 3.0
 
 
 def test_bodies_must_be_importable() -> None:
