@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from mtp_megatron.checkpoint.bundle_manifest import check_weights
 from mtp_megatron.checkpoint.description import ModelDescription
 from mtp_megatron.checkpoint.heads import NewHeads, with_heads
 from mtp_megatron.checkpoint.hf import EXPORT_CONFIG, write_folder
@@ -80,7 +81,8 @@ def convert(
         progress: show a progress bar on stderr.
 
     Raises:
-        CheckpointError: the source cannot be converted, or the output holds something. Nothing is left behind.
+        CheckpointError: the source cannot be converted, or is a bundle whose weights are not those of its manifest; or
+            the output holds something. Nothing is left behind.
         ConfigError: an impossible number of heads, or a recipe that cannot be read.
         DataError: the output cannot be written, or the tokenizer cannot be read.
     """
@@ -92,6 +94,7 @@ def convert(
     n = description.shape.num_heads
     if _already_there(output, tensors, to, target_dtype):
         return Conversion(tensors.folder, description.step, output, n, 0, fresh=False)
+    check_weights(tensors.folder, progress=progress)
     size = 0
     with (
         new_folder(output) as folder,

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from mtp_megatron.checkpoint.bundle_manifest import write_manifest
 from mtp_megatron.checkpoint.carried_tokenizer import read_files
 from mtp_megatron.checkpoint.convert import DEFAULT_SHARD_BYTES, convert
 from mtp_megatron.checkpoint.heads import NewHeads
@@ -29,7 +30,6 @@ from mtp_megatron.data.atomic import new_folder
 from mtp_megatron.errors import CheckpointError
 from mtp_megatron.serving.bundle_readme import readme
 from mtp_megatron.serving.drafts import HEADS_FOLDER, TRANSFORMS, Draft, drafts_of
-from mtp_megatron.serving.manifest import write_manifest
 
 README = "README.md"
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from mtp_megatron.checkpoint.bundle_manifest import MANIFEST
 from mtp_megatron.errors import CheckpointError, ConfigError
 from mtp_megatron.serving.drafts import EAGLE3_FOLDER, MEDUSA_FOLDER, drafts_in
 from mtp_megatron.serving.engine import engine_environment
 from mtp_megatron.serving.engine_command import vllm_arguments
-from mtp_megatron.serving.manifest import MANIFEST
 
 _STOP_SECONDS = 30.0
 

@@ -49,13 +49,13 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
+    from mtp_megatron.checkpoint.bundle_manifest import check_manifest
     from mtp_megatron.errors import ConfigError
     from mtp_megatron.serving.compare import compare
     from mtp_megatron.serving.compare import table as torch_table
     from mtp_megatron.serving.engine import find_python
     from mtp_megatron.serving.export import open_export
     from mtp_megatron.serving.llama import HeadsLlama
-    from mtp_megatron.serving.manifest import check_manifest
     from mtp_megatron.serving.tensor_checks import check_tensors
     from mtp_megatron.serving.verify import check_heads, run_engines, simulate_all, table
 

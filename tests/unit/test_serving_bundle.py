@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from mtp_megatron import cli
+from mtp_megatron.checkpoint.bundle_manifest import check_manifest, check_weights, write_manifest
+from mtp_megatron.checkpoint.convert import convert
 from mtp_megatron.errors import CheckpointError, ConfigError
 from mtp_megatron.serving.bundle import write_bundle
 from mtp_megatron.serving.drafts import drafts_of, eagle3_layers
-from mtp_megatron.serving.manifest import check_manifest, write_manifest
 from mtp_megatron.serving.serve import choose_draft
 from mtp_megatron.serving.tensor_checks import check_tensors
 from mtp_megatron.serving.vllm_plugin import ARCHITECTURE
@@ -193,6 +194,12 @@ def test_whole_bundle_passes(whole):
     assert check_tensors(whole) == len(shapes()) + 1 + 27 + 13
 
 
+def test_a_whole_bundle_converts_again(whole, tmp_path, capsys):
+    convert(whole, tmp_path / "out", to="hf", progress=True)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert f"checking {whole.name}" in capsys.readouterr().err
+
+
 def test_hashes_find_a_changed_byte_a_short_file_and_a_missing_one(copy):
     file = copy / "eagle3-head2" / "model.safetensors"
     content = file.read_bytes()
@@ -212,6 +219,34 @@ def damage(folder, key, change):
     tensors = load_file(path)
     tensors[key] = change(tensors[key])
     save_file(tensors, path)
+
+
+@pytest.mark.parametrize("to", ["hf", "bundle", "meta", "megatron"])
+def test_a_conversion_of_a_bundle_with_a_flipped_bit_leaves_nothing(copy, tmp_path, to, capsys):
+    content = bytearray((copy / "model.safetensors").read_bytes())
+    content[-4] ^= 1  # the last digit of a weight
+    (copy / "model.safetensors").write_bytes(content)
+    out = tmp_path / "out"
+    assert cli.main(["convert", str(copy), "--to", to, "--output", str(out), "--quiet"]) == 2
+    assert "model.safetensors: its content changed (SHA-256)" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_bundle_whose_weights_were_changed_on_purpose_converts_without_its_manifest(copy, tmp_path):
+    damage(copy, "model.layers.1.mlp.up_proj.weight", lambda t: t + 1)
+    (copy / "README.md").write_text("mine")  # only weights are held to the manifest
+    (copy / "manifest.json").write_text('{"format": "of another program"}')
+    convert(copy, tmp_path / "out", to="hf", progress=False)
+    changed = load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
+    assert torch.equal(changed, load_file(copy / "model.safetensors")["model.layers.1.mlp.up_proj.weight"])
+
+
+def test_a_damaged_manifest_is_an_error_for_both(copy):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "files": {"model.safetensors": {"bytes": 1}}}))
+    for check in (check_manifest, lambda folder: check_weights(folder, progress=False)):
+        with pytest.raises(CheckpointError, match=r"manifest\.json: damaged"):
+            check(copy)
 
 
 @pytest.mark.parametrize(
