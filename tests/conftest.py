@@ -81,6 +81,14 @@ def _worker_processes() -> Iterator[None]:
         sys.modules["tests.harness"].close()
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data set for trainings, as ``tests.training_runs`` makes it."""
+    from tests.training_runs import make_data
+
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
 @pytest.fixture(scope="session")
 def fast_quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """`tools/quickstart.sh --fast`, run once for all tests that look at what it makes: its folder and its output."""

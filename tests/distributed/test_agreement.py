@@ -14,12 +14,7 @@ from torch.distributed import HashStore
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.training.agreement import JobError, Statement, compare, through_store
 from tests.harness import run_world
-from tests.training_runs import make_data, tiny_tree
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
+from tests.training_runs import tiny_tree
 
 
 def start_body(rank: int, world_size: int, trees: list[dict[str, Any]]) -> tuple[str, str, bool]:

@@ -15,14 +15,9 @@ from mtp_megatron.checkpoint.convert import convert
 from tests.checkpoints import SHAPE
 from tests.foreign_models import FAMILIES, PARAMS, VOCAB, hf_logits, meta_logits, tokenizer_model, write_hf, write_meta
 from tests.harness import run_world
-from tests.training_runs import make_data, tiny_tree
+from tests.training_runs import tiny_tree
 
 TOKENS = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(3))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def tree_for(data: Path, run: Path, converted: Path, **overrides: Any) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from tests.deepspeed_runs import TIMEOUT, assert_alike, deepspeed_tree, furthest
 from tests.harness import run_world
 from tests.training_runs import (
     assert_trained_on_scarce_targets,
-    make_data,
     metrics,
     tiny_tree,
     train_body,
@@ -26,11 +25,6 @@ pytestmark = pytest.mark.deepspeed
 SMALL = {"model__num_trunk_layers": 2, "train__eval_batches": 0}
 RUN = {**SMALL, "train__steps": 10, "train__save_interval": 0, "optimizer__clip_grad": 1.0}
 LAYOUTS = {"TP1xDP2": (2, 1), "TP2xDP2": (4, 2)}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

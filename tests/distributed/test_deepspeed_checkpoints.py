@@ -13,16 +13,11 @@ import torch
 
 from tests.deepspeed_runs import TIMEOUT, assert_alike, deepspeed_tree, furthest, parameters, zero
 from tests.harness import run_world
-from tests.training_runs import interrupted_copy, make_data, metrics, tiny_tree, train_body
+from tests.training_runs import interrupted_copy, metrics, tiny_tree, train_body
 
 pytestmark = pytest.mark.deepspeed
 
 RUN = {"model__num_trunk_layers": 2, "train__eval_batches": 0, "train__global_batch_size": 2}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from mtp_megatron.checkpoint.convert import convert
 from mtp_megatron.errors import CheckpointError
 from tests.harness import run_world
 from tests.parity import Case, assert_same_step, gradient_problems, make_parameters, megatron_step, reference_step
-from tests.training_runs import interrupted_copy, largest_difference, make_data, metrics, tiny_tree, train_body
+from tests.training_runs import interrupted_copy, largest_difference, metrics, tiny_tree, train_body
 
 EXPERTS = Case(experts=2, top_k=1, aux_loss=0.5)
 LAYOUTS = {
@@ -63,11 +63,6 @@ SETTINGS: dict[str, Any] = {
     "model__moe_aux_loss": 0.1,
     "model__moe_ffn_hidden_size": 48,
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.harness import run_world
-from tests.training_runs import interrupted_copy, largest_difference, make_data, metrics, tiny_tree, train_body
+from tests.training_runs import interrupted_copy, largest_difference, metrics, tiny_tree, train_body
 
 KINDS: dict[str, dict[str, Any]] = {
     "linear": {"heads__kind": "linear"},
@@ -18,11 +18,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "anticausal": {"heads__arrangement": "anticausal"},
     "replicated": {"heads__unembedding": "replicated", "heads__loss_weights": [1.0, 0.5, 0.25]},
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -22,7 +22,7 @@ from tests.parity import (
     reference_step,
     step_body,
 )
-from tests.training_runs import interrupted_copy, largest_difference, make_data, metrics, tiny_tree, train_body
+from tests.training_runs import interrupted_copy, largest_difference, metrics, tiny_tree, train_body
 
 FOUR = {"n": 4}
 PP2 = Case(world=2, pp=2, layout="Ettttmm|mmL", heads=FOUR)
@@ -172,11 +172,6 @@ def test_only_heads_learn_alike(data: Path, tmp_path: Path) -> None:
         assert largest_difference(spread, last) < 1e-5
         for step in last:
             assert spread[step]["grad_norm"] == pytest.approx(last[step]["grad_norm"], rel=1e-4)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,9 @@ import torch
 
 from mtp_megatron.errors import CheckpointError
 from tests.harness import run_world
-from tests.training_runs import make_data, metrics, tiny_tree, train_body
+from tests.training_runs import metrics, tiny_tree, train_body
 
 ONE_STEP = {"train__steps": 1, "optimizer__warmup_steps": 0, "train__eval_interval": 1}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module", params=[{}, {"model__tied_embeddings": True}], ids=["untied", "tied"])

@@ -18,7 +18,6 @@ from tests.training_runs import (
     assert_trained_on_scarce_targets,
     interrupted_copy,
     largest_difference,
-    make_data,
     metrics,
     tiny_tree,
     train_body,
@@ -51,11 +50,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "CP2xTP2": (4, {"parallel__context": 2, "parallel__tensor": 2}),
     "PP2xDP2": (4, {"parallel__pipeline": 2}),
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import yaml
 
 from mtp_megatron import compat
 from tests.harness import run_world
-from tests.training_runs import interrupted_copy, largest_difference, make_data, metrics, tiny_tree, train_body
+from tests.training_runs import interrupted_copy, largest_difference, metrics, tiny_tree, train_body
 
 ROOT = Path(__file__).parents[2]
 OTHER = ROOT / ".venv-py312" / "bin" / "python"
@@ -49,11 +49,6 @@ def in_the_other(*command: str) -> str:
 def train_in_the_other(tree: dict[str, Any], recipe: Path) -> None:
     recipe.write_text(yaml.safe_dump(tree))
     in_the_other("mtp_megatron", "train", str(recipe))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def test_the_other_environment_has_another_megatron_core() -> None:

@@ -14,15 +14,10 @@ from mtp_megatron.cli import main
 from mtp_megatron.serving.export import open_export
 from mtp_megatron.serving.llama import Caches, HeadsLlama
 from tests.harness import parallel, run_world
-from tests.training_runs import TINY, VOCAB, make_data, tiny_tree, train_body
+from tests.training_runs import TINY, VOCAB, tiny_tree, train_body
 
 HEADS = TINY["heads"]["n"]
 TOKENS = torch.randint(0, VOCAB, (32,), generator=torch.Generator().manual_seed(3))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def megatron_logits(rank: int, world_size: int, checkpoint: str, tied: bool, kind: str) -> Tensor:

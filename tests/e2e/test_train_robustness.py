@@ -17,15 +17,10 @@ import pytest
 import yaml
 
 from tests.harness import run_world
-from tests.training_runs import make_data, metrics, tiny_tree, train_body
+from tests.training_runs import metrics, tiny_tree, train_body
 
 STEPS = 30
 LIMIT = 120.0  # seconds; a job that is killed must end well before
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def settings(data: Path, run: Path, **overrides: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import yaml
 
 from tests.harness import run_world
 from tests.hosts import Host, two_hosts
-from tests.training_runs import make_data, metrics, tiny_tree, train_body
+from tests.training_runs import metrics, tiny_tree, train_body
 
 ROOT = Path(__file__).parents[2]
 STEPS = 30
@@ -37,11 +37,6 @@ def _nothing_is_left_running(hosts: tuple[Host, Host]) -> Iterator[None]:
     yield
     for host in hosts:
         host.power_off()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def settings(data: Path, run: Path, **overrides: Any) -> dict[str, Any]:

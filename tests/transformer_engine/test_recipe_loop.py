@@ -14,7 +14,7 @@ import torch
 
 from tests.fp8_runs import Seen
 from tests.harness import run_world
-from tests.training_runs import interrupted_copy, largest_difference, make_data, metrics, tiny_tree, train_body
+from tests.training_runs import interrupted_copy, largest_difference, metrics, tiny_tree, train_body
 from tests.transformer_engine.loops import masters, train_recipe
 from tests.transformer_engine.runs import DELAYED, TENSORWISE, TRUNK
 
@@ -30,11 +30,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "heads on both stages": {"parallel__pipeline": 2, "parallel__layout": "Ettttm|mmL"},
     "dp2": DISTRIBUTED,
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

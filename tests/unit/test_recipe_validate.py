@@ -17,7 +17,7 @@ from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.recipe_io import dump_recipe, parse_recipe
 from mtp_megatron.training.run_folder import RunFolder, check_run_folder
 from mtp_megatron.training.validate import check_recipe, data_parallel_size, num_microbatches
-from tests.training_runs import make_data, tiny_tree
+from tests.training_runs import tiny_tree
 
 SPREAD = {"parallel__pipeline": 2, "parallel__layout": "Ettttmm|mL"}  # heads on two stages
 
@@ -246,11 +246,6 @@ def test_another_architecture_is_refused_field_by_field(tmp_path: Path) -> None:
 
 
 # --- everything together, as the command line shows it ---
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def test_preflight_passes_and_changes_nothing(data: Path, tmp_path: Path) -> None:
