@@ -28,6 +28,7 @@ class GatherContextAttention(DotProductAttention):
     def __init__(self, config: TransformerConfig, *args: Any, pg_collection: Any = None, **kwargs: Any) -> None:
         alone = copy.copy(config)
         alone.context_parallel_size = 1  # upstream's constructor refuses anything else; its arithmetic does not mind
+        alone.masked_softmax_fusion = False  # the fused causal softmax takes as many queries as keys
         super().__init__(alone, *args, pg_collection=pg_collection, **kwargs)
         group = getattr(pg_collection, "cp", None) or parallel_state.get_context_parallel_group()
         self.context_group = group
