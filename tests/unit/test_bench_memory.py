@@ -13,10 +13,11 @@ sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
 import bench_memory
 from bench.memory import live_peak
-from bench.models import Shape, megatron_model, mtp_model, positions, tokens_and_labels
+from bench.models import Shape, megatron_model, mtp_model, positions, tokens_and_labels, transformer_config
 from bench.worlds import alone
 from bench_memory import DEFERRED, JOINT, NATIVE
 
+from mtp_megatron import compat
 from mtp_megatron.config import HeadsConfig
 from mtp_megatron.loss import VocabShard, linear_cross_entropy
 from mtp_megatron.targets import future_targets
@@ -61,6 +62,16 @@ def test_limits_name_the_sizes_of_the_issue() -> None:
     flat = {(131072, n, way): peak for n, way, peak in ((1, DEFERRED, 10.0), (4, DEFERRED, 10.0), (8, DEFERRED, 10.6))}
     limits = bench_memory.limits({**flat, (131072, 4, NATIVE): 19.0})
     assert [(limit.bound, limit.holds) for limit in limits] == [(1.05, False), (0.5, False)]
+
+
+def test_no_fusion_that_needs_a_data_parallel_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Apex has its kernel for weight gradients, the layers would look for ``main_grad``, and none is made."""
+    switches = compat.fusions() | {"gradient_accumulation_fusion": True, "bias_dropout_fusion": True}
+    monkeypatch.setattr(compat, "fusions", lambda: switches)
+    with alone():
+        config = transformer_config(SMALL, 1)
+    assert not config.gradient_accumulation_fusion
+    assert config.bias_dropout_fusion
 
 
 def test_all_ways_compute_the_same_gradient_of_z() -> None:

@@ -64,7 +64,8 @@ def transformer_config(shape: Shape, num_layers: int, **more: Any) -> Any:
         bf16=shape.dtype == torch.bfloat16,
         use_cpu_initialization=not torch.cuda.is_available(),
         calculate_per_token_loss=True,
-        **compat.fusions(),
+        # Apex's kernel adds to the buffer of a data parallel wrapper, and there is none here.
+        **(compat.fusions() | {"gradient_accumulation_fusion": False}),
         **more,
     )
 
