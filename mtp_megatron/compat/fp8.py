@@ -33,6 +33,7 @@ class Scaling:
         cuda: of the torch build, at least.
         transformer_engine: at least.
         multiple: tokens of a microbatch and channels of every matrix must be multiples of it.
+        gathered: tokens and channels of what sequence parallelism gathers must be multiples of it.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Scaling:
     transformer_engine: Version
     before: Capability | None = None
     multiple: int = 16
+    gathered: int = 16
 
     def needs(self) -> str:
         """In words."""
@@ -52,16 +54,17 @@ class Scaling:
 
 # Devices and CUDA: Transformer Engine's own checks (pytorch/quantization.py, check_*_support), and the first CUDA that
 # knows the device. Versions: megatron-core's (fp8_utils.get_fp8_recipe, fp4_utils.get_fp4_recipe); before 2.0 FP8
-# parameters need repairs. Multiples: megatron-core's get_fp8_align_size and get_fp4_align_size.
+# parameters need repairs. Multiples: megatron-core's get_fp8_align_size and get_fp4_align_size; of what is gathered,
+# is_quantizable of Transformer Engine's quantizers (assert_dim_for_all_gather).
 # What is better comes first: it is proposed where something else cannot work.
 SCALINGS = {
     scaling.name: scaling
     for scaling in (
-        Scaling("mxfp8", (10, 0), Version("12.8"), Version("2.1"), before=(12, 0), multiple=32),
+        Scaling("mxfp8", (10, 0), Version("12.8"), Version("2.1"), before=(12, 0), multiple=32, gathered=32),
         Scaling("tensorwise", (8, 9), Version("12.1"), Version("2.2")),
-        Scaling("blockwise", (9, 0), Version("12.9"), Version("2.3")),
+        Scaling("blockwise", (9, 0), Version("12.9"), Version("2.3"), gathered=128),
         Scaling("delayed", (8, 9), Version("12.1"), Version("2.0")),
-        Scaling(NVFP4, (10, 0), Version("12.8"), Version("2.7"), multiple=32),
+        Scaling(NVFP4, (10, 0), Version("12.8"), Version("2.7"), multiple=32, gathered=32),
     )
 }
 

@@ -114,18 +114,20 @@ def _check_multiples(recipe: Recipe, scaling: fp8.Scaling) -> None:
     groups = model.num_query_groups or model.num_attention_heads
     queries = model.num_attention_heads * model.attention_head_size
     keys = groups * model.attention_head_size
-    for name, value, size in (
-        ("train.micro_batch_size", train.micro_batch_size, tokens),
-        ("model.hidden_size", model.hidden_size, model.hidden_size),
-        ("model.num_attention_heads", model.num_attention_heads, queries // parallel.tensor),
-        ("model.num_query_groups", groups, (queries + 2 * keys) // parallel.tensor),
-        ("model.ffn_hidden_size", model.ffn_hidden_size, (model.ffn_hidden_size or 0) // parallel.tensor),
+    plain, gathered = scaling.multiple, scaling.gathered if parallel.sequence_parallel else scaling.multiple
+    for name, value, size, multiple in (
+        ("train.micro_batch_size", train.micro_batch_size, tokens, gathered),
+        ("model.hidden_size", model.hidden_size, model.hidden_size, gathered),
+        ("model.num_attention_heads", model.num_attention_heads, queries // parallel.tensor, plain),
+        ("model.num_query_groups", groups, (queries + 2 * keys) // parallel.tensor, plain),
+        ("model.ffn_hidden_size", model.ffn_hidden_size, (model.ffn_hidden_size or 0) // parallel.tensor, plain),
     ):
-        if size % scaling.multiple:
+        if size % multiple:
             what = "tokens of a microbatch" if name.startswith("train.") else "channels"
             raise ConfigError(
                 name,
                 value,
-                f"it makes {size} {what} on a rank, and {scaling.name} scaling takes multiples of {scaling.multiple}",
+                f"it makes {size} {what} on a rank, and {scaling.name} scaling takes multiples of {multiple}"
+                + (" with sequence parallelism" if size % plain == 0 else ""),
                 "Change it or the parallel sizes.",
             )

@@ -148,6 +148,32 @@ def test_recipes_that_cannot_work_anywhere(field: str, says: str, overrides: dic
     assert says in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("field", "overrides"),
+    [("train.micro_batch_size", {"train__seq_length": 128}), ("model.hidden_size", {"model__hidden_size": 320})],
+)
+def test_what_sequence_parallelism_gathers_comes_in_whole_blocks(field: str, overrides: dict[str, Any]) -> None:
+    """Transformer Engine quantises before it gathers, and asserts that it can."""
+    fits = {
+        "model__seq_length": 256,
+        "model__hidden_size": 384,
+        "model__ffn_hidden_size": 384,
+        "parallel__tensor": 2,
+        "parallel__sequence_parallel": True,
+        "train__fp8_recipe": "blockwise",
+    }
+
+    def check(**overrides: Any) -> None:
+        check_recipe(recipe_of(**ON | fits | overrides), world_size=2, tokenizer_vocab_size=257)
+
+    check()
+    check(**overrides, train__fp8_recipe="tensorwise")
+    check(**overrides, parallel__sequence_parallel=False)
+    with pytest.raises(ConfigError, match="blockwise scaling takes multiples of 128 with sequence") as refused:
+        check(**overrides)
+    assert refused.value.field == field
+
+
 def test_the_recipe_reaches_megatron_core() -> None:
     from mtp_megatron.training.build import transformer_config
 
