@@ -27,6 +27,8 @@ def prepare() -> None:
         return
     require_megatron_core()
     packages.require_no_wrong_package(torch.cuda.is_available())
+    if packages.transformer_engine(torch.cuda.is_available()).state is packages.State.USABLE:
+        packages.name_cuda_headers()
     with imports_that_stay(), warnings.catch_warnings():
         # Each missing optional package warns at import; `python -m mtp_megatron.compat` says the same in one place.
         warnings.simplefilter("ignore")

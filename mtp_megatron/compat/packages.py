@@ -17,6 +17,7 @@ from packaging.specifiers import SpecifierSet
 from mtp_megatron.compat.versions import EnvironmentUnsupported, installed_version
 from mtp_megatron.install import EXPLANATION, install_command
 
+_TOOLKIT = "/usr/local/cuda"
 # Megatron imports these where it can and then prefers them to torch; their kernels need a GPU.
 GPU_ONLY = ("transformer_engine", "apex", "amp_C")
 
@@ -103,6 +104,26 @@ def transformer_engine_pin() -> SpecifierSet:
         lines = []
     named = (Requirement(line) for line in lines)
     return next((r.specifier for r in named if r.name == "transformer-engine" and str(r.specifier)), SpecifierSet())
+
+
+def name_cuda_headers() -> None:
+    """Tell Transformer Engine of the CUDA headers in pip's wheels, if it would find none.
+
+    It compiles the casts of FP8 when they are first called, and raises where it has no headers. It looks into these
+    variables and ``/usr/local/cuda`` (``include_directory`` in its cuda_runtime.cpp); a machine whose only CUDA came
+    with torch has neither.
+    """
+    named = [os.environ.get(name) for name in ("NVTE_CUDA_INCLUDE_DIR", "CUDA_HOME", "CUDA_DIR")]
+    header = "cuda_runtime.h"
+    for folder in (*named, _TOOLKIT):
+        if folder and any((Path(folder) / part / header).is_file() for part in (".", "include")):
+            return
+    nvidia = locate("nvidia")
+    for wheels in (nvidia.submodule_search_locations or ()) if nvidia else ():
+        for part in ("cu*/include", "cuda_runtime/include"):
+            for headers in sorted(Path(wheels).glob(f"{part}/{header}")):
+                os.environ["NVTE_CUDA_INCLUDE_DIR"] = str(headers.parent)
+                return
 
 
 def deepspeed() -> Package:

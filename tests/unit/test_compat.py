@@ -286,6 +286,34 @@ print(compat.fusions()["gradient_accumulation_fusion"], compat.slower_without_ap
         (folder / "fused_weight_gradient_mlp_cuda.py").write_text("")
         assert compat.slower_without_apex(cuda=True) is None
 
+    @pytest.mark.parametrize("part", ["cu13/include", "cuda_runtime/include"])
+    @pytest.mark.parametrize("toolkit", ["CUDA_HOME", "CUDA_DIR", "NVTE_CUDA_INCLUDE_DIR", "default"])
+    def test_headers_of_torchs_cuda_are_named_where_there_are_no_others(
+        self, part: str, toolkit: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("CUDA_HOME", "CUDA_DIR", "NVTE_CUDA_INCLUDE_DIR"):
+            monkeypatch.setenv(name, "")
+        monkeypatch.setattr(packages, "_TOOLKIT", str(tmp_path / "nowhere"))
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path / "without headers"))
+        (folder / "nvidia" / part).mkdir(parents=True)
+        packages.name_cuda_headers()
+        assert not os.environ["NVTE_CUDA_INCLUDE_DIR"]
+
+        (folder / "nvidia" / part / "cuda_runtime.h").write_text("")
+        packages.name_cuda_headers()
+        assert os.environ["NVTE_CUDA_INCLUDE_DIR"] == str(folder / "nvidia" / part)
+
+        own = tmp_path / "toolkit" / ("" if toolkit.startswith("NVTE") else "include")
+        own.mkdir(parents=True)
+        (own / "cuda_runtime.h").write_text("")
+        monkeypatch.setenv("NVTE_CUDA_INCLUDE_DIR", "")
+        if toolkit == "default":
+            monkeypatch.setattr(packages, "_TOOLKIT", str(tmp_path / "toolkit"))
+        else:
+            monkeypatch.setenv(toolkit, str(tmp_path / "toolkit"))
+        packages.name_cuda_headers()
+        assert os.environ["NVTE_CUDA_INCLUDE_DIR"] in ("", str(tmp_path / "toolkit"))
+
     @pytest.mark.parametrize("slower", ["without NVIDIA Apex this is slower", None])
     def test_a_run_says_it_once(self, slower: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
         from mtp_megatron.training import loop
