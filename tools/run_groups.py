@@ -33,6 +33,7 @@ LANES: dict[str, tuple[str, ...]] = {
     "main": ("tests",),
     "py312": (
         "tests/distributed",
+        "tests/unit/test_adam_state.py",
         "tests/unit/test_apply_patches.py",
         "tests/unit/test_compat.py",
         "tests/unit/test_compat_training_loop.py",

@@ -1,5 +1,5 @@
 """Distributed checkpoints across versions of megatron-core: 0.19 reads older ones, older ones here those of 0.19;
-the distributed optimizer's state where its buffers are padded, and where parameters are in FP8."""
+across optimizers: Adam's step, the distributed one's state where its buffers are padded or parameters are in FP8."""
 
 from __future__ import annotations
 
@@ -78,13 +78,63 @@ def take_unsaved_states(state: dict[str, Any], folder: Path) -> list[tuple[str, 
     return unsaved
 
 
+def add_step(optimizer_state: dict[str, Any], step: int) -> None:
+    """Record Adam's step for a checkpoint, in place: rank 0 writes it for all, and may be a stage that trains nothing.
+
+    Torch's Adam has told it already where the stage trains; Transformer Engine's and Apex's keep it in their groups,
+    and leave it as it was in empty ones.
+    """
+    for part in _parts(optimizer_state):
+        steps = [group["step"] for group in part["param_groups"] if group["params"] and "step" in group]
+        part["state"].setdefault("common_step", torch.tensor(float(steps[0] if steps else step)))
+
+
+def fit_adam(optimizer: Any, loaded: dict[str, Any]) -> None:
+    """Make what a checkpoint has of the optimizer fit the Adam at hand, whichever wrote it; in place.
+
+    Torch's has a step for each parameter, which megatron-core makes of ``common_step``. Transformer Engine's and Apex's
+    have one for each group; given one for a parameter, the former raises KeyError. And the groups of a checkpoint take
+    the place of the optimizer's, which looks for settings in them that the other one does not have.
+    """
+    from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
+
+    defaults: dict[str, Any] = next(
+        (part.optimizer.defaults for part in chained(optimizer) if part.optimizer is not None), {}
+    )
+    for part in _parts(loaded):
+        groups = part["param_groups"]
+        for group in groups:
+            for setting, value in defaults.items():
+                group.setdefault(setting, value)
+        if "common_step" not in part.get("state", {}):  # the distributed optimizer's step is in the groups in any case
+            continue
+        for group in groups:
+            group.pop("step", None)
+        if not USING_PYTORCH_OPTIMIZER:
+            step = int(part["state"].pop("common_step"))
+            for group in groups:
+                group["step"] = step
+
+
+def chained(optimizer: Any) -> list[Any]:
+    """The optimizers that one of megatron-core's is made of; itself, if it is one."""
+    found: list[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
+    return found
+
+
+def _parts(optimizer_state: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """State of each optimizer: experts have their own."""
+    for part in optimizer_state.values() if 0 in optimizer_state else [optimizer_state]:
+        yield part.get("optimizer", part)  # one level deeper where fp32 masters are kept
+
+
 def cast_parameters_again(trainable: Any) -> None:
     """Make the model's parameters from the distributed optimizer's fp32 ones, as every step ends. Collective.
 
     A checkpoint has parameters in FP8 as numbers in bf16, and at a load they are cast before their layers' scales are
     back, or with a scale that bf16 has rounded: the run would go on with other weights than it had.
     """
-    for optimizer in getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer]):
+    for optimizer in chained(trainable.optimizer):
         optimizer._copy_main_params_to_model_params()
     for chunk in trainable.chunks:
         chunk.start_param_sync(force_sync=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mtp_megatron.compat.checkpoints import chained
 from mtp_megatron.planning.categories import CATEGORIES, categorise
 from mtp_megatron.planning.live_memory import Allocation, LiveMemory
 from mtp_megatron.planning.makers import Maker, Makers
@@ -80,8 +81,7 @@ def _mark_standing(trainable: Trainable, memory: LiveMemory) -> None:
         memory.mark((parameter.data for parameter in model.parameters()), "weights")
         memory.mark(model.buffers(), "weights")
         memory.mark((buffer.grad_data for buffer in chunk.buffers), "main gradients")
-    optimizer = trainable.optimizer
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in chained(trainable.optimizer):
         if part.optimizer is None:  # of a stage that trains nothing
             continue
         for group in part.optimizer.param_groups:

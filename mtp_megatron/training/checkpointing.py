@@ -16,7 +16,9 @@ import torch.distributed as dist
 
 from mtp_megatron import compat
 from mtp_megatron.compat.checkpoints import (
+    add_step,
     cast_parameters_again,
+    fit_adam,
     load_strategies,
     padded_optimizer_state,
     take_unsaved_states,
@@ -58,7 +60,7 @@ def save_checkpoint(recipe: Recipe, manifest: Manifest, trainable: Trainable, ch
         state = model_state(trainable.models)
         state["optimizer"] = trainable.optimizer.sharded_state_dict(state, metadata=metadata())
     if not recipe.optimizer.distributed:
-        _add_step(state["optimizer"], step)
+        add_step(state["optimizer"], step)
     state |= {
         "opt_param_scheduler": trainable.scheduler.state_dict(),
         "rng_state": sharded_rng_state(),
@@ -104,6 +106,7 @@ def load_checkpoint(recipe: Recipe, trainable: Trainable, folder: Path) -> int:
         state["rng_state"] = sharded_rng_state()
     loaded = read_state(state, folder)
     put_models(trainable.models, loaded)
+    fit_adam(trainable.optimizer, loaded["optimizer"])
     trainable.optimizer.load_state_dict(loaded["optimizer"])
     if recipe.train.fp8_param:
         cast_parameters_again(trainable)
@@ -113,14 +116,6 @@ def load_checkpoint(recipe: Recipe, trainable: Trainable, folder: Path) -> int:
     elif dist.get_rank() == 0 and max(recipe.model.hidden_dropout, recipe.model.attention_dropout) > 0:
         logger.warning("resuming at another TP x PP: dropout draws other numbers than the original layout would have")
     return int(loaded["iteration"])
-
-
-def _add_step(optimizer_state: dict[str, Any], step: int) -> None:
-    """Record Adam's step also where this stage trains nothing: rank 0 writes it for all, and may be such a stage."""
-    parts = optimizer_state.values() if 0 in optimizer_state else [optimizer_state]  # experts have an optimizer
-    for part in parts:
-        inner = part.get("optimizer", part)  # one level deeper where fp32 masters are kept
-        inner["state"].setdefault("common_step", torch.tensor(float(step)))
 
 
 def latest_checkpoint(checkpoints: Path) -> Path | None:

@@ -145,6 +145,38 @@ def multi_tensor_scale(chunk_size: int, noop: Tensor, lists: list[list[Tensor]],
         target.copy_(source * scale)
 
 
+def multi_tensor_l2norm(
+    chunk_size: int, noop: Tensor, lists: list[list[Tensor]], per_tensor: bool
+) -> tuple[Tensor, Tensor]:
+    """The norm of all tensors of the only list together, and an empty one in the place of each one's."""
+    assert not per_tensor, "not needed by these tests"
+    return torch.stack([tensor.float().norm() for tensor in lists[0]]).norm().reshape(1), torch.empty(0)
+
+
+def multi_tensor_adam(
+    chunk_size: int,
+    noop: Tensor,
+    lists: list[list[Tensor]],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    step: int,
+    mode: int,
+    bias_correction: int,
+    weight_decay: float,
+) -> None:
+    """A step of AdamW on the lists of gradients, parameters and both moments."""
+    assert (mode, bias_correction) == (1, 1), "not needed by these tests"
+    for gradient, parameter, first, second in zip(*lists, strict=True):
+        gradient = gradient.float()
+        first.lerp_(gradient, 1 - beta1)
+        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        unbiased = (second / (1 - beta2**step)).sqrt_().add_(epsilon)
+        update = (first / (1 - beta1**step)).div_(unbiased).add_(parameter, alpha=weight_decay)
+        parameter.sub_(update, alpha=lr)
+
+
 def _values(tensor: Any) -> Tensor:
     """``[rows, columns]`` in fp32, of a plain tensor or of one in FP8."""
     if not hasattr(tensor, "_fp8_dtype"):
@@ -178,6 +210,15 @@ PLACES: dict[str, tuple[str, ...]] = {
     "compute_amax": (_NATIVE,),
     "multi_tensor_compute_scale_and_scale_inv": ("transformer_engine.pytorch.tensor.utils",),
     "multi_tensor_scale": ("transformer_engine.pytorch.tensor.utils",),
+    "multi_tensor_adam": (_NATIVE,),
+}
+# Where Megatron keeps those of its optimizers.
+OF_MEGATRON = {
+    "megatron.core.optimizer.clip_grads": {
+        "l2_norm_impl": multi_tensor_l2norm,
+        "multi_tensor_scale_impl": multi_tensor_scale,
+    },
+    "megatron.core.optimizer.optimizer": {"multi_tensor_scale_impl": multi_tensor_scale},
 }
 
 
@@ -185,3 +226,6 @@ def install(monkeypatch: Any) -> None:
     for name, places in PLACES.items():
         for place in places:
             monkeypatch.setattr(importlib.import_module(place), name, globals()[name])
+    for place, kernels in OF_MEGATRON.items():
+        for name, kernel in kernels.items():
+            monkeypatch.setattr(importlib.import_module(place), name, kernel)

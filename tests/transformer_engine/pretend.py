@@ -73,7 +73,6 @@ def pretend(monkeypatch: pytest.MonkeyPatch, capability: fp8.Capability = HOPPER
     monkeypatch.setattr(states, "_set_cuda_rng_state", cpu._set_state(None))
     # Masks are made with device="cuda".
     monkeypatch.setattr(torch, "arange", cpu._on_cpu(torch.arange))
-    _optimizer_in_torch(monkeypatch)
     # Gloo packs what is coalesced into one type: parameters in bf16 beside those in FP8 receive the latter's bytes.
     buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
     monkeypatch.setattr(buffers, "_coalescing_manager", _one_at_a_time)
@@ -120,22 +119,16 @@ def _tell_the_project(monkeypatch: pytest.MonkeyPatch, capability: fp8.Capabilit
         monkeypatch.setattr(module, "torch", asked)
 
 
-def _optimizer_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron takes Adam, clipping and copies from Transformer Engine where it is there: kernels all of them."""
-    from megatron.core import optimizer, utils
-    from megatron.core.optimizer import clip_grads, distrib_optimizer
-    from megatron.core.optimizer import optimizer as steps
+def adam_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where neither Transformer Engine nor Apex is: Adam is torch's, with what the package repairs of it there."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
 
     monkeypatch.setattr(optimizer, "USING_PYTORCH_OPTIMIZER", True)
-    # Adam's state is torch's then, with what the package repairs of it where there is no Transformer Engine.
     monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", False)
     for row in fallbacks.TORCH_ADAM:
         original = getattr(distrib_optimizer.DistributedOptimizer, row.name)
         monkeypatch.setattr(distrib_optimizer.DistributedOptimizer, row.name, row.make(original))
-    for module in (clip_grads, steps):
-        monkeypatch.setattr(module, "multi_tensor_applier", utils.local_multi_tensor_applier)
-        monkeypatch.setattr(module, "multi_tensor_scale_impl", utils.local_multi_tensor_scale)
-    monkeypatch.setattr(clip_grads, "l2_norm_impl", utils.local_multi_tensor_l2_norm)
 
 
 def _one_at_a_time(*groups: Any, async_ops: bool = False) -> contextlib.AbstractContextManager[None]:

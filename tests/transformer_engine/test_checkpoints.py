@@ -1,4 +1,5 @@
-"""A run may change ``train.transformer_engine`` when it is resumed: its checkpoint is then read by other modules."""
+"""A run may be resumed where Transformer Engine is or is not, or with another ``train.transformer_engine``: its
+checkpoint is then read by other modules and another Adam."""
 
 from __future__ import annotations
 
@@ -8,36 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from tests.adam_runs import Adam, trained
 from tests.training_runs import make_data
-from tests.transformer_engine import runs
+from tests.transformer_engine import pretend, runs
 from tests.transformer_engine.test_modules import local_name
-
-
-def trained(recipe: Any, folder: Path, save: bool) -> dict[str, Tensor]:
-    """Build, then save to the folder or load from it; the weights by their local names."""
-    from mtp_megatron.data.manifest import load_manifest
-    from mtp_megatron.training.build import build_trainable
-    from mtp_megatron.training.checkpointing import latest_checkpoint, load_checkpoint, save_checkpoint
-    from mtp_megatron.training.world import model_parallel_world
-
-    with model_parallel_world(recipe):
-        trainable = build_trainable(recipe)
-        (model,) = trainable.models
-        if save:
-            for parameter in model.parameters():
-                parameter.main_grad.fill_(1e-3)
-            trainable.update()  # a step, so that there are moments to be saved
-            save_checkpoint(recipe, load_manifest(folder / "data"), trainable, folder / "checkpoints", 3)
-        else:
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.fill_(torch.nan)
-            checkpoint = latest_checkpoint(folder / "checkpoints")
-            assert checkpoint is not None
-            assert load_checkpoint(recipe, trainable, checkpoint) == 3
-        return {local_name(name): value for name, value in runs.weights_of(model).items()}
 
 
 @pytest.mark.parametrize("saved_by", ["local", "transformer_engine"])
@@ -50,8 +26,40 @@ def test_a_run_goes_on_with_the_other_modules(
     pretend_gpu()
     engine = runs.recipe_of(**settings)
     first, second = (local, engine) if saved_by == "local" else (engine, local)
-    saved = trained(first, tmp_path, save=True)
-    loaded = trained(second, tmp_path, save=False)
+    saved, _ = trained(first, tmp_path, save=True)
+    loaded, _ = trained(second, tmp_path, save=False)
+    saved, loaded = ({local_name(name): weight for name, weight in weights.items()} for weights in (saved, loaded))
     assert saved.keys() == loaded.keys()
     for name, value in saved.items():
         torch.testing.assert_close(loaded[name], value, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("saved_by", ["torch", "transformer_engine"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("distributed", [False, True], ids=["each rank its own", "distributed"])
+def test_a_run_goes_on_with_the_other_adam(
+    pretend_gpu: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    saved_by: str,
+    precision: str,
+    distributed: bool,
+) -> None:
+    """Torch's keeps its step for each parameter, Transformer Engine's for each group."""
+    make_data(tmp_path)
+    pretend_gpu()
+    recipe = runs.recipe_of(
+        train__transformer_engine=False, train__precision=precision, optimizer__distributed=distributed
+    )
+
+    def adam(of: str, save: bool) -> Adam:
+        with monkeypatch.context() as patch:
+            if of == "torch":
+                pretend.adam_of_torch(patch)
+            return trained(recipe, tmp_path, save)[1]
+
+    saved = adam(saved_by, save=True)
+    loaded = adam("transformer_engine" if saved_by == "torch" else "torch", save=False)
+    assert saved.step == loaded.step == 2
+    assert saved.moments[0].abs().max() > 0
+    torch.testing.assert_close(loaded.moments, saved.moments, rtol=1e-6, atol=0)
