@@ -34,7 +34,9 @@ from typing import Any
 from tests.harness_worker import Outcome, Task, Worker
 
 GRACE = 3.0  # seconds that the other ranks get, after a first error, to report theirs
+STACKS = 5.0  # seconds for hung ranks to write where they are
 THREADS = 1000  # of one worker between two worlds, above which the workers are replaced
+STARTING = 300.0  # seconds that workers may take to import torch, which is not the body's time
 CLEANING = 60.0  # seconds to clean up after a body; only a rank stuck in destroying its process groups needs longer
 
 _pools: dict[str, list[Worker]] = {}
@@ -46,7 +48,7 @@ def run_world(
     fn: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout: float = 120,
+    timeout: float = 240,
     env: dict[str, str] | None = None,
     fresh: bool = False,
 ) -> list[Any]:
@@ -66,9 +68,7 @@ def run_world(
     global _worlds
     _worlds += 1
     kind = "cuda" if _cuda_devices() >= world_size else "cpu"
-    workers = (
-        [_start(kind, f"fresh{_worlds}-{rank}") for rank in range(world_size)] if fresh else _pool(kind, world_size)
-    )
+    workers = _started(kind, f"fresh{_worlds}", world_size) if fresh else _pool(kind, world_size)
     task = Task(
         call=_pickled(fn, args),
         world_size=world_size,
@@ -159,8 +159,15 @@ def _home() -> Path:
     return Path(_directory.name)
 
 
-def _start(kind: str, name: str) -> Worker:
-    return Worker.start(_home() / f"{kind}-{name}", hide_cuda=kind == "cpu")
+def _started(kind: str, name: str, count: int) -> list[Worker]:
+    """New workers, ready for a task."""
+    workers = [Worker.start(_home() / f"{kind}-{name}-{index}", hide_cuda=kind == "cpu") for index in range(count)]
+    until = time.monotonic() + STARTING
+    if not all(worker.ready(until) for worker in workers):
+        said = "".join(worker.output_tail() for worker in workers)
+        _kill(workers)
+        raise RuntimeError(f"{count} worker processes did not start within {STARTING:g} s{said}")
+    return workers
 
 
 def _pool(kind: str, size: int) -> list[Worker]:
@@ -169,8 +176,8 @@ def _pool(kind: str, size: int) -> list[Worker]:
     if not all(worker.process.is_alive() for worker in workers):
         _kill(workers)
         workers.clear()
-    while len(workers) < size:
-        workers.append(_start(kind, f"{_worlds}-{len(workers)}"))
+    if len(workers) < size:
+        workers += _started(kind, f"{_worlds}", size - len(workers))
     return workers[:size]
 
 
@@ -233,8 +240,10 @@ def _dump_stacks(workers: Sequence[Worker]) -> None:
     """Have each worker write the Python stacks of its threads to its file; works from inside C code too."""
     for worker in workers:
         worker.signal(signal.SIGUSR1)
-    if workers:
-        time.sleep(0.3)
+    until, before, written = time.monotonic() + STACKS, [""], [""] * len(workers)
+    while workers and time.monotonic() < until and not (before == written and all(written)):
+        time.sleep(0.1)
+        before, written = written, [worker.stacks() for worker in workers]
 
 
 def _kill(workers: Sequence[Worker]) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 CLEAN = "clean"  # what a worker is told when every rank has an outcome
-READY = "ready"  # what a worker sends when it has cleaned up after a task
+READY = "ready"  # what a worker sends when it has started, and when it has cleaned up after a task
 _PR_SET_PDEATHSIG = 1
 _TAIL = 4000  # bytes of a worker's own output that an error shows
 
@@ -98,7 +98,7 @@ class Worker:
             self.connection.send(CLEAN)
 
     def ready(self, deadline: float) -> bool:
-        """Wait until the worker has cleaned up after its task, at the latest until `deadline` (monotonic)."""
+        """Wait until the worker has started, or has cleaned up after its task; at most until `deadline` (monotonic)."""
         with contextlib.suppress(EOFError, OSError):
             if self.connection.poll(max(0.0, deadline - time.monotonic())):
                 return bool(self.connection.recv() == READY)
@@ -162,6 +162,7 @@ def main(connection: Connection, directory: str) -> None:
             import torch
 
         torch.set_num_threads(1)
+        connection.send(READY)
         with contextlib.suppress(EOFError):  # the parent has closed its end
             while True:
                 rank, task, path, cwd = connection.recv()

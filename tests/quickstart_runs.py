@@ -26,5 +26,5 @@ def quickstart(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=400,
+        timeout=800,
     )

@@ -106,7 +106,7 @@ class Group:
     def result(self) -> tuple[list[str], Counter[str]]:
         """What it printed, and its numbers; a failure without a number is an error."""
         lines = self.log.read_text(errors="replace").splitlines()
-        found = numbers(lines[-1]) if lines else Counter()
+        found = numbers(lines)
         if self.status() and not found["failed"] + found["error"]:
             found["error"] = 1
             lines.append(f"ERROR {self}: pytest ended with status {self.status()}")
@@ -126,10 +126,16 @@ def arguments(lane: str, paths: Sequence[str]) -> list[str]:
     return [*paths, *(f"--ignore={other}" for other in inside)]
 
 
-def numbers(line: str) -> Counter[str]:
-    """Of pytest's last line: '2 failed, 5 passed in 3.2s'. Warnings, and tests left to other groups, do not count."""
-    found = re.findall(rf"(\d+) ({'|'.join(OUTCOMES)})", line)
-    return Counter({word: int(number) for number, word in found})
+def numbers(lines: Sequence[str]) -> Counter[str]:
+    """Of pytest's summary: '2 failed, 5 passed in 3.2s'. Warnings, and tests left to other groups, do not count.
+
+    It is the last such line; a process that outlives pytest may print another.
+    """
+    for line in reversed(lines):
+        found = re.findall(rf"(\d+) ({'|'.join(OUTCOMES)})", line)
+        if found and re.search(r" in \d[\d.]*s\b", line):
+            return Counter({word: int(number) for number, word in found})
+    return Counter()
 
 
 def summary(total: Counter[str], seconds: float) -> str:

@@ -82,7 +82,7 @@ def cannot_convert(rank: int, world_size: int, folder: Path) -> str:
 
 
 def test_what_rank_0_cannot_convert_ends_every_rank_at_once(tmp_path: Path) -> None:
-    said = run_world(cannot_convert, 2, tmp_path / "iter_0000004", timeout=60)
+    said = run_world(cannot_convert, 2, tmp_path / "iter_0000004")
     assert said == [f"{tmp_path}/iter_0000004: the disk is full", f"rank 0: {tmp_path}/iter_0000004: the disk is full"]
 
 

@@ -20,7 +20,7 @@ from tests.harness import run_world
 from tests.training_runs import metrics, tiny_tree, train_body
 
 STEPS = 30
-LIMIT = 120.0  # seconds; a job that is killed must end well before
+LIMIT = 200.0  # seconds that any wait may take; a busy machine needs many times what an idle one does
 
 
 def settings(data: Path, run: Path, **overrides: Any) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def test_sigterm_saves_and_exits_cleanly(data: Path, undisturbed: Path, tmp_path
 
 def test_a_rank_that_hangs_ends_the_job(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with job(settings(data, run, train__timeout_minutes=0.1)) as process:
+    with job(settings(data, run, train__timeout_minutes=0.5)) as process:
         wait_for_step(run, 5, process)
         ranks(process)[1].suspend()
         status, output = finished(process)

@@ -178,6 +178,6 @@ def _refused_on_rank(rank, world_size, data, cache):
 
 def test_a_problem_on_rank_zero_is_raised_on_every_rank(data, tmp_path):
     (tmp_path / "file").write_text("")
-    first, second = run_world(_refused_on_rank, 2, data, tmp_path / "file", timeout=60)
+    first, second = run_world(_refused_on_rank, 2, data, tmp_path / "file")
     assert "index of samples cannot be written" in first
     assert first == second

@@ -50,8 +50,8 @@ def checkout(tmp_path: Path) -> Path:
     executable(tmp_path / "tools/setup.sh", 'echo "${MTP_VENV:-.venv} ${PYTHON:-}" >>"$(dirname "$0")/calls"')
     executable(tmp_path / "tools/setup_serving.sh", 'echo serving >>"$(dirname "$0")/calls"')
     executable(tmp_path / "pyenv/versions/3.12.1/bin/python", 'echo "3 12"')
-    environment(tmp_path, ".venv", "3 11", "7 passed in 2 s")
-    environment(tmp_path, ".venv-py312", "3 12", "5 passed in 1 s")
+    environment(tmp_path, ".venv", "3 11", "7 passed in 2.00s")
+    environment(tmp_path, ".venv-py312", "3 12", "5 passed in 1.00s")
     return tmp_path
 
 
@@ -120,10 +120,10 @@ def test_each_lane_runs_each_of_its_tests_once(checkout: Path) -> None:
 
 def test_arguments_go_to_the_main_lane_alone(checkout: Path) -> None:
     result = run(checkout, "tests/unit", "-k", "loss")
-    assert lines(result)[-2:] == [".venv runs: -rs tests/unit -k loss", "7 passed in 2 s"]
+    assert lines(result)[-2:] == [".venv runs: -rs tests/unit -k loss", "7 passed in 2.00s"]
     assert "py312" not in result.stdout
     alone = run(checkout, "tests/unit", MTP_LANES="py312")
-    assert lines(alone)[-2:] == [".venv-py312 runs: -rs tests/unit", "5 passed in 1 s"]
+    assert lines(alone)[-2:] == [".venv-py312 runs: -rs tests/unit", "5 passed in 1.00s"]
     both = run(checkout, "tests/unit", MTP_LANES="main py312")
     assert chosen(both, ".venv") == chosen(both, ".venv-py312") == [["tests/unit"]]
     assert lines(both)[-1].startswith("12 passed in ")
@@ -131,7 +131,7 @@ def test_arguments_go_to_the_main_lane_alone(checkout: Path) -> None:
 
 @pytest.mark.parametrize("broken", [".venv", ".venv-py312"])
 def test_a_failure_in_either_lane_fails_the_run_and_is_named_at_the_end(checkout: Path, broken: str) -> None:
-    outcome = "=== 1 failed, 4 passed, 2 skipped, 3 deselected, 9 warnings in 1.25s (0:00:01) ==="
+    outcome = "=== 1 failed, 4 passed, 2 skipped, 3 deselected, 9 warnings in 1.25s (0:00:01) ===\n2 children said goodbye"
     environment(checkout, broken, "3 11" if broken == ".venv" else "3 12", outcome, also='echo "FAILED tests/x.py::y"')
     result = run(checkout)
     assert result.returncode == 1
@@ -143,7 +143,7 @@ def test_a_failure_in_either_lane_fails_the_run_and_is_named_at_the_end(checkout
 
 
 def test_a_pytest_that_dies_without_a_word_is_an_error(checkout: Path) -> None:
-    environment(checkout, ".venv-py312", "3 12", "5 passed in 1 s", also="kill -9 $$")
+    environment(checkout, ".venv-py312", "3 12", "5 passed in 1.00s", also="kill -9 $$")
     result = run(checkout)
     assert result.returncode == 1
     dead = len(chosen(result, ".venv-py312"))
@@ -156,7 +156,7 @@ def test_a_run_that_is_stopped_leaves_nothing_running(checkout: Path, number: si
     """SIGTERM to the script alone; Ctrl-C reaches every process of the terminal."""
     stopped = 'trap "echo stopped; exit 2" INT; echo $$ >>tools/running; sleep 60 & wait'
     for name, version in ((".venv", "3 11"), (".venv-py312", "3 12")):
-        environment(checkout, name, version, "7 passed in 2 s", also=stopped)
+        environment(checkout, name, version, "7 passed in 2.00s", also=stopped)
     process = subprocess.Popen(
         ["bash", "tools/test.sh"],
         cwd=checkout,
@@ -195,7 +195,7 @@ def test_without_python_312_it_says_so_in_one_line_and_goes_on(checkout: Path) -
 
 
 def test_where_the_main_lane_is_312_there_is_no_second_one(checkout: Path) -> None:
-    environment(checkout, ".venv", "3 12", "7 passed in 2 s")
+    environment(checkout, ".venv", "3 12", "7 passed in 2.00s")
     result = run(checkout)
     assert "lane py312: left out, the main lane has Python 3.12 already" in result.stdout
     assert ".venv-py312 runs" not in result.stdout

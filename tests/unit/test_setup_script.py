@@ -22,7 +22,8 @@ VERSION = f"{sys.version_info[0]}.{sys.version_info[1]}"
 @pytest.fixture
 def checkout(tmp_path):
     """A folder with all that the script reads."""
-    shutil.copytree(ROOT / "tools", tmp_path / "tools")
+    # Not what other tests may be compiling at this moment.
+    shutil.copytree(ROOT / "tools", tmp_path / "tools", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path
 
