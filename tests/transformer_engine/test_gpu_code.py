@@ -15,6 +15,7 @@ import torch
 
 from tests.fp8_runs import linear_layers
 from tests.gpu import test_fp8 as fp8_tests
+from tests.gpu import test_resume as resume_tests
 from tests.transformer_engine.loops import initialise_as_on_a_gpu
 from tests.transformer_engine.runs import TENSORWISE, built, heads_alone, microbatch, recipe_of, relative, whole_pass
 from tests.unit.test_no_synchronisation import Reads
@@ -39,6 +40,7 @@ def test_learning(name: str) -> None:
 test_heads_in_fp8 = fp8_tests.test_heads_in_fp8_where_they_are_asked_for
 test_fp8_parameters = fp8_tests.test_fp8_parameters_are_the_trunks
 test_the_amax_history = fp8_tests.test_the_amax_history_advances_once_per_microbatch
+test_adam_goes_on_where_it_was = resume_tests.test_adam_goes_on_where_it_was
 
 
 @pytest.fixture

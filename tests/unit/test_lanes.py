@@ -131,7 +131,9 @@ def test_arguments_go_to_the_main_lane_alone(checkout: Path) -> None:
 
 @pytest.mark.parametrize("broken", [".venv", ".venv-py312"])
 def test_a_failure_in_either_lane_fails_the_run_and_is_named_at_the_end(checkout: Path, broken: str) -> None:
-    outcome = "=== 1 failed, 4 passed, 2 skipped, 3 deselected, 9 warnings in 1.25s (0:00:01) ===\n2 children said goodbye"
+    outcome = (
+        "=== 1 failed, 4 passed, 2 skipped, 3 deselected, 9 warnings in 1.25s (0:00:01) ===\n2 children said goodbye"
+    )
     environment(checkout, broken, "3 11" if broken == ".venv" else "3 12", outcome, also='echo "FAILED tests/x.py::y"')
     result = run(checkout)
     assert result.returncode == 1
