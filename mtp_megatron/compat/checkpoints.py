@@ -84,36 +84,58 @@ def add_step(optimizer_state: dict[str, Any], step: int) -> None:
     Torch's Adam has told it already where the stage trains; Transformer Engine's and Apex's keep it in their groups,
     and leave it as it was in empty ones.
     """
+    from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
+
     for part in _parts(optimizer_state):
-        steps = [group["step"] for group in part["param_groups"] if group["params"] and "step" in group]
-        part["state"].setdefault("common_step", torch.tensor(float(steps[0] if steps else step)))
+        steps = []
+        for group in _adam(part)["param_groups"]:
+            trained = group["params"]
+            if isinstance(trained, LocalNonpersistentObject):
+                trained = trained.unwrap()
+            if trained and "step" in group:
+                steps.append(group["step"])
+        _adam(part)["state"].setdefault("common_step", torch.tensor(float(steps[0] if steps else step)))
+
+
+def keep_empty_masters_local(optimizer_state: dict[str, Any]) -> None:
+    """Leave the fp32 masters of a stage that trains nothing out of a checkpoint, saved or loaded; in place.
+
+    They are an empty list. Rank 0's would be written for all, and other stages could not put their own into it.
+    """
+    from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
+
+    for part in _parts(optimizer_state):
+        masters = part.get(_MASTERS)
+        if masters is not None and not any(masters):
+            part[_MASTERS] = LocalNonpersistentObject(masters)
 
 
 def fit_adam(optimizer: Any, loaded: dict[str, Any]) -> None:
     """Make what a checkpoint has of the optimizer fit the Adam at hand, whichever wrote it; in place.
 
     Torch's has a step for each parameter, which megatron-core makes of ``common_step``. Transformer Engine's and Apex's
-    have one for each group; given one for a parameter, the former raises KeyError. And the groups of a checkpoint take
-    the place of the optimizer's, which looks for settings in them that the other one does not have.
+    have an integer for each group; given one for a parameter, the former raises KeyError. The distributed optimizer's
+    is in the groups in any case, as a float where torch's Adam wrote it. And the groups of a checkpoint take the place
+    of the optimizer's, which looks for settings in them that the other one does not have.
     """
     from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
 
     defaults: dict[str, Any] = next(
         (part.optimizer.defaults for part in chained(optimizer) if part.optimizer is not None), {}
     )
-    for part in _parts(loaded):
-        groups = part["param_groups"]
+    for part in map(_adam, _parts(loaded)):
+        state, groups = part.get("state", {}), part["param_groups"]
         for group in groups:
             for setting, value in defaults.items():
                 group.setdefault(setting, value)
-        if "common_step" not in part.get("state", {}):  # the distributed optimizer's step is in the groups in any case
+            if "common_step" in state:
+                group.pop("step", None)
+        if USING_PYTORCH_OPTIMIZER:
             continue
+        step = state.pop("common_step", None)
         for group in groups:
-            group.pop("step", None)
-        if not USING_PYTORCH_OPTIMIZER:
-            step = int(part["state"].pop("common_step"))
-            for group in groups:
-                group["step"] = step
+            if step is not None or "step" in group:
+                group["step"] = int(group["step"] if step is None else step)
 
 
 def chained(optimizer: Any) -> list[Any]:
@@ -122,10 +144,18 @@ def chained(optimizer: Any) -> list[Any]:
     return found
 
 
-def _parts(optimizer_state: dict[str, Any]) -> Iterator[dict[str, Any]]:
+_MASTERS = "fp32_from_fp16_params"
+
+
+def _parts(optimizer_state: dict[str, Any]) -> list[dict[str, Any]]:
     """State of each optimizer: experts have their own."""
-    for part in optimizer_state.values() if 0 in optimizer_state else [optimizer_state]:
-        yield part.get("optimizer", part)  # one level deeper where fp32 masters are kept
+    return list(optimizer_state.values()) if 0 in optimizer_state else [optimizer_state]
+
+
+def _adam(part: dict[str, Any]) -> dict[str, Any]:
+    """Adam's own state: one level deeper where fp32 masters are kept beside it."""
+    inner: dict[str, Any] = part.get("optimizer", part)
+    return inner
 
 
 def cast_parameters_again(trainable: Any) -> None:

@@ -19,6 +19,7 @@ from mtp_megatron.compat.checkpoints import (
     add_step,
     cast_parameters_again,
     fit_adam,
+    keep_empty_masters_local,
     load_strategies,
     padded_optimizer_state,
     take_unsaved_states,
@@ -61,6 +62,7 @@ def save_checkpoint(recipe: Recipe, manifest: Manifest, trainable: Trainable, ch
         state["optimizer"] = trainable.optimizer.sharded_state_dict(state, metadata=metadata())
     if not recipe.optimizer.distributed:
         add_step(state["optimizer"], step)
+        keep_empty_masters_local(state["optimizer"])
     state |= {
         "opt_param_scheduler": trainable.scheduler.state_dict(),
         "rng_state": sharded_rng_state(),
@@ -102,6 +104,8 @@ def load_checkpoint(recipe: Recipe, trainable: Trainable, folder: Path) -> int:
     state = model_state(trainable.models)
     with padded_optimizer_state():
         state["optimizer"] = trainable.optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata())
+    if not recipe.optimizer.distributed:
+        keep_empty_masters_local(state["optimizer"])
     if same_grid:
         state["rng_state"] = sharded_rng_state()
     loaded = read_state(state, folder)

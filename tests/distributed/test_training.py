@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.adam_runs import train_with_fused_adam
 from tests.harness import run_world
 from tests.training_runs import (
     assert_trained_on_scarce_targets,
@@ -296,6 +298,25 @@ def test_frozen_trunks_train_and_resume(trainable: str, data: Path, seedling: Pa
     assert metrics(resumed) == metrics(whole)
     run_world(train_body, 1, tiny_tree(data, single, **common))
     assert largest_difference(metrics(whole), metrics(single)) < 1e-5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("train", [train_body, train_with_fused_adam], ids=["torch's Adam", "a fused one"])
+def test_frozen_trunks_resume_again_and_again(
+    train: Callable[..., int], precision: str, data: Path, seedling: Path, tmp_path: Path
+) -> None:
+    """Rank 0 writes for all, and its optimizer has neither parameters nor steps."""
+    common = {"heads__trainable": "heads", "run__load": str(seedling), "train__save_interval": 2}
+    common |= {"train__precision": precision}
+    whole, stages = tmp_path / "whole", {"parallel__pipeline": 2}
+    run_world(train, 2, tiny_tree(data, whole, **stages, **common))
+    once = interrupted_copy(whole, tmp_path / "once", step=2)
+    run_world(train, 2, tiny_tree(data, once, **stages, **common))
+    assert metrics(once) == metrics(whole)
+    for name, layout in (("twice", stages), ("one stage", {})):
+        twice = interrupted_copy(once, tmp_path / name, step=4)
+        run_world(train, len(layout) + 1, tiny_tree(data, twice, **layout, **common))
+        assert largest_difference(metrics(twice), metrics(whole)) < (1e-5 if layout != stages else 1e-12)
 
 
 @pytest.mark.parametrize("distributed", [False, True])

@@ -168,6 +168,7 @@ def multi_tensor_adam(
 ) -> None:
     """A step of AdamW on the lists of gradients, parameters and both moments."""
     assert (mode, bias_correction) == (1, 1), "not needed by these tests"
+    assert isinstance(step, int), "its binding takes no other"
     for gradient, parameter, first, second in zip(*lists, strict=True):
         gradient = gradient.float()
         first.lerp_(gradient, 1 - beta1)
