@@ -36,7 +36,7 @@ from tests.harness_worker import Outcome, Task, Worker
 GRACE = 3.0  # seconds that the other ranks get, after a first error, to report theirs
 STACKS = 5.0  # seconds for hung ranks to write where they are
 THREADS = 1000  # of one worker between two worlds, above which the workers are replaced
-STARTING = 300.0  # seconds that workers may take to import torch, which is not the body's time
+STARTING = 180.0  # seconds that workers may take to import torch, which is not the body's time
 CLEANING = 60.0  # seconds to clean up after a body; only a rank stuck in destroying its process groups needs longer
 
 _pools: dict[str, list[Worker]] = {}
@@ -63,14 +63,16 @@ def run_world(
 
     Raises:
         AssertionError: the first error on any rank was an AssertionError.
-        RuntimeError: it was another error, or a rank died or hung. The message names the rank and holds its traceback.
+        RuntimeError: it was another error, or a rank died or hung: the message names it and holds its traceback. Or new
+            processes did not start.
     """
     global _worlds
     _worlds += 1
     kind = "cuda" if _cuda_devices() >= world_size else "cpu"
+    call = _pickled(fn, args)
     workers = _started(kind, f"fresh{_worlds}", world_size) if fresh else _pool(kind, world_size)
     task = Task(
-        call=_pickled(fn, args),
+        call=call,
         world_size=world_size,
         rendezvous=str(_home() / f"world{_worlds}"),
         timeout=timeout,
@@ -161,12 +163,17 @@ def _home() -> Path:
 
 def _started(kind: str, name: str, count: int) -> list[Worker]:
     """New workers, ready for a task."""
-    workers = [Worker.start(_home() / f"{kind}-{name}-{index}", hide_cuda=kind == "cpu") for index in range(count)]
-    until = time.monotonic() + STARTING
-    if not all(worker.ready(until) for worker in workers):
-        said = "".join(worker.output_tail() for worker in workers)
+    workers: list[Worker] = []
+    try:
+        for index in range(count):
+            workers.append(Worker.start(_home() / f"{kind}-{name}-{index}", hide_cuda=kind == "cpu"))
+        until = time.monotonic() + STARTING
+        if not all(worker.ready(until) for worker in workers):
+            said = "".join(worker.output_tail() for worker in workers)
+            raise RuntimeError(f"{count} worker processes did not start, or not within {STARTING:g} s{said}")
+    except BaseException:  # also when this process was interrupted: its exit would wait for them
         _kill(workers)
-        raise RuntimeError(f"{count} worker processes did not start within {STARTING:g} s{said}")
+        raise
     return workers
 
 
@@ -189,7 +196,11 @@ def _pickled(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
 
 
 def _run(workers: Sequence[Worker], task: Task, timeout: float) -> list[Outcome]:
-    """Send the task to every worker and collect one outcome for each, at the latest after timeout + GRACE."""
+    """Send the task to every worker and collect one outcome for each, at the latest after timeout + GRACE + STACKS.
+
+    After a failure ranks clean up as they report it: others that wait for them in a collective then fail too, and
+    report what they were doing.
+    """
     for rank, worker in enumerate(workers):
         worker.send(rank, task)
     outcomes: dict[int, Outcome] = {}
@@ -210,6 +221,10 @@ def _run(workers: Sequence[Worker], task: Task, timeout: float) -> list[Outcome]
                 outcomes[rank] = outcome
                 if not outcome.ok and not failing:
                     failing, deadline = True, min(deadline, time.monotonic() + GRACE)
+        if failing:
+            for rank, outcome in outcomes.items():
+                if not outcome.lost:
+                    workers[rank].clean()
     pending = [rank for rank in range(len(workers)) if rank not in outcomes]
     _dump_stacks([workers[rank] for rank in pending])
     problem = "was killed after another rank failed" if failing else f"hung: no result within {timeout:g} s"

@@ -23,7 +23,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
-CLEAN = "clean"  # what a worker is told when every rank has an outcome
+CLEAN = "clean"  # what a worker is told when every rank has an outcome, or one has failed
 READY = "ready"  # what a worker sends when it has started, and when it has cleaned up after a task
 _PR_SET_PDEATHSIG = 1
 _TAIL = 4000  # bytes of a worker's own output that an error shows
@@ -60,6 +60,7 @@ class Worker:
     process: SpawnProcess
     connection: Connection
     directory: Path
+    told: bool = True  # to clean up after its task
 
     @classmethod
     def start(cls, directory: Path, hide_cuda: bool) -> Worker:
@@ -77,6 +78,7 @@ class Worker:
         return cls(process, ours, directory)
 
     def send(self, rank: int, task: Task) -> None:
+        self.told = False
         self.connection.send((rank, task, list(sys.path), os.getcwd()))
 
     def poll(self) -> Outcome | None:
@@ -93,9 +95,11 @@ class Worker:
         return Outcome(ok=False, lost=True, kind="Died", text=died, summary=died, time=-math.inf)  # always a cause
 
     def clean(self) -> None:
-        """Let the worker clean up after its task; ask `ready` for the end of it."""
-        with contextlib.suppress(OSError):
-            self.connection.send(CLEAN)
+        """Let the worker clean up after its task, once; ask `ready` for the end of it."""
+        if not self.told:
+            self.told = True
+            with contextlib.suppress(OSError):
+                self.connection.send(CLEAN)
 
     def ready(self, deadline: float) -> bool:
         """Wait until the worker has started, or has cleaned up after its task; at most until `deadline` (monotonic)."""
@@ -163,17 +167,23 @@ def main(connection: Connection, directory: str) -> None:
 
         torch.set_num_threads(1)
         connection.send(READY)
-        with contextlib.suppress(EOFError):  # the parent has closed its end
-            while True:
-                rank, task, path, cwd = connection.recv()
-                os.ftruncate(output, 0)
-                sys.path[:] = path
-                os.chdir(cwd)
-                connection.send(_outcome(rank, task))  # before cleaning up, which may hang after an error
-                # Not before all ranks are done: gloo fails to connect to a rank that has left its groups already.
-                connection.recv()
-                _clean()
-                connection.send(READY)
+        while True:
+            rank, task, path, cwd = _received(connection)
+            os.ftruncate(output, 0)
+            sys.path[:] = path
+            os.chdir(cwd)
+            connection.send(_outcome(rank, task))  # before cleaning up, which may hang after an error
+            # Not before all ranks are done: gloo fails to connect to a rank that has left its groups already.
+            _received(connection)
+            _clean()
+            connection.send(READY)
+
+
+def _received(connection: Connection) -> Any:
+    """What the parent sends; this process ends when it has closed its end."""
+    try:
+        return connection.recv()
+    except EOFError:
         os._exit(0)  # nothing left to flush; torch's own teardown takes a second
 
 

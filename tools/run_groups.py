@@ -129,7 +129,7 @@ def arguments(lane: str, paths: Sequence[str]) -> list[str]:
 def numbers(lines: Sequence[str]) -> Counter[str]:
     """Of pytest's summary: '2 failed, 5 passed in 3.2s'. Warnings, and tests left to other groups, do not count.
 
-    It is the last such line; a process that outlives pytest may print another.
+    A process that outlives pytest may print lines after it.
     """
     for line in reversed(lines):
         found = re.findall(rf"(\d+) ({'|'.join(OUTCOMES)})", line)

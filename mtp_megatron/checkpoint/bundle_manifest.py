@@ -90,7 +90,8 @@ def _read(path: Path) -> dict[str, tuple[str, int]] | None:
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path}: damaged ({error!r}). Copy the bundle again, or convert the checkpoint again."
+            f"{path}: damaged ({error!r}). Copy the bundle again, convert the checkpoint again, or remove it if it is "
+            "another program's."
         ) from error
 
 

@@ -120,10 +120,9 @@ def name_cuda_headers() -> None:
             return
     nvidia = locate("nvidia")
     for wheels in (nvidia.submodule_search_locations or ()) if nvidia else ():
-        for part in ("cu*/include", "cuda_runtime/include"):
-            for headers in sorted(Path(wheels).glob(f"{part}/{header}")):
-                os.environ["NVTE_CUDA_INCLUDE_DIR"] = str(headers.parent)
-                return
+        for headers in sorted(Path(wheels).glob(f"cu*/include/{header}")):  # cu13, or cuda_runtime
+            os.environ["NVTE_CUDA_INCLUDE_DIR"] = str(headers.parent)
+            return
 
 
 def deepspeed() -> Package:

@@ -128,6 +128,7 @@ def _check_multiples(recipe: Recipe, scaling: fp8.Scaling) -> None:
                 name,
                 value,
                 f"it makes {size} {what} on a rank, and {scaling.name} scaling takes multiples of {multiple}"
-                + (" with sequence parallelism" if size % plain == 0 else ""),
-                "Change it or the parallel sizes.",
+                + (" with sequence parallelism" if multiple > plain else ""),
+                "Change it or the parallel sizes"
+                + (", or set parallel.sequence_parallel=false." if size % plain == 0 else "."),
             )

@@ -171,6 +171,7 @@ def test_nothing_is_left_behind_for_the_next_body() -> None:
 
 @only_gloo
 def test_no_rank_leaves_its_world_before_all_are_done() -> None:
+    run_world(_sum, 2, 0.0)  # processes are up, and connect within the second
     run_world(_rank_zero_returns_first, 2)
 
 
