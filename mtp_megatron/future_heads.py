@@ -21,6 +21,8 @@ from mtp_megatron.loss import VocabShard
 from mtp_megatron.parameter_access import PLAIN, ParameterAccess
 from mtp_megatron.sequential import HeadReport, run_heads
 
+_DDP = "megatron.core.distributed.distributed_data_parallel"
+
 
 class FutureHeads:
     """Mixin that gives a Megatron language model n future-token heads.
@@ -125,6 +127,19 @@ class FutureHeads:
         owner = self.unembedding_heads[which - 1] if which else self.output_layer
         for hook in owner._forward_pre_hooks.values():
             hook(owner, ())
+
+    def await_parameters(self, module: torch.nn.Module) -> None:
+        """Fire the hooks of Megatron's DDP that running ``module`` would fire first.
+
+        Under ``overlap_param_gather`` each waits for a bucket's all-gather and starts the next one. A bucket that no
+        hook has waited for cannot be gathered again: the second step would end with an assertion.
+        """
+        if self.parameter_access.sharded:
+            return
+        for part in module.modules():
+            for hook in part._forward_pre_hooks.values():
+                if getattr(hook, "__module__", None) == _DDP:
+                    hook(part, ())
 
     def unembedding(self) -> Tensor:
         """``[V/tp, h]``: the weight that head 1, or all heads, use here."""

@@ -116,6 +116,9 @@ class MegatronHeadPass:
 
     def skip(self, head: int, layer: bool) -> None:
         module = self.model.heads[head]
+        for idle_module in (module, self.model.final_norm):
+            self.model.await_parameters(idle_module)
+        self.model.await_unembedding(head if len(self.unembeddings) > 1 else 0)
         after_norm = [*self.model.final_norm.parameters()] if self._norm_sums is None else []
         if layer or isinstance(module, PostNormHead):
             after_norm += module.parameters()

@@ -6,8 +6,10 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from mtp_megatron.errors import ConfigError, MTPError
 from mtp_megatron.imports import imports_that_stay
@@ -60,5 +62,22 @@ def _report(error: MTPError) -> None:
     sys.stderr.flush()
 
 
+def end(rank: Callable[[], int]) -> NoReturn:
+    """Run a rank and end its process with what it returns, or with 1 after an exception that nobody explains."""
+    try:
+        status = rank()
+    except Exception:  # noqa: BLE001 - printed as the interpreter would, before it may be too late
+        traceback.print_exc()
+        status = 1
+    if status and "torch.distributed" in sys.modules:
+        from mtp_megatron.training.world import waits_for_others
+
+        if waits_for_others():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

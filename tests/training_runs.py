@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -67,6 +68,18 @@ def train_body(rank: int, world_size: int, tree: dict[str, Any]) -> int:
     from mtp_megatron.training.recipe_io import parse_recipe
 
     return train(parse_recipe(tree)).step
+
+
+def train_in_small_buckets(rank: int, world_size: int, tree: dict[str, Any]) -> int:
+    """For ``run_world``: :func:`train_body` with a bucket for each few parameters of Megatron's data parallelism."""
+    from mtp_megatron import compat
+
+    compat.prepare()
+    from megatron.core import distributed
+
+    whole = distributed.DistributedDataParallelConfig
+    with mock.patch.object(distributed, "DistributedDataParallelConfig", lambda **of: whole(bucket_size=2000, **of)):
+        return train_body(rank, world_size, tree)
 
 
 def train_on_scarce_targets(rank: int, world_size: int, tree: dict[str, Any], per_step: int) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -127,6 +128,7 @@ def stage(rank: int, folder: str, args: argparse.Namespace, names: Sequence[str]
     from mtp_megatron.training.build import build_trainable
     from mtp_megatron.training.world import model_parallel_world
 
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo sends from the CPU's memory alone
     torch.set_num_threads(args.threads or 1)
     compat.prepare()
     dist.init_process_group("gloo", init_method=f"file://{folder}/world", rank=rank, world_size=STAGES)

@@ -1,5 +1,5 @@
-"""The lock of a build that was killed: DeepSpeed's C++ extensions, compiled at the first start, wait for it without a
-word and without end (``torch.utils.file_baton``)."""
+"""What DeepSpeed compiles at its first start: which of it is done without, and the lock of a build that was killed, for
+which others wait without a word and without end (``torch.utils.file_baton``)."""
 
 from __future__ import annotations
 
@@ -41,3 +41,15 @@ def warn_of_stale_locks() -> None:
             f"{lock} is older than {STALE_AFTER / 60:g} minutes: if no other job compiles extensions now, a build was "
             "killed, and DeepSpeed will wait for it without end. Delete the file, then start again."
         )
+
+
+def why_no_fused_adam(cuda: bool) -> str | None:
+    """Why DeepSpeed's own Adam is done without on a machine with or without a GPU; None where it is taken."""
+    if not cuda:
+        return "the one for CPUs takes a minute to compile"
+    from deepspeed.git_version_info import installed_ops
+    from torch.utils import cpp_extension
+
+    if installed_ops.get("fused_adam") or cpp_extension.CUDA_HOME is not None:
+        return None
+    return "its kernels were not installed with it, and compiling them needs a CUDA toolkit (nvcc), which is not here"

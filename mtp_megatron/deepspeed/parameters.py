@@ -19,14 +19,18 @@ class ZeroParameters(ParameterAccess):
 
     To be made before the engine is: ZeRO 3 takes a look at a weight during a forward pass for a wish to keep it
     gathered, so the unembeddings are looked up once, here.
+
+    Args:
+        stage: ``zero_optimization.stage``.
+        overlapped: ``zero_optimization.overlap_comm``.
     """
 
-    def __init__(self, model: MTPGPTModel, stage: int) -> None:
+    def __init__(self, model: MTPGPTModel, stage: int, overlapped: bool = False) -> None:
         self.unembeddings = tuple(model.unembeddings())
         self.sharded = stage == 3
-        # ZeRO 2 and 3 reduce a gradient when it arrives and refuse a second one; DeepSpeed's own tiled losses say
-        # with this attribute of a parameter that more is to come.
-        self._reduces_on_arrival = stage >= 2
+        # ZeRO 2 and 3, and an overlapped ZeRO 1, reduce a gradient when it arrives and refuse a second one; DeepSpeed's
+        # own tiled losses say with this attribute of a parameter that more is to come.
+        self._reduces_on_arrival = stage >= 2 or (stage == 1 and overlapped)
 
     def whole(self, parameters: Iterable[Tensor]) -> AbstractContextManager[None]:
         wanted = list(parameters)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from mtp_megatron import compat
 from mtp_megatron.compat import packages
 from mtp_megatron.deepspeed import settings
-from mtp_megatron.deepspeed.extensions import warn_of_stale_locks
+from mtp_megatron.deepspeed.extensions import warn_of_stale_locks, why_no_fused_adam
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.targets import IGNORE_INDEX
 from mtp_megatron.training.batches import Microbatch
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     from mtp_megatron.model import MTPGPTModel
     from mtp_megatron.sequential import HeadReport
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -153,15 +155,20 @@ def build_trainer(recipe: Recipe, initial: Path | None = None) -> DeepSpeedTrain
         parallel_state.get_data_parallel_world_size(),
         context_parallel=parallel_state.get_context_parallel_world_size(),
     )
-    if not torch.cuda.is_available():  # torch's own Adam: DeepSpeed's for CPUs takes a minute to compile
-        config["optimizer"]["params"].setdefault("torch_adam", True)
+    cuda, adam = torch.cuda.is_available(), config["optimizer"]["params"]
+    without = why_no_fused_adam(cuda)
+    if without is not None and "torch_adam" not in adam:
+        adam["torch_adam"] = True
+        if cuda and dist.get_rank() == 0:
+            logger.warning("Adam is torch's, which is slower than DeepSpeed's: %s", without)
     transformer = transformer_config(recipe)
     transformer.gradient_accumulation_fusion = False  # it adds to megatron-core's own gradient buffers
     (model,) = (chunk.to(compat.device()) for chunk in build_models(recipe, transformer))
     if initial is not None:
         load_initial(recipe, [model], initial)
     drop_empty_states(model)
-    model.parameter_access = ZeroParameters(model, settings.zero_stage(config))
+    overlapped = bool(config.get("zero_optimization", {}).get("overlap_comm"))
+    model.parameter_access = ZeroParameters(model, settings.zero_stage(config), overlapped)
     sum_over_tensor_ranks(model)
     engine, *_ = deepspeed.initialize(
         model=model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -38,6 +39,9 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         nonlocal requests
         requests += 1
         if requests > 1:
+            for rank in _ranks(job.pid):  # each has a session of its own, and would outlive torchrun
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    rank.kill()
             os.killpg(job.pid, signal.SIGKILL)
             return
         for rank in _ranks(job.pid):

@@ -31,7 +31,7 @@ def model_parallel_world(recipe: Recipe, store: Store | None = None) -> Iterator
     """Join the job: process group, model parallel groups, seeds; leave it again at the end.
 
     The process group comes from the environment that torchrun sets, or is this process alone; one that exists already
-    is used and left as it is.
+    is used and left as it is. So is one of NCCL after an error (:func:`waits_for_others`).
 
     Args:
         recipe: resolved.
@@ -41,7 +41,7 @@ def model_parallel_world(recipe: Recipe, store: Store | None = None) -> Iterator
         ConfigError: this node starts more ranks than it has GPUs.
     """
     compat.prepare()
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import parallel_state
 
     timeout = timedelta(minutes=recipe.train.timeout_minutes)
     owns_group = not dist.is_initialized()
@@ -69,19 +69,38 @@ def model_parallel_world(recipe: Recipe, store: Store | None = None) -> Iterator
     try:
         _seed(recipe.train.seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
         yield
-    finally:
-        tensor_parallel.get_cuda_rng_tracker().reset()
-        parallel_state.destroy_model_parallel()
-        if owns_group:
-            dist.destroy_process_group()
+    except BaseException:
+        if not (owns_group and waits_for_others()):
+            _leave(owns_group)
+        raise
+    _leave(owns_group)
+
+
+def waits_for_others() -> bool:
+    """Whether leaving the job waits for the other ranks: NCCL's communicators are destroyed by all together.
+
+    After an error here they may be in a collective that this rank will never join. Then nothing is destroyed, and the
+    process has to end without that (``os._exit``), or its error would be seen after the others' timeout.
+    """
+    return dist.is_initialized() and dist.get_backend() == dist.Backend.NCCL and dist.get_world_size() > 1
+
+
+def _leave(owns_group: bool) -> None:
+    from megatron.core import parallel_state, tensor_parallel
+
+    tensor_parallel.get_cuda_rng_tracker().reset()
+    parallel_state.destroy_model_parallel()
+    if owns_group:
+        dist.destroy_process_group()
 
 
 def _check_local_rank() -> None:
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if local >= torch.cuda.device_count():
+    # By every rank, so that the one that reports for its node does.
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", int(os.environ.get("LOCAL_RANK", "0")) + 1))
+    if started > torch.cuda.device_count():
         raise ConfigError(
             "processes per node",
-            int(os.environ.get("LOCAL_WORLD_SIZE", local + 1)),
+            started,
             f"this node has {torch.cuda.device_count()} CUDA devices, and each rank needs its own",
             "Start fewer ranks per node, or set CUDA_VISIBLE_DEVICES= to train on the CPU.",
         )

@@ -188,6 +188,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ZeRO 2, a frozen trunk": (zero(2), {"heads__trainable": "heads"}),
     "ZeRO 3, a frozen trunk": (zero(3), {"heads__trainable": "heads"}),
     "ZeRO 1, all heads at once": (zero(1), {"heads__execution": "joint"}),
+    "ZeRO 1, overlapped": ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, {}),
     "ZeRO 2, overlapped": ({"zero_optimization": {"stage": 2, "overlap_comm": True}}, {}),
 }
 

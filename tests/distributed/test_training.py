@@ -23,6 +23,7 @@ from tests.training_runs import (
     metrics,
     tiny_tree,
     train_body,
+    train_in_small_buckets,
     train_on_scarce_targets,
 )
 
@@ -298,6 +299,30 @@ def test_frozen_trunks_train_and_resume(trainable: str, data: Path, seedling: Pa
     assert metrics(resumed) == metrics(whole)
     run_world(train_body, 1, tiny_tree(data, single, **common))
     assert largest_difference(metrics(whole), metrics(single)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "idle",
+    [
+        {"heads__curriculum_steps": 6},
+        {"heads__loss_weights": [1.0, 0.5, 0.0]},
+        {"heads__loss_weights": [1.0, 0.5, 0.0], "heads__unembedding": "replicated"},
+        {"heads__loss_weights": [1.0, 0.5, 0.0], "heads__kind": "medusa"},
+        {"heads__loss_weights": [1.0, 0.5, 0.0], "heads__arrangement": "causal"},
+    ],
+    ids=str,
+)
+def test_idle_heads_where_parameters_are_gathered_late(idle: dict[str, Any], data: Path, tmp_path: Path) -> None:
+    """Each in buckets of its own, for which no forward pass waits."""
+    overlapped = {f"optimizer__{name}": True for name in ("distributed", "overlap_grad_reduce", "overlap_param_gather")}
+    plain, late = tmp_path / "plain", tmp_path / "late"
+    run_world(train_body, 2, tiny_tree(data, plain, **idle))
+    run_world(train_in_small_buckets, 2, tiny_tree(data, late, **overlapped, **idle))
+    expected = metrics(plain)
+    assert any(None in record["head_loss"] for record in expected.values()), "control: there are idle heads"
+    for step, record in metrics(late).items():
+        for key in ("loss", "grad_norm"):
+            assert record[key] == pytest.approx(expected[step][key], rel=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
