@@ -134,6 +134,22 @@ def test_sigterm_saves_and_exits_cleanly(data: Path, undisturbed: Path, tmp_path
     assert metrics(run) == metrics(undisturbed)
 
 
+def test_a_second_request_ends_every_rank_at_once(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with job(settings(data, run)) as process:
+        wait_for_step(run, 3, process)
+        members = ranks(process)
+        members[1].suspend()  # the first request to stop cannot be met
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        status, _ = finished(process)
+        assert status != 0
+        _, alive = psutil.wait_procs(members.values(), timeout=30)
+        assert not alive
+
+
 def test_a_rank_that_hangs_ends_the_job(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with job(settings(data, run, train__timeout_minutes=0.5)) as process:

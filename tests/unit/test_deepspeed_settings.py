@@ -256,3 +256,27 @@ def test_fp16_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         build_trainer(merged_recipe(recipe_of(), {"fp16": {"enabled": True}}, 1))
     assert (caught.value.field, caught.value.value) == ("train.precision", "fp16")
     assert "Use bf16" in str(caught.value)
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize(
+    ("cuda", "home", "installed", "says"),
+    [
+        (False, "/usr/local/cuda", True, "takes a minute"),
+        (True, None, False, "CUDA toolkit"),
+        (True, "/usr/local/cuda", False, None),
+        (True, None, True, None),
+    ],
+)
+def test_adam_is_torchs_where_deepspeeds_cannot_be_had(
+    cuda: bool, home: str | None, installed: bool, says: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepspeed import git_version_info
+    from torch.utils import cpp_extension
+
+    from mtp_megatron.deepspeed.extensions import why_no_fused_adam
+
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", home)
+    monkeypatch.setitem(git_version_info.installed_ops, "fused_adam", installed)
+    reason = why_no_fused_adam(cuda)
+    assert (reason is None) if says is None else (reason is not None and says in reason)
