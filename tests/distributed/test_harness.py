@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mtp_megatron import compat
 from tests.harness import parallel, run_world
 
 only_gloo = pytest.mark.skipif(torch.cuda.device_count() >= 2, reason="about connections and interfaces of gloo")
 
 
 def _sum(rank: int, world_size: int, start: float) -> tuple[float, int]:
-    value = torch.tensor(start + rank)
+    value = torch.tensor(start + rank, device=compat.device())
     dist.all_reduce(value)
     return float(value), os.getpid()
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from mtp_megatron import compat
 from mtp_megatron import loss as loss_module
 from mtp_megatron.loss import VocabShard, linear_cross_entropy, vocab_parallel_linear_cross_entropy
 from mtp_megatron.targets import IGNORE_INDEX
@@ -40,6 +41,15 @@ def inputs(vocab: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, 
     targets = torch.randint(0, vocab, (TOKENS,), generator=generator)
     targets[::5] = IGNORE_INDEX
     return hidden, weight, targets
+
+
+def here(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """On this rank's device, where its backend takes them."""
+    return [tensor.to(compat.device()) for tensor in tensors]
+
+
+def on_cpu(result: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.cpu() for name, value in result.items()}
 
 
 def whole(vocab: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -72,7 +82,7 @@ def local_rows(weight: torch.Tensor, rows: int, rank: int) -> torch.Tensor:
 
 def _split(rank: int, world: int, vocab: int, rows: int, dtype: torch.dtype, shift: int) -> list[dict]:
     """This rank's figures for each chunk size of `CHUNKS`. `shift` moves the start of every shard but rank 0's."""
-    hidden, weight, targets = inputs(vocab, dtype)
+    hidden, weight, targets, scale = here(*inputs(vocab, dtype), torch.tensor(SCALE, dtype=dtype))
     shard = VocabShard.of(vocab, rows, dist.group.WORLD)
     shard = replace(shard, start=shard.start + shift * (rank > 0))
     local = local_rows(weight, rows, rank)
@@ -84,13 +94,13 @@ def _split(rank: int, world: int, vocab: int, rows: int, dtype: torch.dtype, shi
             local,
             targets,
             shard,
-            grad_scale=torch.tensor(SCALE, dtype=dtype),
+            grad_scale=scale,
             weight_grad=weight_grad,
             chunk_tokens=chunk,
             predictions=True,
         )
         dist.all_reduce(hidden_grad)
-        results.append({**vars(sums), "hidden_grad": hidden_grad, "weight_grad": weight_grad})
+        results.append(on_cpu({**vars(sums), "hidden_grad": hidden_grad, "weight_grad": weight_grad}))
     return results
 
 
@@ -168,7 +178,7 @@ DRAWN = [Drawn.of(seed) for seed in range(60)]
 def _drawn(rank: int, world: int, cases: Sequence[Drawn], roll: int) -> list[dict[str, torch.Tensor]]:
     results = []
     for case in cases:
-        hidden, weight, targets = case.tensors()
+        hidden, weight, targets, scale = here(*case.tensors(), torch.tensor(SCALE, dtype=torch.float64))
         local = local_rows(weight, case.rows, rank)
         weight_grad = torch.zeros_like(local)
         sums, hidden_grad = linear_cross_entropy(
@@ -176,14 +186,13 @@ def _drawn(rank: int, world: int, cases: Sequence[Drawn], roll: int) -> list[dic
             local,
             targets.roll(roll),
             VocabShard.of(case.vocab, case.rows, dist.group.WORLD),
-            grad_scale=torch.tensor(SCALE, dtype=torch.float64),
+            grad_scale=scale,
             weight_grad=weight_grad,
             chunk_tokens=case.chunk,
         )
         dist.all_reduce(hidden_grad)
-        results.append(
-            {"loss": sums.loss, "correct": sums.correct, "hidden_grad": hidden_grad, "weight_grad": weight_grad}
-        )
+        result = {"loss": sums.loss, "correct": sums.correct, "hidden_grad": hidden_grad, "weight_grad": weight_grad}
+        results.append(on_cpu(result))
     return results
 
 
@@ -221,6 +230,7 @@ def _ties(rank: int, world: int, dtype: torch.dtype) -> tuple[list[int], list[in
     shard = VocabShard.of(vocab, rows, dist.group.WORLD)
     local = torch.zeros(rows * world, vocab, dtype=dtype)
     local[:vocab] = weight
+    hidden, local, targets = here(hidden, local, targets)
     sums, _ = linear_cross_entropy(
         hidden, local[rank * rows : (rank + 1) * rows], targets, shard, chunk_tokens=7, predictions=True
     )
@@ -256,9 +266,8 @@ def _counted(rank: int, world: int, vocab: int, rows: int, chunk: int | None, el
     dist.all_reduce = counting
     loss_module.CHUNK_ELEMENTS = elements or before
     try:
-        hidden, weight, targets = inputs(vocab, torch.float32)
+        hidden, weight, targets, scale = here(*inputs(vocab, torch.float32), torch.tensor(1.0))
         shard = VocabShard.of(vocab, rows, dist.group.WORLD)
-        scale = torch.tensor(1.0)
         local = local_rows(weight, rows, rank)
         linear_cross_entropy(
             hidden, local, targets, shard, grad_scale=scale, weight_grad=torch.zeros_like(local), chunk_tokens=chunk
@@ -295,7 +304,7 @@ def test_default_chunks_are_the_same_on_ranks_with_unequal_shares() -> None:
 
 
 def _no_valid_token(rank: int, world: int) -> list[bool]:
-    hidden, weight, targets = inputs(33, torch.float32)
+    hidden, weight, targets, scale = here(*inputs(33, torch.float32), torch.tensor(1.0))
     local = local_rows(weight, 16, rank)
     shard = VocabShard.of(33, 16, dist.group.WORLD)
     zeros = []
@@ -306,7 +315,7 @@ def _no_valid_token(rank: int, world: int) -> list[bool]:
             local,
             torch.full_like(targets[:tokens], IGNORE_INDEX),
             shard,
-            grad_scale=torch.tensor(1.0),
+            grad_scale=scale,
             weight_grad=weight_grad,
             chunk_tokens=4,
         )
@@ -321,7 +330,7 @@ def test_no_token_and_no_valid_token_are_zero() -> None:
 def _autograd_form(rank: int, world: int, vocab: int, rows: int, bad_targets: Sequence[int | None]) -> list[dict]:
     results = []
     for bad_target in bad_targets:
-        hidden, weight, targets = inputs(vocab, torch.float64)
+        hidden, weight, targets = here(*inputs(vocab, torch.float64))
         if bad_target is not None:
             targets[1] = bad_target
         local = local_rows(weight, rows, rank).requires_grad_()
@@ -329,9 +338,8 @@ def _autograd_form(rank: int, world: int, vocab: int, rows: int, bad_targets: Se
         shard = VocabShard.of(vocab, rows, dist.group.WORLD)
         loss, correct = vocab_parallel_linear_cross_entropy(hidden, local, targets, shard, chunk_tokens=6)
         (loss * SCALE).backward()
-        results.append(
-            {"loss": loss.detach(), "correct": correct, "hidden_grad": hidden.grad, "weight_grad": local.grad}
-        )
+        result = {"loss": loss.detach(), "correct": correct, "hidden_grad": hidden.grad, "weight_grad": local.grad}
+        results.append(on_cpu(result))
     return results
 
 
