@@ -5,6 +5,7 @@ Not covered here: fp16 and NCCL, which need GPUs; several nodes.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,17 @@ def test_other_settings_train_as_under_megatron_core(name: str, data: Path, tmp_
     run_world(train_body, 2, deepspeed_tree(data, run, config, **common), timeout=TIMEOUT)
     for kind in ("train", "valid"):
         assert_alike(metrics(run, kind), metrics(reference, kind))
+
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples/deepspeed").glob("*.json"))
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_the_examples_train(example: Path, data: Path, tmp_path: Path) -> None:
+    tree = deepspeed_tree(data, tmp_path / "run", json.loads(example.read_text()), **{**RUN, "train__steps": 6})
+    assert run_world(train_body, 2, tree, timeout=TIMEOUT) == [6, 6]
+    first, *_, last = (record["loss"] for record in metrics(tmp_path / "run").values())
+    assert last < first
 
 
 @pytest.mark.parametrize("stage", [0, 3])
