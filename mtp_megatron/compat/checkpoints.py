@@ -179,11 +179,35 @@ def padded_optimizer_state() -> Iterator[None]:
     takes each parameter's state from where the parameter lies in the padded buffer: after a padded bucket that is
     another parameter's. Buckets are padded to a multiple of the data parallel size and of 128.
     """
+    with _replaced(
+        "get_parameter_state_dp_zero",
+        lambda upstream: lambda self, *args, **kwargs: _with_padding(self, upstream(self, *args, **kwargs)),
+    ):
+        yield
+
+
+@contextmanager
+def padded_checkpoints() -> Iterator[None]:
+    """The same for a loop that saves in whichever format it is told to: others are left as they are."""
+
+    def padded(upstream: Callable[..., Any]) -> Callable[..., Any]:
+        def sharded_state(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with padded_optimizer_state():
+                return upstream(self, *args, **kwargs)
+
+        return sharded_state
+
+    with _replaced("sharded_param_state_fully_reshardable", padded):
+        yield
+
+
+@contextmanager
+def _replaced(method: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     undo: list[Callable[[], None]] = []
     row = Replacement(
         "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer",
-        "get_parameter_state_dp_zero",
-        lambda upstream: lambda self, *args, **kwargs: _with_padding(self, upstream(self, *args, **kwargs)),
+        method,
+        make,
         "parameters after a padded bucket are saved with others' Adam moments and fp32 weights",
     )
     replace(row, undo)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mtp_megatron.compat import cpu, devices, versions
+from mtp_megatron.compat.checkpoints import padded_checkpoints
 from mtp_megatron.compat.patching import Replacement, replace
 from mtp_megatron.compat.versions import EnvironmentUnsupported
 
@@ -132,4 +133,5 @@ def pretrain(
     else:
         settings |= {"extra_args_provider": extra_args_provider, "args_defaults": args_defaults or {}}
     wrapped, settings["store"] = inprocess_restart.maybe_wrap_for_inprocess_restart(upstream)
-    wrapped(**settings)
+    with padded_checkpoints():
+        wrapped(**settings)

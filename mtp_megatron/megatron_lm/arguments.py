@@ -122,6 +122,10 @@ REFUSALS = (
     Refusal("--position-embedding-type", ("rope",), "the heads' layers need rotary positions", "Set it to rope"),
     Refusal("--rotary-percent", (1.0,), "every channel is rotated", "Leave it at 1.0"),
     Refusal("--rotary-seq-len-interpolation-factor", (None, 1), "positions are not interpolated", _DROP),
+    Refusal("--no-rope-freq", (None,), "it lists the trunk's layers, and the heads have positions in each", _DROP),
+    Refusal("--window-attn-skip-freq", (None,), "it counts layers, and all heads would have one's window", _DROP),
+    Refusal("--qk-clip", _OFF, "it clips the trunk's layers alone", _DROP),
+    Refusal("--use-mup", _OFF, "the heads' logits are not scaled by it", _DROP),
     Refusal("--spec", (None,), "the heads bring the model's layer spec", _DROP),
     Refusal("--heterogeneous-layers-config-path", (None,), "all layers of trunk and heads are alike", _DROP),
     Refusal("--multi-latent-attention", _OFF, "the heads' layers are not tested with it", _DROP),
@@ -132,6 +136,9 @@ REFUSALS = (
     Refusal("--defer-embedding-wgrad-compute", _OFF, "the heads compute the unembedding's gradient themselves", _DROP),
     Refusal("--delay-wgrad-compute", _OFF, "the heads' weight gradients are complete when their backward is", _DROP),
     Refusal("--overlap-moe-expert-parallel-comm", _OFF, "its schedule plan knows no heads", _DROP),
+    Refusal(
+        "--fine-grained-activation-offloading", _OFF, "it counts on forward passes outside of the backward pass", _DROP
+    ),
     Refusal("--enable-cuda-graph", _OFF, "the heads run outside of any graph", _DROP),
     Refusal("--external-cuda-graph", _OFF, "the heads run outside of any graph", _DROP),
     Refusal("--cuda-graph-impl", (None, "none"), "the heads run outside of any graph", _DROP),
@@ -175,13 +182,13 @@ def check_args(args: argparse.Namespace) -> HeadsConfig:
             f"attention masks are not cut for --context-parallel-size {args.context_parallel_size}",
             "Drop one of the two",
         )
-    if heads.trainable != "all" and args.use_distributed_optimizer and args.pipeline_model_parallel_size > 1:
+    if heads.trainable != "all" and args.pipeline_model_parallel_size > 1:
         raise ConfigError(
             "--mtp-trainable",
             heads.trainable,
-            "the first of --pipeline-model-parallel-size stages then train nothing, and megatron-core's distributed "
-            "optimizer cannot be saved on such a stage",
-            "Drop --use-distributed-optimizer, or train on one stage",
+            "the first of --pipeline-model-parallel-size stages then train nothing, and Megatron-LM's loop cannot save "
+            "an optimizer on such a stage so that it can be read again",
+            "Train on one stage, or with `mtp-megatron train` and optimizer.distributed=false",
         )
     if args.seq_length is not None and heads.n > args.seq_length:
         raise ConfigError(
@@ -221,6 +228,13 @@ def _check_transformer_engine(args: argparse.Namespace) -> None:
     """Refuse Transformer Engine's layers, Megatron-LM's default, where they cannot run."""
     if args.transformer_impl != "transformer_engine":
         return
+    if args.reset_attention_mask:
+        raise ConfigError(
+            "--reset-attention-mask",
+            True,
+            "Transformer Engine's layers are causal whatever mask they are given: documents would see one another",
+            "Drop it, or set --transformer-impl to local",
+        )
     package = packages.transformer_engine(torch.cuda.is_available())
     if package.state is not packages.State.USABLE:
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,11 +56,8 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None, heads: HeadsCon
             )
         data = next(data_iterator)
     # Megatron-LM sends labels to the last stage alone and tokens to the first; the targets need both.
-    batch = tensor_parallel.broadcast_data(list(_INTEGERS), data, torch.int64)
-    batch |= tensor_parallel.broadcast_data(["loss_mask"], data, torch.float32)
-    mask = None
-    if args.reset_attention_mask:
-        mask = tensor_parallel.broadcast_data(["attention_mask"], data, torch.bool)["attention_mask"]
+    batch = _sent(_INTEGERS, data, torch.int64) | _sent(["loss_mask"], data, torch.float32)
+    mask = _sent(["attention_mask"], data, torch.bool)["attention_mask"] if args.reset_attention_mask else None
     size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
     targets = None
     if owns_heads:
@@ -70,3 +67,11 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None, heads: HeadsCon
         targets = context_shard(targets, size, rank)
     tokens, positions = (context_shard(batch[name], size, rank) for name in ("tokens", "position_ids"))
     return Batch(tokens, positions, targets, mask)
+
+
+def _sent(keys: Sequence[str], data: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """These tensors on every tensor parallel rank's device; with one such rank nobody waits for the copy."""
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return {key: data[key].cuda(non_blocking=True) for key in keys}
+    sent: dict[str, Tensor] = tensor_parallel.broadcast_data(list(keys), data, dtype)
+    return sent

@@ -165,6 +165,11 @@ def test_masks_are_not_cut_for_context_parallelism() -> None:
         check_args(parse("--mtp-heads", "2", reset_attention_mask=True, context_parallel_size=2))
 
 
+def test_masks_are_not_looked_at_by_transformer_engine() -> None:
+    with pytest.raises(ConfigError, match="--reset-attention-mask=True: Transformer Engine's layers are causal"):
+        check_args(parse("--mtp-heads", "2", reset_attention_mask=True, transformer_impl="transformer_engine"))
+
+
 def test_a_layout_with_heads_on_other_stages_is_refused() -> None:
     check_args(parse("--mtp-heads", "2", pipeline_model_parallel_layout="Et*3|(tt|)*2L"))
     with pytest.raises(ConfigError, match=r"^--pipeline-model-parallel-layout='Ettm\|mL'.*parallel\.layout"):
@@ -172,10 +177,14 @@ def test_a_layout_with_heads_on_other_stages_is_refused() -> None:
 
 
 def test_stages_that_train_nothing() -> None:
-    sharded = {"use_distributed_optimizer": True, "pipeline_model_parallel_size": 2}
-    check_args(parse("--mtp-heads", "2", **sharded))
-    with pytest.raises(ConfigError, match="--mtp-trainable='heads'"):
-        check_args(parse("--mtp-heads", "2", "--mtp-trainable", "heads", **sharded))
+    stages = {"pipeline_model_parallel_size": 2}
+    for sharded in (False, True):
+        check_args(parse("--mtp-heads", "2", use_distributed_optimizer=sharded, **stages))
+        check_args(parse("--mtp-heads", "2", "--mtp-trainable", "heads", use_distributed_optimizer=sharded))
+        with pytest.raises(ConfigError, match="--mtp-trainable='heads'"):
+            check_args(
+                parse("--mtp-heads", "2", "--mtp-trainable", "heads", use_distributed_optimizer=sharded, **stages)
+            )
 
 
 @needs_megatron_lm
@@ -192,6 +201,7 @@ def test_no_clash_with_megatron_lm() -> None:
     others = {"--use-legacy-models"}  # of earlier releases
     if versions.require_megatron_core().release < (0, 18):
         others = {"--logits-load-dir", "--logits-save-dir", "--dataloader-inter-document-masking", "--fp8-output-proj"}
+        others.add("--use-mup")
     dests = {refusal.dest for refusal in REFUSALS if refusal.name not in others}
     dests |= {"reset_attention_mask", "context_parallel_size", "rampup_batch_size"}
     dests |= {"fp8", "fp8_recipe", "fp8_param_gather", "fp4", "first_last_layers_bf16", "bf16"}
