@@ -80,10 +80,12 @@ class FusedAdam(torch.optim.Optimizer):
         weight_decay: float,
         bias_correction: bool = True,
         adam_w_mode: bool = True,
+        capturable: bool = False,  # given from 0.19 on
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"bias_correction": bias_correction})
         assert adam_w_mode
+        assert not capturable
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         unknown = {name for state in state_dict["state"].values() for name in state} - {"exp_avg", "exp_avg_sq"}

@@ -294,6 +294,8 @@ print(compat.fusions()["gradient_accumulation_fusion"], compat.slower_without_ap
         for name in ("CUDA_HOME", "CUDA_DIR", "NVTE_CUDA_INCLUDE_DIR"):
             monkeypatch.setenv(name, "")
         monkeypatch.setattr(packages, "_TOOLKIT", str(tmp_path / "nowhere"))
+        wheels = SimpleNamespace(submodule_search_locations=[str(folder / "nvidia")])  # not those of this environment
+        monkeypatch.setattr(packages, "locate", {"nvidia": wheels}.get)
         monkeypatch.setenv("CUDA_HOME", str(tmp_path / "without headers"))
         (folder / "nvidia" / part).mkdir(parents=True)
         packages.name_cuda_headers()

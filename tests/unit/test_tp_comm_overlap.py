@@ -32,6 +32,7 @@ OVERLAP = {
 }
 FP8 = {"train__fp8": "hybrid", "train__fp8_recipe": "tensorwise"}
 WIDE = {"train__micro_batch_size": 2, "model__hidden_size": 64}  # for blocks of 32 on each rank
+WIDER = {"model__seq_length": 256, "model__hidden_size": 128}  # of 128
 
 
 def recipe_of(**overrides: Any) -> Recipe:
@@ -48,7 +49,7 @@ def recipe_of(**overrides: Any) -> Recipe:
         ("Set train.precision=bf16", {"train__precision": "fp32"}),
         ("DeepSpeed", {"run__deepspeed": "ds.json"}),
         ("experts", {"model__num_experts": 2, "parallel__expert": 2}),
-        ("train.fp8_recipe to tensorwise", {**FP8, "train__fp8_recipe": "blockwise"}),
+        ("train.fp8_recipe to tensorwise", {**WIDER, **FP8, "train__fp8_recipe": "blockwise"}),
         ("32 tokens", {**WIDE, **FP8, "train__fp8_recipe": "mxfp8"}),
         ("train.fp4=e2m1", {**WIDE, "train__fp4": "e2m1"}),
     ],
