@@ -33,7 +33,7 @@ class Scaling:
         cuda: of the torch build, at least.
         transformer_engine: at least.
         multiple: tokens of a microbatch and channels of every matrix must be multiples of it.
-        gathered: tokens and channels of what sequence parallelism gathers must be multiples of it.
+        gathered: tokens and channels of what sequence parallelism gathers must be multiples of it too.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Scaling:
     transformer_engine: Version
     before: Capability | None = None
     multiple: int = 16
-    gathered: int = 16
+    gathered: int = 1
 
     def needs(self) -> str:
         """In words."""
@@ -60,11 +60,11 @@ class Scaling:
 SCALINGS = {
     scaling.name: scaling
     for scaling in (
-        Scaling("mxfp8", (10, 0), Version("12.8"), Version("2.1"), before=(12, 0), multiple=32, gathered=32),
+        Scaling("mxfp8", (10, 0), Version("12.8"), Version("2.1"), before=(12, 0), multiple=32),
         Scaling("tensorwise", (8, 9), Version("12.1"), Version("2.2")),
         Scaling("blockwise", (9, 0), Version("12.9"), Version("2.3"), gathered=128),
         Scaling("delayed", (8, 9), Version("12.1"), Version("2.0")),
-        Scaling(NVFP4, (10, 0), Version("12.8"), Version("2.7"), multiple=32, gathered=32),
+        Scaling(NVFP4, (10, 0), Version("12.8"), Version("2.7"), multiple=32),
     )
 }
 

@@ -57,12 +57,11 @@ def save_checkpoint(recipe: Recipe, manifest: Manifest, trainable: Trainable, ch
         files.prepare_temporary(checkpoints, step)
     dist.barrier()
     temporary = files.temporary_folder(checkpoints, step)
-    with trainable.gathered_parameters(), padded_optimizer_state():
+    with trainable.gathered_parameters():
         state = model_state(trainable.models)
-        state["optimizer"] = trainable.optimizer.sharded_state_dict(state, metadata=metadata())
+        state["optimizer"] = _optimizer_state(trainable, state)
     if not recipe.optimizer.distributed:
         add_step(state["optimizer"], step)
-        keep_empty_masters_local(state["optimizer"])
     state |= {
         "opt_param_scheduler": trainable.scheduler.state_dict(),
         "rng_state": sharded_rng_state(),
@@ -102,10 +101,7 @@ def load_checkpoint(recipe: Recipe, trainable: Trainable, folder: Path) -> int:
         )
     same_grid = all(saved.get(key) == getattr(recipe.parallel, key) for key in ("tensor", "pipeline"))
     state = model_state(trainable.models)
-    with padded_optimizer_state():
-        state["optimizer"] = trainable.optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata())
-    if not recipe.optimizer.distributed:
-        keep_empty_masters_local(state["optimizer"])
+    state["optimizer"] = _optimizer_state(trainable, state, is_loading=True)
     if same_grid:
         state["rng_state"] = sharded_rng_state()
     loaded = read_state(state, folder)
@@ -120,6 +116,16 @@ def load_checkpoint(recipe: Recipe, trainable: Trainable, folder: Path) -> int:
     elif dist.get_rank() == 0 and max(recipe.model.hidden_dropout, recipe.model.attention_dropout) > 0:
         logger.warning("resuming at another TP x PP: dropout draws other numbers than the original layout would have")
     return int(loaded["iteration"])
+
+
+def _optimizer_state(trainable: Trainable, model: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
+    """The optimizer's sharded state beside the model's (:func:`model_state`)."""
+    with padded_optimizer_state():
+        state: dict[str, Any] = trainable.optimizer.sharded_state_dict(
+            model, is_loading=is_loading, metadata=metadata()
+        )
+    keep_empty_masters_local(state)
+    return state
 
 
 def latest_checkpoint(checkpoints: Path) -> Path | None:

@@ -38,14 +38,11 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     def pass_on(number: int, frame: FrameType | None) -> None:
         nonlocal requests
         requests += 1
+        for rank in _ranks(job.pid):  # each has a session of its own, and would outlive torchrun
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(number if requests == 1 else signal.SIGKILL)
         if requests > 1:
-            for rank in _ranks(job.pid):  # each has a session of its own, and would outlive torchrun
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    rank.kill()
             os.killpg(job.pid, signal.SIGKILL)
-            return
-        for rank in _ranks(job.pid):
-            rank.send_signal(number)
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     former = {number: signal.signal(number, pass_on) for number in numbers}

@@ -114,7 +114,8 @@ def _check_multiples(recipe: Recipe, scaling: fp8.Scaling) -> None:
     groups = model.num_query_groups or model.num_attention_heads
     queries = model.num_attention_heads * model.attention_head_size
     keys = groups * model.attention_head_size
-    plain, gathered = scaling.multiple, scaling.gathered if parallel.sequence_parallel else scaling.multiple
+    plain = scaling.multiple
+    gathered = max(plain, scaling.gathered) if parallel.sequence_parallel else plain
     for name, value, size, multiple in (
         ("train.micro_batch_size", train.micro_batch_size, tokens, gathered),
         ("model.hidden_size", model.hidden_size, model.hidden_size, gathered),
