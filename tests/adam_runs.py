@@ -16,6 +16,7 @@ from mtp_megatron import compat
 from mtp_megatron.compat import fallbacks
 from mtp_megatron.compat.checkpoints import chained
 from tests.training_runs import train_body
+from tests.transformer_engine.kernels import multi_tensor_adam
 
 
 @dataclass(frozen=True)
@@ -98,24 +99,15 @@ class FusedAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             if not group["params"]:
                 continue
-            assert group["bias_correction"]
             group["step"] = group.get("step", 0) + 1
-            assert isinstance(group["step"], int), "the kernel takes no other"
-            beta1, beta2 = group["betas"]
-            for parameter in group["params"]:
-                self._update(parameter, group, 1 - beta1 ** group["step"], 1 - beta2 ** group["step"])
+            parameters, moments = group["params"], [self._moments(parameter) for parameter in group["params"]]
+            lists = [[parameter.grad for parameter in parameters], parameters, *map(list, zip(*moments, strict=True))]
+            settings = (group["lr"], *group["betas"], group["eps"], group["step"], 1, int(group["bias_correction"]))
+            multi_tensor_adam(0, torch.zeros(1), lists, *settings, group["weight_decay"])
 
-    def _update(self, parameter: Tensor, group: dict[str, Any], correction1: float, correction2: float) -> None:
+    def _moments(self, parameter: Tensor) -> list[Tensor]:
         state = self.state[parameter]
-        for name in ("exp_avg", "exp_avg_sq"):
-            if name not in state:
-                state[name] = torch.zeros_like(parameter)
-        gradient, (beta1, beta2) = parameter.grad, group["betas"]
-        assert gradient is not None
-        state["exp_avg"].lerp_(gradient, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        update = state["exp_avg"] / correction1 / ((state["exp_avg_sq"] / correction2).sqrt() + group["eps"])
-        parameter.sub_(update + group["weight_decay"] * parameter, alpha=group["lr"])
+        return [state.setdefault(name, torch.zeros_like(parameter)) for name in ("exp_avg", "exp_avg_sq")]
 
 
 @contextmanager
