@@ -97,6 +97,8 @@ class Group:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "VIRTUAL_ENV": str(binaries.parent), "PATH": path},
+                # Out of the terminal's reach: it would send Ctrl-C to those that run, and not to one about to start.
+                start_new_session=True,
             )
 
     def status(self) -> int | None:
@@ -149,10 +151,11 @@ def run(queue: list[Group], environments: dict[str, Path], logs: Path) -> int:
     total: Counter[str] = Counter()
     failures: list[str] = []
     stops: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stops.append(number))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which nohup has made so
+            signal.signal(number, lambda number, frame: stops.append(number))
     while (queue or running) and not stops:
-        while queue and len(running) < AT_ONCE:
+        while queue and len(running) < AT_ONCE and not stops:
             group = queue.pop(0)
             group.start(environments[group.lane], logs)
             running.append(group)
@@ -165,17 +168,17 @@ def run(queue: list[Group], environments: dict[str, Path], logs: Path) -> int:
             total += found
             failures += [line for line in lines if line.startswith(("FAILED tests", "ERROR tests", "ERROR lane"))]
     if stops:
-        stop(running, stops[0])
+        stop(running)
         failures.append(f"ERROR interrupted before the end of {', '.join(map(str, [*running, *queue]))}")
         total["error"] += 1
     print("== all groups", *failures, summary(total, time.monotonic() - began), sep="\n", flush=True)
     return 1 if total["failed"] + total["error"] else 0
 
 
-def stop(running: list[Group], number: int) -> None:
+def stop(running: list[Group]) -> None:
     """Let each pytest end what its tests have started, as it does after Ctrl-C, and wait for that."""
     for group in running:
-        if group.process is not None and number != signal.SIGINT:  # which the terminal has sent to all of them
+        if group.process is not None:
             group.process.send_signal(signal.SIGINT)
     deadline = time.monotonic() + 60
     while any(group.status() is None for group in running) and time.monotonic() < deadline:

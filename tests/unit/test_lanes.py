@@ -13,9 +13,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+
+from tools import run_groups
 
 ROOT = Path(__file__).parents[2]
 
@@ -153,12 +156,14 @@ def test_a_pytest_that_dies_without_a_word_is_an_error(checkout: Path) -> None:
     assert lines(result)[-1].startswith(f"{7 * len(chosen(result, '.venv'))} passed, {dead} error in ")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
+WAITS = 'trap "echo stopped; exit 2" INT; echo $$ >>tools/running; sleep 60 & wait'
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=str)
 def test_a_run_that_is_stopped_leaves_nothing_running(checkout: Path, number: signal.Signals) -> None:
-    """SIGTERM to the script alone; Ctrl-C reaches every process of the terminal."""
-    stopped = 'trap "echo stopped; exit 2" INT; echo $$ >>tools/running; sleep 60 & wait'
+    """SIGTERM to the script alone; Ctrl-C, and a terminal that is closed, reach every process of the terminal."""
     for name, version in ((".venv", "3 11"), (".venv-py312", "3 12")):
-        environment(checkout, name, version, "7 passed in 2.00s", also=stopped)
+        environment(checkout, name, version, "7 passed in 2.00s", also=WAITS)
     process = subprocess.Popen(
         ["bash", "tools/test.sh"],
         cwd=checkout,
@@ -181,6 +186,37 @@ def test_a_run_that_is_stopped_leaves_nothing_running(checkout: Path, number: si
     assert process.returncode == 1, output
     assert not any(psutil.pid_exists(int(pid)) for pid in running.read_text().split())
     assert "ERROR interrupted before the end of lane main" in output
+
+
+def test_a_stop_while_a_group_is_started_reaches_that_group_too(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the terminal sends has come before that process was there. No further group is started."""
+    start = run_groups.Group.start
+
+    def stopped_at_the_second(group: Any, environment: Path, logs: Path) -> None:
+        if group.name == "e2e":
+            os.kill(os.getpid(), signal.SIGINT)
+        start(group, environment, logs)
+
+    monkeypatch.setattr(run_groups.Group, "start", stopped_at_the_second)
+    monkeypatch.setattr(run_groups, "AT_ONCE", 3)
+    monkeypatch.chdir(checkout)
+    environment(checkout, ".venv", "3 11", "7 passed in 2.00s", also=WAITS)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    began = time.monotonic()
+    try:
+        status = run_groups.run(run_groups.groups(["main"]), {"main": checkout / ".venv"}, checkout)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert status == 1
+    assert time.monotonic() - began < 50  # of the 60 that a group may take to end before it is killed
+    output = capsys.readouterr().out.splitlines()
+    assert [line for line in output if line.endswith("started")] == [
+        "== lane main, serving: started",
+        "== lane main, e2e: started",
+    ]
 
 
 def test_without_python_312_it_says_so_in_one_line_and_goes_on(checkout: Path) -> None:
