@@ -59,7 +59,7 @@ def save_checkpoint(
             shutil.copyfile(manifest.path / MODEL_FILE, temporary / MODEL_FILE)
         final = files.publish(checkpoints, step)
         files.write_atomically(checkpoints / LATEST, final.name)
-        files.prune(checkpoints, recipe.run.keep_last)
+        files.prune(checkpoints, recipe.run.keep_last, step)
     dist.barrier()  # nobody goes on, and perhaps fails, before the checkpoint is the latest
     return files.iteration_folder(checkpoints, step)
 

@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def prepare_temporary(checkpoints: Path, step: int) -> Path:
     """Create the empty folder that a save writes to, and remove what interrupted saves left behind."""
     checkpoints.mkdir(parents=True, exist_ok=True)
     for leftover in checkpoints.glob(f"iter_*{TEMPORARY_SUFFIX}"):
-        shutil.rmtree(leftover)
+        _discard(leftover)
     folder = temporary_folder(checkpoints, step)
     folder.mkdir()
     return folder
@@ -67,22 +68,47 @@ def prepare_temporary(checkpoints: Path, step: int) -> Path:
 def publish(checkpoints: Path, step: int) -> Path:
     """Make a fully written temporary folder the latest checkpoint; atomic at each of its steps, the tracker last."""
     temporary, final = temporary_folder(checkpoints, step), iteration_folder(checkpoints, step)
-    sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir()) if file.is_file()}
+    written = [file for file in sorted(temporary.iterdir()) if file.is_file()]
+    for file in written:
+        _sync(file)  # not every engine does; a power cut must not leave names without contents
+    sizes = {file.name: file.stat().st_size for file in written}
     write_atomically(temporary / SIZES, json.dumps(sizes, indent=1))
     _sync(temporary)
     if final.exists():  # the same step saved again, for example after a damaged copy was passed over
-        shutil.rmtree(final)
+        _discard(final)
     temporary.rename(final)
     write_atomically(checkpoints / TRACKER, str(step))
     return final
 
 
-def prune(checkpoints: Path, keep_last: int | None) -> None:
-    """Delete the oldest checkpoints so that ``keep_last`` remain; None keeps all."""
+def prune(checkpoints: Path, keep_last: int | None, step: int) -> None:
+    """Delete what is older than the ``keep_last`` newest usable checkpoints up to that of ``step``, the one just
+    published; None keeps all.
+
+    Damaged ones do not count: a run that goes on from an older checkpoint than the newest is left with what it saves.
+    Nothing newer than ``step`` is deleted.
+    """
     if keep_last is None:
         return
-    for folder in list(list_iterations(checkpoints).values())[:-keep_last]:
-        shutil.rmtree(folder)
+    kept = 0
+    for saved, folder in reversed(list_iterations(checkpoints).items()):
+        if kept == keep_last:
+            _discard(folder)
+        elif saved <= step and problem_of(folder) is None:
+            kept += 1
+
+
+def _discard(folder: Path) -> None:
+    """Delete a folder, at once out of the way: training does not end of a file that another process still holds."""
+    number = folder.name.partition(".")[0]
+    hidden = folder.with_name(f"{number}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
+    try:
+        folder.rename(hidden)
+        shutil.rmtree(hidden)
+    except FileNotFoundError:
+        return  # another process deletes it as well
+    except OSError as error:
+        logger.warning("%s cannot be deleted (%s): the next save tries again", hidden, error)
 
 
 def problem_of(folder: Path) -> str | None:
@@ -193,8 +219,8 @@ def write_atomically(path: Path, text: str) -> None:
     _sync(path.parent)
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -75,7 +75,7 @@ def save_checkpoint(recipe: Recipe, manifest: Manifest, trainable: Trainable, ch
         if manifest.tokenizer.kind == "sentencepiece":
             shutil.copyfile(manifest.path / MODEL_FILE, temporary / MODEL_FILE)
         files.publish(checkpoints, step)
-        files.prune(checkpoints, recipe.run.keep_last)
+        files.prune(checkpoints, recipe.run.keep_last, step)
     dist.barrier()  # nobody goes on, and perhaps fails, before the checkpoint is the latest
     return files.iteration_folder(checkpoints, step)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -95,10 +97,53 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 def test_pruning_keeps_the_latest(tmp_path: Path) -> None:
     for step in (9, 10, 100):
         save(tmp_path, step)
-    files.prune(tmp_path, None)
+    files.prune(tmp_path, None, 100)
     assert list(files.list_iterations(tmp_path)) == [9, 10, 100]
-    files.prune(tmp_path, 2)
+    files.prune(tmp_path, 2, 100)
     assert list(files.list_iterations(tmp_path)) == [10, 100]
+
+
+def test_pruning_counts_no_damaged_checkpoint_and_keeps_the_one_just_saved(tmp_path: Path) -> None:
+    """A run whose newest checkpoint was damaged goes on from the one before it."""
+    for step in (100, 200, 300, 400):
+        save(tmp_path, step)
+    (tmp_path / "iter_0000400/.metadata").unlink()
+    (tmp_path / "iter_0000200/.metadata").unlink()
+    save(tmp_path, 350)
+    files.prune(tmp_path, 2, 350)
+    assert list(files.list_iterations(tmp_path)) == [300, 350, 400]
+    files.prune(tmp_path, 1, 350)
+    assert list(files.list_iterations(tmp_path)) == [350, 400]
+    assert files.latest_complete(tmp_path) == tmp_path / "iter_0000350"
+
+
+def test_a_checkpoint_that_cannot_be_deleted_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Network file systems refuse while another process reads a file of it. The next save tries again."""
+    for step in (100, 200):
+        save(tmp_path, step)
+    held = {"iter_0000100"}
+    rmtree = shutil.rmtree
+
+    def refuse(folder: Path) -> None:
+        if folder.name.partition(".")[0] in held:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(folder))
+        rmtree(folder)
+
+    monkeypatch.setattr(files.shutil, "rmtree", refuse)
+    files.prune(tmp_path, 1, 200)
+    assert list(files.list_iterations(tmp_path)) == [200]
+    assert "cannot be deleted" in caplog.text
+    save(tmp_path, 300)
+    assert len(list(tmp_path.glob("iter_0000100.*.tmp"))) == 1
+    held.clear()
+    save(tmp_path, 400)
+    assert list(tmp_path.glob("*.tmp")) == []
+    held.add("iter_0000500")  # an interrupted save of the step that is saved next
+    files.prepare_temporary(tmp_path, 500)
+    save(tmp_path, 500)
+    assert files.latest_complete(tmp_path) == tmp_path / "iter_0000500"
 
 
 def test_differences_name_nested_fields() -> None:
