@@ -30,9 +30,8 @@ def checkout(tmp_path):
 
 def setup(checkout: Path, **env: str) -> subprocess.CompletedProcess[str]:
     bash = shutil.which("bash")
-    environment = {
-        key: value for key, value in os.environ.items() if key not in ("PYTHON", "MTP_SETUP_FORCE", "MTP_VENV")
-    } | env
+    own = ("PYTHON", "PIP_CONSTRAINT")
+    environment = {key: value for key, value in os.environ.items() if key not in own and key[:4] != "MTP_"} | env
     return subprocess.run([bash, "tools/setup.sh"], cwd=checkout, env=environment, capture_output=True, text=True)
 
 
@@ -78,7 +77,7 @@ def test_a_finished_environment_is_left_alone(checkout, folder):
     digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
     stamp = python.parents[1] / ".mtp-setup"
     # Without a GPU; where nvidia-smi lists one, the other stamp is the right one.
-    for device in ("cpu", "gpu"):
+    for device in ("cpu", "gpu", "gpu-without-deepspeed"):
         stamp.write_text(f"{digest}-{VERSION}-{device}\n")
         if setup(checkout, MTP_VENV=folder).returncode == 0:
             break
@@ -92,6 +91,162 @@ def test_a_finished_environment_is_left_alone(checkout, folder):
     assert tried.exists(), "a stale stamp must lead to an installation"
     assert "failed three times" in result.stderr
     assert {entry.name for entry in checkout.glob(".venv*")} == {folder, f"{folder}.lock"}
+
+
+# An interpreter that is the base and, copied, the environment's: it notes what pip is asked for. The file `torch` holds
+# its version, `cuda` what it is built for, `trouble` why it finds no device; pip says `pip-says` and fails, if that is
+# there.
+STAND_IN = f"""
+here={{here}}
+case "$*" in
+  *_base_executable*) echo $here/python ;;
+  *"m.version("*) cat $here/torch 2>/dev/null ;;
+  *ensurepip,*) echo {VERSION} ;;
+  *"import pip"*) [ ! -e $here/no-pip ] ;;
+  "-m ensurepip") rm $here/no-pip; echo ensurepip >>$here/calls ;;
+  *is_available*) if [ -e $here/trouble ]; then cat $here/trouble; exit 1; fi ;;
+  *torch.version.cuda*) cat $here/cuda ;;
+  "-m venv"*) shift 2; echo "venv $*" >>$here/calls; for venv; do :; done
+    mkdir -p "$venv/bin"; cp "$0" "$venv/bin/python" ;;
+  "-m pip"*) shift 5; echo "install $* [$PIP_CONSTRAINT]" | tee -a $here/calls >&2
+    case "$*" in *"-r "*) for file; do :; done; sed 's/^/need /' "$file" >>$here/calls ;; esac
+    if [ -e $here/pip-says ]; then cat $here/pip-says >&2; exit 1; fi
+    case "$*" in *force-reinstall*) echo 13.0 >$here/cuda ;; esac ;;
+  -) shift; PYTHONPATH=$here/site exec {sys.executable} - "$@" ;;
+esac"""
+
+
+@pytest.fixture
+def machine(checkout):
+    """A machine with a GPU and a compiler, whose Python is the stand-in; returns its variables."""
+    executable(checkout / "bin/nvidia-smi", "echo 'GPU 0: NVIDIA H100'")
+    executable(checkout / "bin/nvcc", "")
+    executable(checkout / "bin/sleep", "")
+    python = executable(checkout / "python", STAND_IN.format(here=checkout))
+    return {"PYTHON": str(python), "PATH": f"{checkout / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+
+
+def torch_is(checkout: Path, version: str, cuda: str = "None") -> None:
+    (checkout / "torch").write_text(version + "\n")
+    (checkout / "cuda").write_text(cuda + "\n")
+    info = checkout / "site" / f"torch-{version}.dist-info"
+    shutil.rmtree(checkout / "site", ignore_errors=True)
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+
+
+def calls(checkout: Path) -> list[str]:
+    """What was asked for since the last look."""
+    path = checkout / "calls"
+    lines = path.read_text().splitlines() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return lines
+
+
+@pytest.mark.parametrize("how", ["its name", "the container's constraints"])
+def test_a_vendors_torch_stays_and_what_is_missing_comes_beside_it(checkout, machine, how):
+    torch = "2.11.0a0+eb65b36914.nv26.02" if how == "its name" else "2.12.1"
+    torch_is(checkout, torch, "13.1")
+    if how != "its name":
+        (checkout / "constraint.txt").write_text(f"numpy==2.1.0\ntorch=={torch}\n")
+        machine["PIP_CONSTRAINT"] = str(checkout / "constraint.txt")
+    result = setup(checkout, **machine)
+    assert result.returncode == 0, result.stderr
+    asked = calls(checkout)
+    assert asked[0] == "venv --clear --system-site-packages .venv"
+    installs = [line for line in asked if line.startswith("install")]
+    assert all(line.endswith(" []") for line in installs), "the container's constraints are for its own environment"
+    assert not any(" torch" in line or ".[dev]" in line for line in installs)
+    assert [line for line in installs if "--no-deps" in line] == [
+        "install --no-deps megatron-core>=0.16.1,<0.20 []",
+        "install --no-deps -e . []",
+    ]
+    needs = [line.split()[1] for line in asked if line.startswith("need ")]
+    assert {"numpy>=1.26,<3", "pytest>=8.2", "matplotlib>=3.8,<4"} <= set(needs)
+    assert not any(need.startswith(("torch", "megatron-core", "mtp-")) for need in needs)
+    assert setup(checkout, **machine).returncode == 0
+    assert calls(checkout) == [], "done"
+
+
+@pytest.mark.parametrize("torch", ["2.9.0a0+50eac811a6.nv25.9", "2.14.0a0+1234.nv27.01"])
+def test_a_vendors_torch_outside_the_range_is_refused_and_nothing_is_installed(checkout, machine, torch):
+    torch_is(checkout, torch)
+    result = setup(checkout, **machine)
+    assert result.returncode == 2
+    assert f"this container has torch {torch}, and this project needs torch>=2.11,<2.14." in result.stderr
+    assert "pytorch:26.02-py3" in result.stderr
+    assert calls(checkout) == []
+
+
+def test_versions_that_do_not_go_together_are_not_tried_again(checkout, machine):
+    reason = "The conflict is caused by:\n  pytest 1 and pytest 2\n"
+    (checkout / "pip-says").write_text(f"{reason}ERROR: ResolutionImpossible: x\n")
+    result = setup(checkout, PIP_CONSTRAINT="/etc/pip/constraint.txt", **machine)
+    assert result.returncode == 2
+    assert "attempt" not in result.stderr
+    assert reason in result.stderr
+    assert "no versions that go together (PIP_CONSTRAINT=/etc/pip/constraint.txt has a say in it)" in result.stderr
+
+
+def test_a_torch_for_cpus_is_replaced_on_a_machine_with_a_gpu(checkout, machine):
+    torch_is(checkout, "2.13.0+cpu")
+    assert setup(checkout, **machine).returncode == 0
+    forced = [line for line in calls(checkout) if "force-reinstall" in line]
+    assert forced == ["install --force-reinstall --no-deps torch>=2.11,<2.14 []"]
+    assert setup(checkout, MTP_SETUP_FORCE="1", **machine).returncode == 0
+    assert not any("force-reinstall" in line for line in calls(checkout)), "it is for CUDA now"
+
+
+def test_another_index_replaces_torch_and_is_remembered(checkout, machine):
+    torch_is(checkout, "2.13.0+cu130", "13.0")
+    assert setup(checkout, **machine).returncode == 0
+    assert not any("force-reinstall" in line for line in calls(checkout))
+    index = "https://download.pytorch.org/whl/cu126"
+    assert setup(checkout, MTP_TORCH_INDEX_URL=index, **machine).returncode == 0
+    forced = [line for line in calls(checkout) if "force-reinstall" in line]
+    assert forced == [f"install --force-reinstall --no-deps --index-url {index} torch>=2.11,<2.14 []"]
+    assert setup(checkout, **machine).returncode == 0, "as tools/quickstart.sh calls it"
+    assert calls(checkout) == []
+
+
+def test_a_gpu_that_torch_cannot_use_is_an_error_with_the_reason(checkout, machine):
+    torch_is(checkout, "2.13.0+cu130", "13.0")
+    (checkout / "trouble").write_text("The NVIDIA driver on your system is too old (found version 12040).\n")
+    result = setup(checkout, **machine)
+    assert result.returncode == 2
+    assert "driver on your system is too old (found version 12040)" in result.stderr
+    assert "MTP_TORCH_INDEX_URL=https://download.pytorch.org/whl/cu126" in result.stderr
+    assert not (checkout / ".venv/.mtp-setup").exists()
+
+
+def test_without_nvcc_deepspeed_is_left_out_by_name_until_there_is_one(checkout, machine):
+    # A PATH without one.
+    needed = "bash cat cp cut dirname flock grep head mkdir mktemp rm sed sha256sum tee tr uname"
+    for tool in needed.split():
+        (checkout / "bin" / tool).symlink_to(shutil.which(tool))
+    machine["PATH"] = str(checkout / "bin")
+    (checkout / "bin/nvcc").rename(checkout / "nvcc")
+    result = setup(checkout, **machine)
+    assert result.returncode == 0, result.stderr
+    assert "DeepSpeed is left out" in result.stderr
+    assert not any("deepspeed>=" in line for line in calls(checkout))
+    (checkout / "nvcc").rename(checkout / "bin/nvcc")
+    assert setup(checkout, **machine).returncode == 0
+    assert any("deepspeed>=" in line for line in calls(checkout))
+
+
+def test_an_environment_without_pip_gets_it(checkout, machine):
+    """As `uv venv` makes them."""
+    (checkout / "no-pip").touch()
+    assert setup(checkout, **machine).returncode == 0
+    asked = calls(checkout)
+    assert asked.index("ensurepip") < next(i for i, line in enumerate(asked) if line.startswith("install"))
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_the_way_out(checkout, machine):
+    result = setup(checkout, MTP_VENV="/proc/nowhere/venv", **machine)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: /proc/nowhere/venv.lock cannot be written: set MTP_VENV=")
 
 
 def test_the_constraints_are_within_the_ranges_of_pyproject():
