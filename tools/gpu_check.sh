@@ -8,7 +8,7 @@
 #   --only A,B   these steps alone
 #   --help       this text
 # Environment:
-#   PYTHON       interpreter with the project's environment (default: .venv/bin/python, else python3)
+#   PYTHON       interpreter with the project's environment (default: that of MTP_VENV or .venv, else python3)
 #   WHEELS       folder of wheels: the project's dependencies, Transformer Engine and NVIDIA's Apex (where its wheel is
 #                there) are installed from it, without any network, into an environment in the results' folder that sees
 #                PYTHON's packages; tools/gpu_wheels.sh makes such a folder
@@ -34,10 +34,13 @@ done
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=/dev/null
+source tools/common.sh gpu-check
 
 python=${PYTHON:-}
 if [[ -z $python ]]; then
-  if [[ -x .venv/bin/python ]]; then python=.venv/bin/python; else python=python3; fi
+  python=${MTP_VENV:-.venv}/bin/python
+  if [[ ! -x $python ]]; then python=python3; fi
 fi
 python=$(command -v "$python") || { echo "error: PYTHON=${PYTHON:-} is not to be found" >&2; exit 2; }
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
@@ -93,30 +96,36 @@ PY
   say "results: $out"
 }
 
-gpu=
+gpu='' no_gpu=''
 has_gpu() { # asks once: torch's import takes seconds
   if [[ -z $gpu ]]; then
     gpu=0
-    "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null && gpu=1
+    no_gpu=$(cuda_works "$python") && gpu=1
   fi
   ((gpu))
 }
 
 # Installs into an environment in the results' folder.
 install_wheels() {
-  local needed=$out/requirements.txt folder
+  local needed=$out/requirements.txt folder misfit
   "$python" -m venv --clear --without-pip --system-site-packages "$out/venv" || return
   # Where PYTHON is of an environment itself, its packages (pip too) are not the system's.
   for folder in "$out"/venv/lib/python*/site-packages; do
     if [[ -d $folder ]]; then "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$folder/base.pth"; fi
   done
-  "$python" - >"$needed" <<'PY'
-import tomllib
-print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]))
+  # torch is what the machine has; a container's 2.11.0a0 is below 2.11 to pip, and its constraints are for its own packages.
+  misfit=$(torch_misfit "$python") || return
+  if [[ -n $misfit ]]; then echo "error: here is $misfit" >&2; return 1; fi
+  "$python" - "$out/constraints.txt" >"$needed" <<'PY' || return
+import importlib.metadata, re, sys, tomllib
+needs = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]
+print(*(need for need in needs if not re.match(r"torch[^\w-]", need)), sep="\n")
 print("pytest>=8.2\npytest-timeout>=2.3")
+open(sys.argv[1], "w").write("torch==" + importlib.metadata.version("torch"))
 PY
   python=$out/venv/bin/python
-  timeout 30 "$python" -m pip install -q --no-index --find-links "$WHEELS" -r "$needed"
+  export PIP_CONSTRAINT=
+  timeout 30 "$python" -m pip install -q --no-index --find-links "$WHEELS" -c "$out/constraints.txt" -r "$needed"
 }
 
 # Its extension for torch names the library for the CUDA that it was built for. One that does not import would end every
@@ -150,7 +159,8 @@ if [[ -n ${WHEELS:-} ]]; then
 fi
 
 if ((!dry)) && ! has_gpu; then
-  echo "There is no CUDA device that $python's torch can use. On a machine with one this would run:" >&2
+  echo "There is no CUDA device that $python's torch can use: $no_gpu" >&2
+  echo "On a machine with one this would run:" >&2
   for line in "${steps[@]}"; do
     IFS='|' read -r name limit command <<<"$line"
     printf '  %-14s at most %3s s  python %s\n' "$name" "$limit" "$command" >&2

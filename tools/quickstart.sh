@@ -14,11 +14,13 @@ usage: bash tools/quickstart.sh [--bytes] [--fast] [--data DIR] [--run DIR] [KEY
 Running it again continues where it stopped; what is finished is not done again. Delete the folder of the run to start anew.
 GPUs are used where there are any: 4 or more train as on the CPU, 2 or 3 with TP2, one alone.
 
-In an environment of your own, set MTP_SETUP=skip. MTP_TORCH_INDEX_URL and PYTHON are explained in tools/setup.sh.
+In an environment of your own, set MTP_SETUP=skip. MTP_VENV, MTP_TORCH_INDEX_URL and PYTHON are explained in tools/setup.sh.
 TEXT
 }
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=/dev/null
+source tools/common.sh quickstart
 
 suffix="" fast=0 bytes=0 data="" run="" overrides=()
 while (($#)); do
@@ -48,13 +50,18 @@ if [[ "${MTP_SETUP:-}" == skip ]]; then
 else
   bash tools/setup.sh
   # shellcheck source=/dev/null
-  source .venv/bin/activate
+  source "${MTP_VENV:-.venv}/bin/activate"
 fi
 
 corpus=(--output "$data") settings=(data.path="$data" run.path="$run") processes=4 prompts=64 new_tokens=64
 
 # Processes, layout and precision by what the machine has: the recipe is for the CPU.
-gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+if why=$(cuda_works python); then
+  gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+else # a driver too old, say: torch counts devices there too
+  gpus=0
+  if lists_gpu; then say "there are GPUs that torch cannot use, so this runs on the CPU. $why"; fi
+fi
 if ((gpus == 1)); then
   processes=1
   settings+=(parallel.tensor=1 parallel.pipeline=1 parallel.sequence_parallel=false parallel.layout=null)

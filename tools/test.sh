@@ -5,7 +5,7 @@
 # Skipped tests are listed with their reason; pytest's summary is the last line.
 #
 # Lanes:
-#   main   all tests, in .venv: Python 3.11 and the oldest supported megatron-core, or what tools/setup.sh picks
+#   main   all tests, in .venv (or MTP_VENV): Python 3.11 and the oldest supported megatron-core, or what tools/setup.sh picks
 #   py312  the tests that touch megatron-core, in .venv-py312: Python 3.12 and the newest supported megatron-core
 # MTP_LANES=main leaves the second one out; MTP_LANES=py312 runs it alone, with pytest's arguments if there are any.
 # Without arguments, tools/run_groups.py runs the tests of all lanes in groups, some of them at a time.
@@ -14,7 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # shellcheck source=/dev/null
 source tools/common.sh test
-main=.venv second=.venv-py312
+main=${MTP_VENV:-.venv} second=.venv-py312
 if (($#)); then default_lanes=main; else default_lanes="py312 main"; fi
 lanes=" ${MTP_LANES:-$default_lanes} "
 [[ "$lanes" =~ ^\ +((main|py312)\ +)+$ ]] || { echo "error: MTP_LANES='${MTP_LANES}' may name main and py312" >&2; exit 2; }
@@ -24,7 +24,7 @@ if [[ "$lanes" == *" main "* ]]; then
 fi
 if [[ "$lanes" == *" py312 "* ]]; then
   python312=$(find_py312)
-  if [[ "$lanes" == *" main "* && "$($main/bin/python -c 'import sys; print(*sys.version_info[:2])')" == "3 12" ]]; then
+  if [[ "$lanes" == *" main "* && "$("$main/bin/python" -c 'import sys; print(*sys.version_info[:2])')" == "3 12" ]]; then
     echo "== lane py312: left out, the main lane has Python 3.12 already"
     lanes=" main "
   elif [[ -n "$python312" ]]; then
@@ -55,9 +55,9 @@ in_lane() (
 )
 
 if [[ "$lanes" == *" main "* ]]; then
-  echo "== ruff check" && in_lane $main ruff check .
-  echo "== ruff format" && in_lane $main ruff format --check .
-  echo "== mypy" && in_lane $main mypy mtp_megatron
+  echo "== ruff check" && in_lane "$main" ruff check .
+  echo "== ruff format" && in_lane "$main" ruff format --check .
+  echo "== mypy" && in_lane "$main" mypy mtp_megatron
 fi
 
 if (($#)) && [[ "$lanes" =~ ^\ +[a-z0-9]+\ +$ ]]; then

@@ -64,6 +64,7 @@ def test_without_a_gpu_it_says_what_would_run(tmp_path: Path) -> None:
     said = check("--out", str(tmp_path))
     assert said.returncode == 2
     assert "no CUDA device" in said.stderr
+    assert re.search(rf"can use: torch {re.escape(torch.__version__)} \(.*CUDA.*\): \S", said.stderr), "the reason"
     lines = re.findall(r"^  (\w+) +at most +(\d+) s  python (.+)$", said.stderr, re.MULTILINE)
     assert [name for name, _, _ in lines] == NAMES
     limits = re.findall(r'timeout (\d+) "\$python" -(?:m pip install|c)', (ROOT / "tools/gpu_check.sh").read_text())
@@ -95,7 +96,26 @@ def test_wheels_without_transformer_engine_leave_it_out_by_name(tmp_path: Path, 
     assert re.search(r"^install +passed", said.stdout, re.MULTILINE)
     assert re.search(r"^transformer_engine +left out, see transformer_engine.txt", said.stdout, re.MULTILINE)
     assert "No matching distribution" in (tmp_path / "out/transformer_engine.txt").read_text()
-    assert "torch" in (tmp_path / "out/requirements.txt").read_text()
+    needs = (tmp_path / "out/requirements.txt").read_text().splitlines()
+    assert "megatron-core>=0.16.1,<0.20" in needs
+    assert not any(need.startswith("torch") for need in needs), "torch is what the machine has"
+
+
+@pytest.mark.parametrize(("version", "fits"), [("2.11.0a0+eb65b36914.nv26.02", True), ("2.10.0a0+b4e4ee81d3", False)])
+def test_the_machines_torch_is_held_to_the_range_by_its_release(
+    tmp_path: Path, stub: str, version: str, fits: bool
+) -> None:
+    info = tmp_path / "site" / f"torch-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    where = {"PYTHONPATH": str(info.parent), "WHEELS": str(tmp_path)}
+    said = check("--out", str(tmp_path / "out"), "--only", "kernels", PYTHON=stub, **where)
+    assert (said.returncode == 0) == fits, said.stdout + said.stderr
+    if fits:
+        assert (tmp_path / "out/constraints.txt").read_text() == f"torch=={version}"
+    else:
+        text = (tmp_path / "out/install.txt").read_text()
+        assert f"error: here is torch {version}, and this project needs torch>=2.11,<2.14" in text
 
 
 def test_a_transformer_engine_that_does_not_import_goes_again(tmp_path: Path, stub: str) -> None:

@@ -59,7 +59,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def variables(checkout: Path) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if key not in ("MTP_LANES", "MTP_SERVING", "PYENV_ROOT")}
+    kept = {key: value for key, value in os.environ.items() if key[:4] != "MTP_" and key != "PYENV_ROOT"}
     return {**kept, "MTP_SERVING": "0", "PATH": "/usr/bin:/bin", "PYENV_ROOT": str(checkout / "pyenv")}
 
 
@@ -130,6 +130,19 @@ def test_arguments_go_to_the_main_lane_alone(checkout: Path) -> None:
     both = run(checkout, "tests/unit", MTP_LANES="main py312")
     assert chosen(both, ".venv") == chosen(both, ".venv-py312") == [["tests/unit"]]
     assert lines(both)[-1].startswith("12 passed in ")
+
+
+def test_the_main_lane_may_live_elsewhere(checkout: Path) -> None:
+    (checkout / ".venv").rename(checkout / "elsewhere")
+    environment(checkout, "elsewhere", "3 11", "7 passed in 2.00s")
+    result = run(checkout, "tests/unit", MTP_VENV="elsewhere")
+    assert lines(result)[-2:] == ["elsewhere runs: -rs tests/unit", "7 passed in 2.00s"]
+    assert run(checkout, MTP_VENV=str(checkout / "elsewhere")).returncode == 0
+    assert (checkout / "tools/calls").read_text().split()[:3] == [
+        "elsewhere",
+        str(checkout / "elsewhere"),
+        ".venv-py312",
+    ]
 
 
 @pytest.mark.parametrize("broken", [".venv", ".venv-py312"])

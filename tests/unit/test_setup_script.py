@@ -249,6 +249,22 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_way_out(checkout, mac
     assert result.stderr.startswith("error: /proc/nowhere/venv.lock cannot be written: set MTP_VENV=")
 
 
+def test_the_quickstart_takes_an_environment_elsewhere_and_no_gpu_that_torch_cannot_use(checkout):
+    binaries = checkout / "elsewhere/bin"
+    executable(checkout / "bin/nvidia-smi", "echo 'GPU 0: NVIDIA H100'")
+    (checkout / "tools/setup.sh").write_text("")
+    # NVML counts devices that a driver is too old for.
+    python = 'case "$*" in *is_available*) echo "the driver is too old";; *device_count*) echo 2; exit;; esac; exit 1'
+    executable(binaries / "python", python)
+    executable(binaries / "mtp-megatron", '[ "$1" = preprocess ]')
+    (binaries / "activate").write_text(f"PATH={binaries}:$PATH\n")
+    env = {**os.environ, "MTP_VENV": "elsewhere", "MTP_SETUP": "", "PATH": f"{checkout / 'bin'}:{os.environ['PATH']}"}
+    command = ["bash", "tools/quickstart.sh", "--fast"]
+    result = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True)
+    assert "mtp-megatron train --nproc 4 " in result.stdout, result.stderr
+    assert "so this runs on the CPU. the driver is too old" in result.stderr
+
+
 def test_the_constraints_are_within_the_ranges_of_pyproject():
     from importlib.metadata import requires
 
