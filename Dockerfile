@@ -33,14 +33,15 @@ ENV PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PYTHONUNBUFFERED=1
 
-# Its git folder stays: tools that patch Megatron-LM look at the version and at what has been changed.
+# Its git folder stays: tools that patch Megatron-LM look at the version and at what has been changed. The container's
+# PIP_CONSTRAINT would hold for what builds it too, where an older setuptools cannot; with --no-deps nothing is replaced.
 ARG MEGATRON_REPOSITORY=https://github.com/NVIDIA/Megatron-LM.git
 ARG MEGATRON_COMMIT=core_v0.19.0
 RUN git init --quiet /opt/Megatron-LM \
  && git -C /opt/Megatron-LM fetch --quiet --depth 1 "${MEGATRON_REPOSITORY}" "${MEGATRON_COMMIT}" \
  && git -C /opt/Megatron-LM checkout --quiet FETCH_HEAD \
  && git config --system --add safe.directory /opt/Megatron-LM \
- && pip install --no-deps /opt/Megatron-LM
+ && PIP_CONSTRAINT="" pip install --no-deps /opt/Megatron-LM
 
 # Built again only when pyproject.toml changes. torch and megatron-core are there already: the container's torch is the only one
 # that fits its Transformer Engine, and by its name (2.11.0a0+...) it may not satisfy torch>=2.11.
@@ -62,7 +63,7 @@ RUN PIP_CONSTRAINT="" pip install "virtualenv>=20.26,<22" \
 FROM base AS plugin
 COPY README.md LICENSE ./
 COPY mtp_megatron ./mtp_megatron
-RUN pip install --no-deps .
+RUN PIP_CONSTRAINT="" pip install --no-deps .
 
 COPY examples ./examples
 

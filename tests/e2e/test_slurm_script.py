@@ -106,6 +106,23 @@ def test_the_job_saves_before_its_time_limit_and_is_queued_again(tmp_path: Path)
     assert (tmp_path / "queue").read_text() == "requeue 4711\n", "a finished job is not queued again"
 
 
+def test_the_step_gets_the_jobs_cores_and_the_container_the_folders(tmp_path: Path) -> None:
+    for name, text in {"srun": 'printf "%s\\n" "$@"', "scontrol": "echo localhost"}.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "1", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_CPUS_PER_TASK": "64", "IMAGE": "mtp.sqsh", "MOUNTS": "/shared:/shared,/data:/data:ro",
+    }  # fmt: skip
+    command = ["bash", str(SCRIPTS / "slurm.sbatch"), "recipe.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+    words = done.stdout.splitlines()
+    assert "--cpus-per-task=64" in words, done.stderr
+    assert f"--container-mounts={ROOT}:{ROOT},/shared:/shared,/data:/data:ro" in words
+    assert "--container-image=mtp.sqsh" in words
+
+
 @pytest.mark.parametrize(
     ("script", "words", "env", "says"),
     [
