@@ -15,6 +15,7 @@ from mtp_megatron import compat
 from mtp_megatron.data.dataset import build_datasets
 from mtp_megatron.data.loader import build_train_iterator, build_valid_batches, count_valid_batches
 from mtp_megatron.errors import ConfigError
+from mtp_megatron.signals import StopRequest, stop_on_signal
 from mtp_megatron.training.agreement import job_store, preflight_together, require_shared
 from mtp_megatron.training.batches import chunk_iterators
 from mtp_megatron.training.build import overlapped_communication
@@ -25,7 +26,6 @@ from mtp_megatron.training.host import host_of
 from mtp_megatron.training.preflight import Plan
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.run_log import RunLog
-from mtp_megatron.training.signals import StopRequest, stop_on_signal
 from mtp_megatron.training.step import Trainer, TrainingDiverged, train_step
 from mtp_megatron.training.validate import data_parallel_size, num_microbatches
 from mtp_megatron.training.world import launched_world_size, model_parallel_world

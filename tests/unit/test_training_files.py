@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from mtp_megatron.errors import CheckpointError
+from mtp_megatron.signals import stop_on_signal
 from mtp_megatron.training import checkpoint_files as files
 from mtp_megatron.training.evaluation import Evaluation
 from mtp_megatron.training.recipe_io import parse_recipe
 from mtp_megatron.training.run_folder import RunFolder
 from mtp_megatron.training.run_log import RunLog, drop_later_lines, read_metrics
-from mtp_megatron.training.signals import stop_on_signal
 from mtp_megatron.training.step import StepFigures
 from tests.training_runs import tiny_tree
 
