@@ -1,5 +1,5 @@
-"""Stopping on request: SIGTERM, SIGINT or SIGHUP (a terminal that closes) let the step finish, save and exit with
-status 0."""
+"""Stopping on request: SIGTERM, SIGINT, SIGHUP (a terminal that closes) or SIGUSR1 (SLURM's ``--signal``, some time
+before a limit) let the step finish, save and exit with status 0."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class StopRequest:

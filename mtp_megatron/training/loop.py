@@ -49,7 +49,7 @@ class Outcome:
 def train(recipe: Recipe) -> Outcome:
     """Train, or resume, a run: called by every rank of the job.
 
-    SIGTERM, SIGINT or SIGHUP to any rank lets the current step finish, saves a checkpoint and returns.
+    SIGTERM, SIGINT, SIGHUP or SIGUSR1 to any rank lets the current step finish, saves a checkpoint and returns.
 
     Raises:
         ConfigError, DataError, CheckpointError, JobError: before anything is allocated, see

@@ -1,4 +1,4 @@
-"""Requests to stop a job of examples/torchrun/node.sh whose ranks have processes that read data: all of them get it."""
+"""Requests to stop that reach every process of a job, those that read data for its ranks too."""
 
 from __future__ import annotations
 
@@ -32,12 +32,16 @@ def signal_all(processes: list[psutil.Process], number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "to_all"),
-    [(signal.SIGTERM, False)],
-    ids=["SIGTERM to torchrun"],
+    ("command", "number", "to_all", "status"),  # torchrun has a status of its own after any signal
+    [
+        (["bash", str(SCRIPT)], signal.SIGTERM, False, 1),
+        (["bash", str(SCRIPT)], signal.SIGUSR1, True, 1),
+        ([sys.executable, "-m", "mtp_megatron", "train"], signal.SIGUSR1, True, 0),
+    ],
+    ids=["node.sh, SIGTERM to torchrun", "node.sh, SIGUSR1 to all", "mtp-megatron train, SIGUSR1 to all"],
 )
 def test_a_run_with_readers_saves_before_it_ends(
-    number: signal.Signals, to_all: bool, data: Path, tmp_path: Path
+    command: list[str], number: signal.Signals, to_all: bool, status: int, data: Path, tmp_path: Path
 ) -> None:
     """What torchrun gets it passes on to all processes of each rank. SLURM (``--signal=USR1@900``) sends to all."""
     run, log, recipe = tmp_path / "run", tmp_path / "log", tmp_path / "recipe.yaml"
@@ -45,22 +49,22 @@ def test_a_run_with_readers_saves_before_it_ends(
     recipe.write_text(yaml.safe_dump(tiny_tree(data, run, parallel__pipeline=2, data__workers=2, **endless)))
     env = {**os.environ, "PYTHON": sys.executable, "NPROC": "2", "SAVE_SECONDS": "120", "CUDA_VISIBLE_DEVICES": ""}
     with log.open("wb") as out:
-        torchrun = psutil.Popen(["bash", str(SCRIPT), str(recipe)], stdout=out, stderr=subprocess.STDOUT, env=env)
-    family = [torchrun]
+        job = psutil.Popen([*command, str(recipe)], stdout=out, stderr=subprocess.STDOUT, env=env)
+    family = [job]
     try:
         deadline = time.monotonic() + LIMIT
         while steps_in(run) < 3:
-            assert torchrun.poll() is None, log.read_text()
+            assert job.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
-        family += torchrun.children(recursive=True)
-        assert len(family) >= 1 + 2 + 2 * 2, "torchrun, two ranks, two readers of each"
-        signal_all(family if to_all else [torchrun], number)
-        assert torchrun.wait(LIMIT) == 1, log.read_text()  # its own status after any signal
+        family += job.children(recursive=True)
+        assert len(family) >= 1 + 2 + 2 * 2, "what starts them, two ranks, two readers of each"
+        signal_all(family if to_all else [job], number)
+        assert job.wait(LIMIT) == status, log.read_text()
         _, left = psutil.wait_procs(family, timeout=60)
     finally:
         with contextlib.suppress(psutil.NoSuchProcess):
-            family += torchrun.children(recursive=True)
+            family += job.children(recursive=True)
         signal_all(family, signal.SIGKILL)
     said = log.read_text()
     assert "asked to stop: saved step" in said, said

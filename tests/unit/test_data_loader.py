@@ -172,7 +172,7 @@ sizes = dict(consumed_samples=0, micro_batch_size=2, global_batch_size=2, dp_ran
 batches = build_train_iterator(numbered(100), workers=2, **sizes)
 next(batches), next(batches)  # one of each
 readers = [str(reader.pid) for reader in psutil.Process().children()]
-for name in ("TERM", "INT", "HUP"):
+for name in ("TERM", "INT", "HUP", "USR1"):
     subprocess.run(["kill", f"-{name}", *readers], check=True)  # from another process than their parent
 print(len(readers), sum(1 for _ in zip(batches, range(40))))
 # The iterator is still alive when the interpreter exits.

@@ -174,7 +174,7 @@ def test_nan_is_null_in_metrics(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["head_loss"] == [1.0, None]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_signals_are_noted_inside_and_left_alone_outside(number: signal.Signals) -> None:
     former = signal.getsignal(number)
     with stop_on_signal() as stop:
