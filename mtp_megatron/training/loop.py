@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
+import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from io import FileIO
 
 import torch.distributed as dist
 
@@ -25,10 +29,15 @@ from mtp_megatron.training.evaluation import Evaluation, evaluate
 from mtp_megatron.training.host import host_of
 from mtp_megatron.training.preflight import Plan
 from mtp_megatron.training.recipe import Recipe
+from mtp_megatron.training.run_folder import RunFolder
 from mtp_megatron.training.run_log import RunLog
 from mtp_megatron.training.step import Trainer, TrainingDiverged, train_step
 from mtp_megatron.training.validate import data_parallel_size, num_microbatches
 from mtp_megatron.training.world import launched_world_size, model_parallel_world
+
+# What flock says on a file system without locks, as Lustre mounted without its option `flock`.
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -177,25 +186,58 @@ def _locked(plan: Plan) -> Iterator[None]:
     """Hold the run's folder against a second job, and be sure that every rank sees this folder; collective.
 
     The lock is rank 0's and ends with its process, however it dies.
+
+    Raises:
+        ConfigError: on rank 0, where the folder cannot be held (:func:`_take`); on every rank, where it is not shared.
+        JobError: on the other ranks, when rank 0 cannot hold it.
     """
     folder, patience = plan.folder, 60 * plan.recipe.train.timeout_minutes
     if dist.get_rank() != 0:
         require_shared(folder.path, folder.lock, patience)
         yield
         return
-    folder.path.mkdir(parents=True, exist_ok=True)
-    with folder.lock.open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            refusal = ConfigError(
-                "run.path", str(folder.path), "another job is writing to it", "Wait for it to end, or choose another."
-            )
-            require_shared(folder.path, folder.lock, patience, complaint=str(refusal))
-            raise refusal from error
-        token = uuid.uuid4().hex
-        lock.truncate(0)
-        lock.write(token)
-        lock.flush()
+    token = uuid.uuid4().hex
+    try:
+        lock = _take(folder, token)
+    except ConfigError as refusal:
+        require_shared(folder.path, folder.lock, patience, complaint=str(refusal))
+        raise
+    with lock:
         require_shared(folder.path, folder.lock, patience, token=token)
         yield
+
+
+def _take(folder: RunFolder, token: str) -> FileIO:
+    """Lock the run's folder and write ``token`` into the lock's file, which holds until it is closed.
+
+    Raises:
+        ConfigError: another job holds it, or the file system does not let it be made, locked or written.
+    """
+    path = str(folder.path)
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        lock = folder.lock.open("ab", buffering=0)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            logger.warning(
+                "run.path=%r: its file system has no locks (%s), so nobody notices a second job that is started in it. "
+                "Mount it with them (Lustre: -o flock), or take care: two jobs in one folder damage the run.",
+                path,
+                error,
+            )
+        lock.truncate(0)
+        lock.write(token.encode())
+    except BlockingIOError as error:
+        raise ConfigError(
+            "run.path", path, "another job is writing to it", "Wait for it to end, or choose another."
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            "run.path", path, f"it cannot be written ({error})", "Choose a folder that can be."
+        ) from error
+    # A process that reads data would hold it on when this one is killed, until it has noticed.
+    os.register_at_fork(after_in_child=lock.close)
+    return lock
