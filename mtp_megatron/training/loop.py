@@ -46,7 +46,7 @@ class Outcome:
 
     Attributes:
         step: optimizer steps taken since the run's beginning.
-        finished: whether that is ``train.steps``; False after a request to stop.
+        finished: whether that is ``train.steps``, or beyond it already; False after a request to stop.
         evaluation: of the last step, if it was evaluated in this call.
     """
 
@@ -110,7 +110,8 @@ class _Session:
         loader = partial(
             build_train_iterator, self.train_data, consumed_samples=self.step * batch, workers=recipe.data.workers
         )
-        iterators = chunk_iterators(recipe, self.plan.manifest.eod, loader)
+        # The samples end at train.steps, so that beyond it there is no place to start at.
+        iterators = chunk_iterators(recipe, self.plan.manifest.eod, loader) if self.step < steps else []
         with RunLog(self.folder, recipe, start_step=self.step, enabled=dist.get_rank() == 0) as log:
             self._announce(log)
             while self.step < steps:
@@ -146,9 +147,11 @@ class _Session:
         for slower in (compat.slower_without_apex(), compat.slower_without_triton()):
             if slower is not None:
                 log.message(slower)
-        if self.step >= self.recipe.train.steps:
+        steps = self.recipe.train.steps
+        if self.step >= steps:
+            beyond = f"the run is at step {self.step}, beyond train.steps={steps}, so nothing is trained"
             log.message(
-                f"step {self.step} was the last one: set train.steps higher and "
+                f"{beyond if self.step > steps else f'step {steps} was the last one'}: set train.steps higher and "
                 f"optimizer.decay_steps={self.recipe.optimizer.decay_steps}, the end of this run's schedule, to go on."
             )
 

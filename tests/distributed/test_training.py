@@ -268,6 +268,19 @@ def test_a_finished_run_says_how_to_go_on_and_that_works(data: Path, tmp_path: P
     assert metrics(tmp_path / "run")[6]["lr"] == metrics(tmp_path / "run")[4]["lr"], "the schedule had ended"
 
 
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_run_beyond_its_last_step_says_so_and_does_nothing(stages: int, data: Path, tmp_path: Path) -> None:
+    settings = {"parallel__pipeline": stages, "optimizer__decay_steps": 4, "train__save_interval": 0}
+    run_world(train_body, stages, tiny_tree(data, tmp_path / "run", train__steps=4, **settings))
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    results = run_world(says_on_the_way, stages, tiny_tree(data, tmp_path / "run", train__steps=2, **settings))
+    assert [step for step, _ in results] == [4] * stages
+    assert (
+        "the run is at step 4, beyond train.steps=2, so nothing is trained: set train.steps higher" in results[0][1][-1]
+    )
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
 @pytest.mark.parametrize("layout", ["|", "Ettttm|mmL"], ids=["data parallel", "heads on two stages"])
 def test_heads_without_a_target_in_a_global_batch_do_not_end_the_run(layout: str, data: Path, tmp_path: Path) -> None:
     """Documents shorter than n: at any step the later heads, or all, may have nothing to predict."""
