@@ -6,6 +6,7 @@ import errno
 import fcntl
 import logging
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -123,10 +124,12 @@ class _Session:
                 last = self.step == steps
                 log.step(self.step, figures)
                 with log.paused():
-                    if recipe.train.eval_batches and (last or _due(self.step, recipe.train.eval_interval)):
+                    # Who asks to stop gives little time: only the save must fit into it.
+                    evaluates = last or (_due(self.step, recipe.train.eval_interval) and not figures.stop)
+                    if recipe.train.eval_batches and evaluates:
                         evaluation = self._evaluate(log)
                     if last or figures.stop or _due(self.step, recipe.train.save_interval):
-                        self._save()
+                        self._save(log)
                 if figures.stop and not last:
                     log.message(
                         f"asked to stop: saved step {self.step} of {steps}. The same command continues from it."
@@ -165,8 +168,10 @@ class _Session:
         log.evaluation(self.step, result)
         return result
 
-    def _save(self) -> None:
-        self.host.save(self.recipe, self.plan.manifest, self.trainable, self.folder.checkpoints, self.step)
+    def _save(self, log: RunLog) -> None:
+        start = time.perf_counter()
+        saved = self.host.save(self.recipe, self.plan.manifest, self.trainable, self.folder.checkpoints, self.step)
+        log.message(f"saved {saved.relative_to(self.folder.path)} in {time.perf_counter() - start:.1f} s")
 
     def _way_back(self) -> str:
         good = latest_complete(self.folder.checkpoints, warn=False)
