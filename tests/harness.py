@@ -254,7 +254,7 @@ def _cleaned(workers: Sequence[Worker]) -> bool:
 def _dump_stacks(workers: Sequence[Worker]) -> None:
     """Have each worker write the Python stacks of its threads to its file; works from inside C code too."""
     for worker in workers:
-        worker.signal(signal.SIGUSR1)
+        worker.signal(signal.SIGUSR2)
     until, before, written = time.monotonic() + STACKS, [""], [""] * len(workers)
     while workers and time.monotonic() < until and not (before == written and all(written)):
         time.sleep(0.1)

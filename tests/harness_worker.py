@@ -159,7 +159,7 @@ def main(connection: Connection, directory: str) -> None:
     os.dup2(output, 2)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     with open(os.path.join(directory, "stacks"), "w") as stacks:
-        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+        faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
         from mtp_megatron.imports import imports_that_stay
 
         with imports_that_stay():

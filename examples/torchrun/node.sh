@@ -11,8 +11,8 @@
 #   JOB_ID        name of the job at the rendezvous (mtp)
 #   NPROC         ranks on this node (gpu: one for each GPU)
 #   MAX_RESTARTS  failures of a rank after which this node's ranks are started again, from the last checkpoint (3)
-#   SAVE_SECONDS  what the ranks get, after SIGTERM, SIGINT or SIGHUP to torchrun, to finish their step and save (600; torch
-#                 2.11 gives 30)
+#   SAVE_SECONDS  what the ranks get, after SIGTERM, SIGINT, SIGHUP or SIGUSR1 to torchrun, to finish their step and save (600;
+#                 torch 2.11 gives 30)
 #   LOCAL_ADDR    address by which other nodes reach this one, where its host name is not it
 #   RDZV_CONF     further settings of the rendezvous (torchrun --rdzv-conf)
 #   PYTHON        interpreter (python)
@@ -36,6 +36,7 @@ options=(
   --rdzv-endpoint "${HEAD:-localhost:0}"
   --rdzv-id "${JOB_ID:-mtp}"
   --max-restarts "${MAX_RESTARTS:-3}"
+  --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" # SIGUSR1: SLURM's --signal without B: sends it to all
 )
 python="${PYTHON:-python}"
 # Read, not imported: torchrun of torch 2.11 has no such option and kills its ranks 30 seconds after a signal.

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from mtp_megatron.data.dataset import Samples
 from mtp_megatron.errors import ConfigError
+from mtp_megatron.signals import leave_stopping_to_parent
 
 Batch = dict[str, torch.Tensor]
 
@@ -107,6 +108,7 @@ def _loader(dataset: Samples, sampler: _MicroBatches, workers: int) -> DataLoade
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
+        worker_init_fn=leave_stopping_to_parent if workers else None,
         pin_memory=torch.cuda.is_available(),
         # A loader draws a seed when it starts: from the global generator it would change dropout and initialisation.
         generator=torch.Generator(),

@@ -19,7 +19,7 @@ examples:
   mtp-megatron train recipe.yaml heads.n=8 data.path=data/bytes run.path=runs/bytes8
   torchrun --nproc-per-node 8 -m mtp_megatron.train recipe.yaml          (the same, ranks started by torchrun)
 
-SIGTERM or Ctrl-C lets the step finish, saves and exits with status 0; the same command continues from there.
+SIGTERM, SIGUSR1 or Ctrl-C lets the step finish, saves and exits with status 0; the same command continues from there.
 
 keys of a recipe (section.key  type  default  meaning):
 """

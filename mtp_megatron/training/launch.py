@@ -13,6 +13,8 @@ from types import FrameType
 
 import psutil
 
+from mtp_megatron.signals import STOP_SIGNALS
+
 WORKER_MODULE = "mtp_megatron.train"
 _PR_SET_PDEATHSIG = 1
 
@@ -21,8 +23,8 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     """Run ``python -m mtp_megatron.train ARGUMENTS`` under torchrun in ``processes`` processes; returns its exit
     status.
 
-    A first SIGINT, SIGTERM or SIGHUP is passed on to the ranks, which save and end with status 0; a second one kills
-    them. Ranks do not get the terminal's Ctrl-C themselves: torchrun would end them before they have saved.
+    A first SIGINT, SIGTERM, SIGHUP or SIGUSR1 is passed on to the ranks, which save and end with status 0; a second one
+    kills them. Ranks do not get the terminal's Ctrl-C themselves: torchrun would end them before they have saved.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = dict(os.environ)
@@ -31,7 +33,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         [*command, "-m", WORKER_MODULE, *arguments],
         env=environment,
         start_new_session=True,
-        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        preexec_fn=_prepare_torchrun if sys.platform == "linux" else None,
     )
     requests = 0
 
@@ -44,8 +46,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         if requests > 1:
             os.killpg(job.pid, signal.SIGKILL)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    former = {number: signal.signal(number, pass_on) for number in numbers}
+    former = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
         return job.wait()
     finally:
@@ -62,7 +63,8 @@ def _ranks(agent: int) -> list[psutil.Process]:
         return []
 
 
-def _end_with_parent() -> None:
-    """In the child before exec: ask the kernel for SIGTERM when the launcher dies, so that no job is left without
-    one."""
+def _prepare_torchrun() -> None:
+    """In the child before exec: ask the kernel for SIGTERM when the launcher dies, so that no job is left without one;
+    and have torchrun live on when SLURM sends SIGUSR1 to every process, of which it knows nothing."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

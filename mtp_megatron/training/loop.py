@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
+import os
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from io import FileIO
 
 import torch.distributed as dist
 
@@ -15,6 +20,7 @@ from mtp_megatron import compat
 from mtp_megatron.data.dataset import build_datasets
 from mtp_megatron.data.loader import build_train_iterator, build_valid_batches, count_valid_batches
 from mtp_megatron.errors import ConfigError
+from mtp_megatron.signals import StopRequest, stop_on_signal
 from mtp_megatron.training.agreement import job_store, preflight_together, require_shared
 from mtp_megatron.training.batches import chunk_iterators
 from mtp_megatron.training.build import overlapped_communication
@@ -24,11 +30,15 @@ from mtp_megatron.training.evaluation import Evaluation, evaluate
 from mtp_megatron.training.host import host_of
 from mtp_megatron.training.preflight import Plan
 from mtp_megatron.training.recipe import Recipe
+from mtp_megatron.training.run_folder import RunFolder
 from mtp_megatron.training.run_log import RunLog
-from mtp_megatron.training.signals import StopRequest, stop_on_signal
 from mtp_megatron.training.step import Trainer, TrainingDiverged, train_step
 from mtp_megatron.training.validate import data_parallel_size, num_microbatches
 from mtp_megatron.training.world import launched_world_size, model_parallel_world
+
+# What flock says on a file system without locks, as Lustre mounted without its option `flock`.
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,7 @@ class Outcome:
 
     Attributes:
         step: optimizer steps taken since the run's beginning.
-        finished: whether that is ``train.steps``; False after a request to stop.
+        finished: whether that is ``train.steps``, or beyond it already; False after a request to stop.
         evaluation: of the last step, if it was evaluated in this call.
     """
 
@@ -49,7 +59,7 @@ class Outcome:
 def train(recipe: Recipe) -> Outcome:
     """Train, or resume, a run: called by every rank of the job.
 
-    SIGTERM, SIGINT or SIGHUP to any rank lets the current step finish, saves a checkpoint and returns.
+    SIGTERM, SIGINT, SIGHUP or SIGUSR1 to any rank lets the current step finish, saves a checkpoint and returns.
 
     Raises:
         ConfigError, DataError, CheckpointError, JobError: before anything is allocated, see
@@ -101,7 +111,8 @@ class _Session:
         loader = partial(
             build_train_iterator, self.train_data, consumed_samples=self.step * batch, workers=recipe.data.workers
         )
-        iterators = chunk_iterators(recipe, self.plan.manifest.eod, loader)
+        # The samples end at train.steps, so that beyond it there is no place to start at.
+        iterators = chunk_iterators(recipe, self.plan.manifest.eod, loader) if self.step < steps else []
         with RunLog(self.folder, recipe, start_step=self.step, enabled=dist.get_rank() == 0) as log:
             self._announce(log)
             while self.step < steps:
@@ -113,10 +124,12 @@ class _Session:
                 last = self.step == steps
                 log.step(self.step, figures)
                 with log.paused():
-                    if recipe.train.eval_batches and (last or _due(self.step, recipe.train.eval_interval)):
+                    # Who asks to stop gives little time: only the save must fit into it.
+                    evaluates = last or (_due(self.step, recipe.train.eval_interval) and not figures.stop)
+                    if recipe.train.eval_batches and evaluates:
                         evaluation = self._evaluate(log)
                     if last or figures.stop or _due(self.step, recipe.train.save_interval):
-                        self._save()
+                        self._save(log)
                 if figures.stop and not last:
                     log.message(
                         f"asked to stop: saved step {self.step} of {steps}. The same command continues from it."
@@ -137,9 +150,11 @@ class _Session:
         for slower in (compat.slower_without_apex(), compat.slower_without_triton()):
             if slower is not None:
                 log.message(slower)
-        if self.step >= self.recipe.train.steps:
+        steps = self.recipe.train.steps
+        if self.step >= steps:
+            beyond = f"the run is at step {self.step}, beyond train.steps={steps}, so nothing is trained"
             log.message(
-                f"step {self.step} was the last one: set train.steps higher and "
+                f"{beyond if self.step > steps else f'step {steps} was the last one'}: set train.steps higher and "
                 f"optimizer.decay_steps={self.recipe.optimizer.decay_steps}, the end of this run's schedule, to go on."
             )
 
@@ -153,8 +168,10 @@ class _Session:
         log.evaluation(self.step, result)
         return result
 
-    def _save(self) -> None:
-        self.host.save(self.recipe, self.plan.manifest, self.trainable, self.folder.checkpoints, self.step)
+    def _save(self, log: RunLog) -> None:
+        start = time.perf_counter()
+        saved = self.host.save(self.recipe, self.plan.manifest, self.trainable, self.folder.checkpoints, self.step)
+        log.message(f"saved {saved.relative_to(self.folder.path)} in {time.perf_counter() - start:.1f} s")
 
     def _way_back(self) -> str:
         good = latest_complete(self.folder.checkpoints, warn=False)
@@ -177,25 +194,58 @@ def _locked(plan: Plan) -> Iterator[None]:
     """Hold the run's folder against a second job, and be sure that every rank sees this folder; collective.
 
     The lock is rank 0's and ends with its process, however it dies.
+
+    Raises:
+        ConfigError: on rank 0, where the folder cannot be held (:func:`_take`); on every rank, where it is not shared.
+        JobError: on the other ranks, when rank 0 cannot hold it.
     """
     folder, patience = plan.folder, 60 * plan.recipe.train.timeout_minutes
     if dist.get_rank() != 0:
         require_shared(folder.path, folder.lock, patience)
         yield
         return
-    folder.path.mkdir(parents=True, exist_ok=True)
-    with folder.lock.open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            refusal = ConfigError(
-                "run.path", str(folder.path), "another job is writing to it", "Wait for it to end, or choose another."
-            )
-            require_shared(folder.path, folder.lock, patience, complaint=str(refusal))
-            raise refusal from error
-        token = uuid.uuid4().hex
-        lock.truncate(0)
-        lock.write(token)
-        lock.flush()
+    token = uuid.uuid4().hex
+    try:
+        lock = _take(folder, token)
+    except ConfigError as refusal:
+        require_shared(folder.path, folder.lock, patience, complaint=str(refusal))
+        raise
+    with lock:
         require_shared(folder.path, folder.lock, patience, token=token)
         yield
+
+
+def _take(folder: RunFolder, token: str) -> FileIO:
+    """Lock the run's folder and write ``token`` into the lock's file, which holds until it is closed.
+
+    Raises:
+        ConfigError: another job holds it, or the file system does not let it be made, locked or written.
+    """
+    path = str(folder.path)
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        lock = folder.lock.open("ab", buffering=0)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            logger.warning(
+                "run.path=%r: its file system has no locks (%s), so nobody notices a second job that is started in it. "
+                "Mount it with them (Lustre: -o flock), or take care: two jobs in one folder damage the run.",
+                path,
+                error,
+            )
+        lock.truncate(0)
+        lock.write(token.encode())
+    except BlockingIOError as error:
+        raise ConfigError(
+            "run.path", path, "another job is writing to it", "Wait for it to end, or choose another."
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            "run.path", path, f"it cannot be written ({error})", "Choose a folder that can be."
+        ) from error
+    # A process that reads data would hold it on when this one is killed, until it has noticed.
+    os.register_at_fork(after_in_child=lock.close)
+    return lock

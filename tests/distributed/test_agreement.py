@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import signal
 import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from torch.distributed import HashStore
@@ -14,7 +19,7 @@ from torch.distributed import HashStore
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.training.agreement import JobError, Statement, compare, through_store
 from tests.harness import run_world
-from tests.training_runs import tiny_tree
+from tests.training_runs import tiny_tree, train_body
 
 
 def start_body(rank: int, world_size: int, trees: list[dict[str, Any]]) -> tuple[str, str, bool]:
@@ -40,6 +45,43 @@ def start_body(rank: int, world_size: int, trees: list[dict[str, Any]]) -> tuple
     finally:
         building.build_trainable, agreement.SEEN_WITHIN = former, patience
     raise AssertionError("nothing was raised")
+
+
+def start_where_locking_fails(
+    rank: int, world_size: int, tree: dict[str, Any], code: int
+) -> tuple[tuple[str, str, bool], list[str]]:
+    """For ``run_world``: :func:`start_body`, and the warnings of this rank."""
+    from mtp_megatron.training import loop
+
+    failing = mock.patch.object(loop.fcntl, "flock", side_effect=OSError(code, os.strerror(code)))
+    with failing, mock.patch.object(loop.logger, "warning") as warning:
+        outcome = start_body(rank, world_size, [tree] * world_size)
+    return outcome, [call.args[0] % call.args[1:] for call in warning.call_args_list]
+
+
+def start_and_fork(rank: int, world_size: int, tree: dict[str, Any]) -> None:
+    """For ``run_world``: when a run has ended whose process was forked, and that one lives on, its folder is free."""
+    from mtp_megatron.errors import MTPError
+    from mtp_megatron.training import loop
+
+    children = []
+
+    def fork(plan: Any, stop: Any) -> None:
+        children.append(os.fork())
+        if children == [0]:
+            time.sleep(600)
+            os._exit(0)
+        raise MTPError("built")
+
+    try:
+        with mock.patch.object(loop, "_Session", fork), pytest.raises(MTPError, match="built"):
+            train_body(rank, world_size, tree)
+        with (Path(tree["run"]["path"]) / ".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 def started(*trees: dict[str, Any]) -> list[tuple[str, str, bool]]:
@@ -89,6 +131,36 @@ def test_a_wrong_world_size_is_refused_by_every_rank(data: Path, tmp_path: Path)
         assert said.startswith("world size=2: ")
         assert "Start a multiple of 4 ranks" in said
         assert not built
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK], ids=errno.errorcode.get)
+def test_a_file_system_without_locks_holds_a_run_and_that_is_said(code: int, data: Path, tmp_path: Path) -> None:
+    tree = tiny_tree(data, tmp_path / "run", parallel__pipeline=2)
+    (own, said), (other, nothing) = run_world(start_where_locking_fails, 2, tree, code)
+    assert own == other == ("MTPError", "built", True)
+    (warning,) = said
+    assert warning.startswith(f"run.path={str(tmp_path / 'run')!r}: its file system has no locks ([Errno {code}]")
+    assert nothing == []
+
+
+@pytest.mark.parametrize("where", ["flock", "mkdir"])
+def test_a_run_folder_that_cannot_be_held_is_named_by_every_rank(where: str, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    run = tmp_path / "run" if where == "flock" else tmp_path / "file" / "run"
+    tree = tiny_tree(data, run, parallel__pipeline=2)
+    if where == "flock":
+        own, other = (outcome for outcome, _ in run_world(start_where_locking_fails, 2, tree, errno.EIO))
+    else:
+        own, other = started(tree, tree)
+    problem = f"run.path={str(run)!r}: it cannot be written ([Errno "
+    assert (own[0], other[0]) == ("ConfigError", "JobError")
+    assert own[1].startswith(problem)
+    assert other[1].startswith(f"rank 0 cannot start: {problem}")
+
+
+def test_a_process_that_outlives_its_rank_does_not_hold_the_folder(data: Path, tmp_path: Path) -> None:
+    """One that reads data does for some seconds, when its rank is killed."""
+    run_world(start_and_fork, 1, tiny_tree(data, tmp_path / "run"))
 
 
 # --- the exchange through the launcher's store, without processes ---

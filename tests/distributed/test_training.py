@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -256,6 +257,20 @@ def says_on_the_way(rank: int, world_size: int, tree: dict[str, Any]) -> tuple[i
         RunLog.message = message
 
 
+def says_until_stopped(rank: int, world_size: int, tree: dict[str, Any], step: int) -> tuple[int, list[str]]:
+    """Train until the step in which a signal comes; what the run told."""
+    from mtp_megatron.training import loop
+
+    train_step = loop.train_step
+
+    def signalled(recipe: Any, trainable: Any, iterators: Any, microbatches: int, stop: bool) -> Any:
+        asked = stop or trainable.scheduler.num_steps == step - 1
+        return train_step(recipe, trainable, iterators, microbatches, asked)
+
+    with mock.patch.object(loop, "train_step", signalled):
+        return says_on_the_way(rank, world_size, tree)
+
+
 def test_a_finished_run_says_how_to_go_on_and_that_works(data: Path, tmp_path: Path) -> None:
     settings = {"train__steps": 4, "train__eval_batches": 0}
     run_world(train_body, 1, tiny_tree(data, tmp_path / "run", **settings))
@@ -266,6 +281,31 @@ def test_a_finished_run_says_how_to_go_on_and_that_works(data: Path, tmp_path: P
     longer = {**settings, "train__steps": 6, "optimizer__decay_steps": int(advice[1])}
     assert run_world(train_body, 1, tiny_tree(data, tmp_path / "run", **longer)) == [6]
     assert metrics(tmp_path / "run")[6]["lr"] == metrics(tmp_path / "run")[4]["lr"], "the schedule had ended"
+
+
+def test_every_save_is_said_and_a_request_to_stop_saves_without_an_evaluation(data: Path, tmp_path: Path) -> None:
+    """Both are due after steps 2 and 4."""
+    tree = tiny_tree(data, tmp_path / "run", train__eval_interval=2, train__save_interval=2)
+    ((step, said),) = run_world(says_until_stopped, 1, tree, 4)
+    assert step == 4
+    assert list(metrics(tmp_path / "run", "valid")) == [2]
+    saved = [line for line in said if line.startswith("saved ")]
+    assert [line.split(" in ")[0] for line in saved] == [f"saved checkpoints/iter_000000{step}" for step in (2, 4)]
+    assert all(re.fullmatch(r"\d+\.\d s", line.split(" in ")[1]) for line in saved)
+    assert said[-1].startswith("asked to stop: saved step 4 of 8")
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_run_beyond_its_last_step_says_so_and_does_nothing(stages: int, data: Path, tmp_path: Path) -> None:
+    settings = {"parallel__pipeline": stages, "optimizer__decay_steps": 4, "train__save_interval": 0}
+    run_world(train_body, stages, tiny_tree(data, tmp_path / "run", train__steps=4, **settings))
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    results = run_world(says_on_the_way, stages, tiny_tree(data, tmp_path / "run", train__steps=2, **settings))
+    assert [step for step, _ in results] == [4] * stages
+    assert (
+        "the run is at step 4, beyond train.steps=2, so nothing is trained: set train.steps higher" in results[0][1][-1]
+    )
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
 @pytest.mark.parametrize("layout", ["|", "Ettttm|mmL"], ids=["data parallel", "heads on two stages"])

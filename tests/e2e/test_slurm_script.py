@@ -74,7 +74,7 @@ def finished(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 def test_the_job_saves_before_its_time_limit_and_is_queued_again(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    tree = tiny_tree(make_data(tmp_path / "files"), run, train__steps=STEPS, train__save_interval=0)
+    tree = tiny_tree(make_data(tmp_path / "files"), run, train__steps=STEPS, train__save_interval=0, data__workers=1)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tree))
     processes = []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -158,3 +160,26 @@ def test_loading_leaves_the_global_random_state_alone():
 def test_reading_ahead_changes_nothing():
     dataset = numbered(10, length=24)
     assert train_ids(dataset, 4, 2, 4, 1, 2, workers=2) == train_ids(dataset, 4, 2, 4, 1, 2)
+
+
+SIGNALLED = """
+import os, signal, subprocess, sys
+import psutil
+from tests.unit.test_data_loader import numbered
+from mtp_megatron.data.loader import build_train_iterator
+
+sizes = dict(consumed_samples=0, micro_batch_size=2, global_batch_size=2, dp_rank=0, dp_size=1)
+batches = build_train_iterator(numbered(100), workers=2, **sizes)
+next(batches), next(batches)  # one of each
+readers = [str(reader.pid) for reader in psutil.Process().children()]
+for name in ("TERM", "INT", "HUP", "USR1"):
+    subprocess.run(["kill", f"-{name}", *readers], check=True)  # from another process than their parent
+print(len(readers), sum(1 for _ in zip(batches, range(40))))
+# The iterator is still alive when the interpreter exits.
+"""
+
+
+def test_readers_leave_requests_to_stop_to_their_parent_and_end_with_it():
+    """torchrun and SLURM signal all processes of a rank; an interpreter that exits waits for those that it started."""
+    said = subprocess.run([sys.executable, "-c", SIGNALLED], capture_output=True, text=True, timeout=200)
+    assert (said.returncode, said.stdout) == (0, "2 40\n"), said.stderr

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from mtp_megatron.errors import CheckpointError
+from mtp_megatron.signals import stop_on_signal
 from mtp_megatron.training import checkpoint_files as files
 from mtp_megatron.training.evaluation import Evaluation
 from mtp_megatron.training.recipe_io import parse_recipe
 from mtp_megatron.training.run_folder import RunFolder
 from mtp_megatron.training.run_log import RunLog, drop_later_lines, read_metrics
-from mtp_megatron.training.signals import stop_on_signal
 from mtp_megatron.training.step import StepFigures
 from tests.training_runs import tiny_tree
 
@@ -219,7 +219,7 @@ def test_nan_is_null_in_metrics(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["head_loss"] == [1.0, None]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_signals_are_noted_inside_and_left_alone_outside(number: signal.Signals) -> None:
     former = signal.getsignal(number)
     with stop_on_signal() as stop:

@@ -1,0 +1,60 @@
+"""Stopping on request: SIGTERM, SIGINT, SIGHUP (a terminal that closes) or SIGUSR1 (SLURM's ``--signal``, some time
+before a limit) let the step finish, save and exit with status 0."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Whether this process was asked to stop, and by which signal."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Record the signals instead of dying of them; the former handlers return at the end."""
+    request = StopRequest()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        request.signal = signal.Signals(number)
+
+    former = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def leave_stopping_to_parent(worker: int) -> None:
+    """A DataLoader's ``worker_init_fn``: a process that reads data goes on when it is asked to stop, until its parent
+    ends it.
+
+    torchrun signals all processes of a rank and SLURM all of a job step, and a rank whose readers died of that fails
+    before it has saved. The parent's own SIGTERM still ends them: an interpreter that exits sends it and then waits.
+    """
+    parent = multiprocessing.parent_process()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # a handler would not be told who sends
+    number = os.getppid() if parent is None or parent.pid is None else parent.pid
+    threading.Thread(target=_end_with, args=(number,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while True:
+        request = signal.sigwaitinfo(STOP_SIGNALS)
+        if request.si_signo == signal.SIGTERM and request.si_pid == parent:
+            os._exit(0)
