@@ -6,6 +6,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,8 @@ def leave_stopping_to_parent(worker: int) -> None:
     torchrun signals all processes of a rank and SLURM all of a job step, and a rank whose readers died of that fails
     before it has saved. The parent's own SIGTERM still ends them: an interpreter that exits sends it and then waits.
     """
+    if sys.platform != "linux":  # no sigwaitinfo on macOS, and no cluster either
+        return
     parent = multiprocessing.parent_process()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # a handler would not be told who sends
     number = os.getppid() if parent is None or parent.pid is None else parent.pid
