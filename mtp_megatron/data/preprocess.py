@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from array import array
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +159,7 @@ def _refuse_foreign_output(output: Path) -> Manifest | None:
 
 
 def _scan(corpus: Corpus, options: PreprocessOptions) -> _Scan:
-    keys: list[int] = []
+    keys = array("Q")  # 8 bytes a document, where a list of integers takes 40
     text_bytes = 0
     whole = hashlib.sha256()
     tally = Tally()
@@ -171,7 +173,7 @@ def _scan(corpus: Corpus, options: PreprocessOptions) -> _Scan:
             f"the corpus has {len(keys)} usable documents ({len(tally.rejected)} rejected, {tally.empty} empty); at "
             f"least 2 are needed, one to train on and one to hold out. Give more files.{lost}"
         )
-    return _Scan(np.array(keys, dtype=np.uint64), text_bytes, whole.hexdigest(), tally)
+    return _Scan(np.frombuffer(keys, dtype=np.uint64), text_bytes, whole.hexdigest(), tally)
 
 
 def _key(data: bytes, seed: int) -> int:
@@ -228,11 +230,13 @@ def _write_splits(
     from mtp_megatron.data.writer import optimal_dtype, split_writer  # imports megatron: not needed when up to date
 
     dtype = optimal_dtype(tokenizer.vocab_size)
-    sizes: list[int] = []  # of the documents read so far; the results come later when processes encode
+    read: deque[tuple[int, str]] = (
+        deque()
+    )  # size and name of those read whose ids, made by other processes, are to come
 
     def texts() -> Iterator[bytes]:
         for document in _reread(corpus, scan, options):
-            sizes.append(len(document.data))
+            read.append((len(document.data), document.name))
             yield document.data
 
     with (
@@ -241,8 +245,9 @@ def _write_splits(
         _byte_bar("tokenize", scan.text_bytes, options) as bar,
     ):
         for index, ids in enumerate(encode_documents(texts(), tokenizer, options.workers)):
-            (valid if held_out[index] else train).add(ids, sizes[index])
-            bar.update(sizes[index])
+            size, name = read.popleft()
+            (valid if held_out[index] else train).add(ids, size, name)
+            bar.update(size)
         return {"train": train.finish(), "valid": valid.finish()}, dtype
 
 
