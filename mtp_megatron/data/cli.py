@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from mtp_megatron.data.corpus import DEFAULT_EXTENSIONS
 from mtp_megatron.data.preprocess import PreprocessOptions, PreprocessResult, preprocess
+from mtp_megatron.data.sources import DEFAULT_EXTENSIONS
 
 SUMMARY = "turn files and folders into a tokenizer and an indexed training set"
 

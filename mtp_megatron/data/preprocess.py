@@ -16,9 +16,11 @@ import numpy as np
 from tqdm import tqdm
 
 from mtp_megatron.data.atomic import new_folder
-from mtp_megatron.data.corpus import DEFAULT_EXTENSIONS, Corpus, Document, Tally, digest, find_sources
+from mtp_megatron.data.corpus import Corpus, Tally, digest
 from mtp_megatron.data.encode import encode_documents
 from mtp_megatron.data.manifest import MANIFEST_FILE, VERSION, Manifest, SourceInfo, TokenizerInfo, load_manifest
+from mtp_megatron.data.reading import Document
+from mtp_megatron.data.sources import DEFAULT_EXTENSIONS, find_sources
 from mtp_megatron.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from mtp_megatron.data.train_tokenizer import MIN_VOCAB, train_tokenizer
 from mtp_megatron.errors import ConfigError, DataError

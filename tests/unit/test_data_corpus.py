@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from mtp_megatron.data.corpus import Corpus, Tally, find_sources, standard_library
+from mtp_megatron.data.corpus import Corpus, Tally
+from mtp_megatron.data.sources import find_sources, standard_library
 from mtp_megatron.errors import ConfigError, DataError
 
 

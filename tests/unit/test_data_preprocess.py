@@ -17,9 +17,9 @@ import pytest
 
 from mtp_megatron.data import preprocess as module
 from mtp_megatron.data.atomic import new_folder
-from mtp_megatron.data.corpus import Document
 from mtp_megatron.data.manifest import check_vocab, load_manifest
 from mtp_megatron.data.preprocess import PreprocessOptions, preprocess
+from mtp_megatron.data.reading import Document
 from mtp_megatron.data.tokenizer import ByteTokenizer
 from mtp_megatron.data.writer import SplitWriter, optimal_dtype, split_writer
 from mtp_megatron.errors import ConfigError, DataError
