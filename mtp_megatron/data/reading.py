@@ -69,6 +69,12 @@ def _read_json_lines(source: Source, json_key: str) -> Iterator[Document | Rejec
             except (UnicodeDecodeError, json.JSONDecodeError) as error:
                 yield Rejected(name, f"not JSON ({error})")
                 continue
+            except ValueError as error:  # JSON, but Python refuses to read a number of more than 4300 digits
+                yield Rejected(name, f"holds a number that cannot be read ({error})")
+                continue
+            except RecursionError:
+                yield Rejected(name, "lists or objects nested too deeply to be read")
+                continue
             text = record.get(json_key) if isinstance(record, dict) else None
             if not isinstance(text, str):
                 yield Rejected(name, f"no text under the key {json_key!r}")

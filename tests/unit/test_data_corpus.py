@@ -88,6 +88,17 @@ def test_json_lines_give_one_document_each(tmp_path):
     assert [d.text for d in Corpus(find_sources([path]), json_key="other").documents()] == ["x"]
 
 
+def test_a_json_line_that_python_cannot_read_is_left_out_and_does_not_end_the_run(tmp_path):
+    odd = ['{"text": "a", "n": ' + "9" * 5000 + "}", '{"text": "a", "n": ' + "[" * 200_000 + "]" * 200_000 + "}"]
+    path = tmp_path / "d.jsonl"
+    path.write_text("\n".join(['{"text": "one"}', *odd, '{"text": "two"}']))
+    tally = Tally()
+    assert [d.text for d in Corpus(find_sources([path])).documents(tally)] == ["one", "two"]
+    number, nesting = map(str, tally.rejected)
+    assert number.startswith("d.jsonl:2: holds a number that cannot be read (Exceeds the limit (4300 digits)")
+    assert nesting == "d.jsonl:3: lists or objects nested too deeply to be read"
+
+
 def test_max_documents_takes_the_first_ones(folder):
     sources = find_sources([folder])
     everything = [d.name for d in Corpus(sources).documents()]
