@@ -157,11 +157,11 @@ def summary_table(result: PreprocessResult) -> str:
 
 
 def _report_rejected(result: PreprocessResult, most: int = 10) -> None:
-    rejected = result.tally.rejected
-    for item in rejected[:most]:
+    tally = result.tally
+    for item in tally.examples[:most]:
         print(f"left out: {item}", file=sys.stderr)
-    if len(rejected) > most:
-        print(f"left out: {len(rejected) - most} more, {len(rejected)} in all", file=sys.stderr)
+    if tally.rejected > most:
+        print(f"left out: {tally.rejected - most} more, {tally.rejected} in all", file=sys.stderr)
 
 
 @contextlib.contextmanager

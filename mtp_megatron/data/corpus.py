@@ -7,14 +7,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from mtp_megatron.data.reading import Document, Rejected, Source, read
+from mtp_megatron.errors import DataError
+
+_MOST_EXAMPLES = 20  # a line for each record of a large corpus would fill the memory
+_HOPELESS = 10_000
 
 
 @dataclass
 class Tally:
-    """What a pass over the corpus left out."""
+    """What a pass over the corpus left out: how much, and the first of it by name."""
 
-    rejected: list[Rejected] = field(default_factory=list)
+    rejected: int = 0
+    examples: list[Rejected] = field(default_factory=list)
     empty: int = 0
+
+    def reject(self, item: Rejected) -> None:
+        """Count one more."""
+        self.rejected += 1
+        if len(self.examples) < _MOST_EXAMPLES:
+            self.examples.append(item)
 
 
 @dataclass(frozen=True)
@@ -32,15 +43,22 @@ class Corpus:
     max_documents: int | None = None
 
     def documents(self, tally: Tally | None = None) -> Iterator[Document]:
-        """Yield the documents in order; what is rejected or empty is added to ``tally``."""
+        """Yield the documents in order; what is rejected or empty is added to ``tally``.
+
+        Raises:
+            DataError: the first 10,000 JSON lines are all unusable, so that the key is most likely wrong.
+        """
         tally = Tally() if tally is None else tally
         count = 0
+        unusable: _Unusable | None = _Unusable(self.json_key)  # None once a line has text
         for source in self.sources:
             if count == self.max_documents:
                 return
             for item in read(source, self.json_key):
+                if unusable is not None and item.from_json_line:
+                    unusable = unusable.add(item) if isinstance(item, Rejected) else None
                 if isinstance(item, Rejected):
-                    tally.rejected.append(item)
+                    tally.reject(item)
                 elif not item.data:
                     tally.empty += 1
                 else:
@@ -48,6 +66,27 @@ class Corpus:
                     count += 1
                     if count == self.max_documents:
                         return
+
+
+@dataclass
+class _Unusable:
+    """The JSON lines before the first that has text: a wrong key should not cost a pass over terabytes."""
+
+    json_key: str
+    count: int = 0
+    first: Rejected | None = None
+
+    def add(self, item: Rejected) -> _Unusable:
+        """Count one more, and end the pass when it is one too many."""
+        self.count += 1
+        if self.first is None or (item.fields and not self.first.fields):
+            self.first = item
+        if self.count == _HOPELESS:
+            raise DataError(
+                f"--json-key={self.json_key!r}: the first {_HOPELESS:,} JSON lines are all unusable "
+                f"({self.first.explanation}). Name the field that holds the text with --json-key."
+            )
+        return self
 
 
 def digest(data: bytes) -> bytes:

@@ -26,7 +26,6 @@ from mtp_megatron.data.train_tokenizer import MIN_VOCAB, train_tokenizer
 from mtp_megatron.errors import ConfigError, DataError
 
 _TOKENIZER_SAMPLE_BYTES = 200_000_000  # sentencepiece holds its training text in memory
-_EXAMPLES = 20
 _T = TypeVar("_T")
 
 
@@ -137,8 +136,8 @@ def preprocess(options: PreprocessOptions) -> PreprocessResult:
             tokenizer=TokenizerInfo(kind=tokenizer.kind, sha256=tokenizer.sha256),
             source=SourceInfo(
                 files=len(sources),
-                rejected=len(scan.tally.rejected),
-                rejected_examples=tuple(map(str, scan.tally.rejected[:_EXAMPLES])),
+                rejected=scan.tally.rejected,
+                rejected_examples=tuple(map(str, scan.tally.examples)),
                 empty=scan.tally.empty,
                 sha256=scan.sha256,
             ),
@@ -170,9 +169,9 @@ def _scan(corpus: Corpus, options: PreprocessOptions) -> _Scan:
         text_bytes += len(document.data)
         whole.update(document.name.encode("utf-8", "surrogateescape") + b"\0" + digest(document.data))
     if len(keys) < 2:
-        lost = "".join(f"\n  {rejected}" for rejected in tally.rejected[:5])
+        lost = "".join(f"\n  {item.explanation}" for item in tally.examples[:5])
         raise DataError(
-            f"the corpus has {len(keys)} usable documents ({len(tally.rejected)} rejected, {tally.empty} empty); at "
+            f"the corpus has {len(keys)} usable documents ({tally.rejected} rejected, {tally.empty} empty); at "
             f"least 2 are needed, one to train on and one to hold out. Give more files.{lost}"
         )
     return _Scan(np.frombuffer(keys, dtype=np.uint64), text_bytes, whole.hexdigest(), tally)

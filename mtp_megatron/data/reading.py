@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 _JSON_LINES = ".jsonl"
@@ -20,10 +21,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Document:
-    """One text; a line of a ``.jsonl`` file or a whole file. ``data`` is its UTF-8 encoding, never empty."""
+    """One text; a line of JSON lines or a whole file. ``data`` is its UTF-8 encoding."""
 
     name: str
     data: bytes
+    from_json_line: bool = False
 
     @property
     def text(self) -> str:
@@ -32,16 +34,24 @@ class Document:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A file or line that is not in the data set, and why."""
+    """A file or line that is not in the data set, and why; ``fields`` are those of a record without text."""
 
     name: str
     reason: str
+    from_json_line: bool = False
+    fields: str = ""
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
 
+    @property
+    def explanation(self) -> str:
+        """The same, with the fields."""
+        return f"{self}; its fields: {self.fields}" if self.fields else str(self)
+
 
 def read(source: Source, json_key: str) -> Iterator[Document | Rejected]:
+    """Yield the documents of one file, and what of it is none."""
     try:
         if source.path.suffix.lower() == _JSON_LINES:
             yield from _read_json_lines(source, json_key)
@@ -61,25 +71,31 @@ def read(source: Source, json_key: str) -> Iterator[Document | Rejected]:
 def _read_json_lines(source: Source, json_key: str) -> Iterator[Document | Rejected]:
     with source.path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            name = f"{source.name}:{number}"
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                yield Rejected(name, f"not JSON ({error})")
-                continue
-            except ValueError as error:  # JSON, but Python refuses to read a number of more than 4300 digits
-                yield Rejected(name, f"holds a number that cannot be read ({error})")
-                continue
-            except RecursionError:
-                yield Rejected(name, "lists or objects nested too deeply to be read")
-                continue
-            text = record.get(json_key) if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                yield Rejected(name, f"no text under the key {json_key!r}")
-                continue
-            try:
-                yield Document(name, text.encode("utf-8"))
-            except UnicodeEncodeError:  # JSON can spell a lone surrogate, which is not a character
-                yield Rejected(name, "holds a lone surrogate, which UTF-8 cannot encode")
+            if line.strip():
+                yield _json_line(f"{source.name}:{number}", line, json_key)
+
+
+def _json_line(name: str, line: bytes, json_key: str) -> Document | Rejected:
+    try:
+        record = json.loads(line)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        return Rejected(name, f"not JSON ({error})", from_json_line=True)
+    except ValueError as error:  # JSON, but Python refuses to read a number of more than 4300 digits
+        return Rejected(name, f"holds a number that cannot be read ({error})", from_json_line=True)
+    except RecursionError:
+        return Rejected(name, "lists or objects nested too deeply to be read", from_json_line=True)
+    text = record.get(json_key) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        return Rejected(name, f"no text under the key {json_key!r}", from_json_line=True, fields=_fields(record))
+    try:
+        return Document(name, text.encode("utf-8"), from_json_line=True)
+    except UnicodeEncodeError:  # JSON can spell a lone surrogate, which is not a character
+        return Rejected(name, "holds a lone surrogate, which UTF-8 cannot encode", from_json_line=True)
+
+
+def _fields(record: object) -> str:
+    """The first fields of a record with their types, for messages."""
+    if not isinstance(record, dict):
+        return ""
+    shown = [f"{key[:40]} ({type(value).__name__})" for key, value in islice(record.items(), 8)]
+    return ", ".join([*shown, "..."] if len(record) > len(shown) else shown)

@@ -64,7 +64,7 @@ def test_rejected_and_empty_documents_are_counted(tmp_path):
     documents = list(Corpus(find_sources([tmp_path])).documents(tally))
     assert [document.text for document in documents] == ["fine\r\n\ttext", "\ufeffmark"]
     assert tally.empty == 1
-    assert [str(item) for item in tally.rejected] == [f"{tmp_path.name}/b.py: not UTF-8 (byte 0xe9 at offset 3)"]
+    assert [str(item) for item in tally.examples] == [f"{tmp_path.name}/b.py: not UTF-8 (byte 0xe9 at offset 3)"]
 
 
 def test_json_lines_give_one_document_each(tmp_path):
@@ -83,7 +83,7 @@ def test_json_lines_give_one_document_each(tmp_path):
     tally = Tally()
     documents = list(Corpus(find_sources([path])).documents(tally))
     assert [(d.name, d.text) for d in documents] == [("d.jsonl:1", "one\nline"), ("d.jsonl:8", "zwei ü")]
-    assert [item.name for item in tally.rejected] == ["d.jsonl:3", "d.jsonl:4", "d.jsonl:5", "d.jsonl:6"]
+    assert [item.name for item in tally.examples] == ["d.jsonl:3", "d.jsonl:4", "d.jsonl:5", "d.jsonl:6"]
     assert tally.empty == 1
     assert [d.text for d in Corpus(find_sources([path]), json_key="other").documents()] == ["x"]
 
@@ -94,9 +94,42 @@ def test_a_json_line_that_python_cannot_read_is_left_out_and_does_not_end_the_ru
     path.write_text("\n".join(['{"text": "one"}', *odd, '{"text": "two"}']))
     tally = Tally()
     assert [d.text for d in Corpus(find_sources([path])).documents(tally)] == ["one", "two"]
-    number, nesting = map(str, tally.rejected)
+    number, nesting = map(str, tally.examples)
     assert number.startswith("d.jsonl:2: holds a number that cannot be read (Exceeds the limit (4300 digits)")
     assert nesting == "d.jsonl:3: lists or objects nested too deeply to be read"
+
+
+def records(path, count, **record):
+    path.write_text((json.dumps(record) + "\n") * count)
+    return path
+
+
+def test_of_what_is_left_out_only_the_first_is_kept(tmp_path):
+    path = records(tmp_path / "d.jsonl", 1, text="fine")
+    path.write_text(path.read_text() + "{broken\n" * 30_000)
+    tally = Tally()
+    assert len(list(Corpus(find_sources([path])).documents(tally))) == 1
+    assert (tally.rejected, len(tally.examples)) == (30_000, 20)
+    assert tally.examples[0].name == "d.jsonl:2"
+
+
+def test_a_wrong_key_ends_the_pass_early_and_names_the_fields(tmp_path):
+    wrong = records(tmp_path / "a.jsonl", 6000, content="x", id=1), records(tmp_path / "b.jsonl", 9000, content="x")
+    seen = Tally()
+    with pytest.raises(DataError) as caught:
+        list(Corpus(find_sources([tmp_path])).documents(seen))
+    assert str(caught.value) == (
+        "--json-key='text': the first 10,000 JSON lines are all unusable (a.jsonl:1: no text under the key 'text'; "
+        "its fields: content (str), id (int)). Name the field that holds the text with --json-key."
+    ).replace("a.jsonl", f"{tmp_path.name}/a.jsonl")
+    # One line with text is enough to go on, and files of plain text neither help nor hurt.
+    (tmp_path / "c.txt").write_text("text")
+    right = records(tmp_path / "right.jsonl", 1, text="")
+    tally = Tally()
+    assert len(list(Corpus(find_sources([right, tmp_path / "c.txt", *wrong])).documents(tally))) == 1
+    assert tally.rejected == 15_000
+    with pytest.raises(DataError, match="all unusable"):
+        list(Corpus(find_sources([tmp_path / "c.txt", *wrong])).documents())
 
 
 def test_max_documents_takes_the_first_ones(folder):

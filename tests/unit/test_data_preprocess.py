@@ -188,6 +188,15 @@ def test_nothing_is_written_when_the_input_is_refused(options, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
+def test_too_few_usable_records_name_their_fields(options, tmp_path):
+    path = tmp_path / "src" / "d.jsonl"
+    path.write_text(json.dumps({f"field{i}": i for i in range(12)}))
+    with pytest.raises(
+        DataError, match=r"(?s)0 usable documents \(1 rejected.*its fields: field0 \(int\), .*field7.*, \.\.\."
+    ):
+        preprocess(replace(options, paths=(path,)))
+
+
 def test_a_corpus_that_changes_underway_is_refused(options, monkeypatch, tmp_path):
     real = module._hold_out
 
