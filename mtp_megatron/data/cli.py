@@ -88,6 +88,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-documents", type=int, metavar="N", help="take only the first N documents")
     parser.add_argument("--with-tests", action="store_true", help="without PATH: the standard library's tests too")
+    parser.add_argument(
+        "--skip-unreadable",
+        action="store_true",
+        help="leave out files and folders that cannot be read (an input or output error, no permission) and say so, in "
+        "place of ending with an error",
+    )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenize (default 1)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
 
@@ -105,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
         json_key=args.json_key,
         max_documents=args.max_documents,
         with_tests=args.with_tests,
+        skip_unreadable=args.skip_unreadable,
         workers=args.workers,
         quiet=args.quiet,
     )

@@ -36,17 +36,20 @@ class Corpus:
         sources: the files.
         json_key: the field that holds the text in each line of a ``.jsonl`` file.
         max_documents: stop after this many documents; all of them when None.
+        skip_unreadable: leave out files that cannot be read, in place of the error.
     """
 
     sources: tuple[Source, ...]
     json_key: str = "text"
     max_documents: int | None = None
+    skip_unreadable: bool = False
 
     def documents(self, tally: Tally | None = None) -> Iterator[Document]:
         """Yield the documents in order; what is rejected or empty is added to ``tally``.
 
         Raises:
-            DataError: the first 10,000 JSON lines are all unusable, so that the key is most likely wrong.
+            DataError: a file cannot be read, a document is longer than 1 GiB, or the first 10,000 JSON lines are all
+                unusable, so that the key is most likely wrong.
         """
         tally = Tally() if tally is None else tally
         count = 0
@@ -54,7 +57,7 @@ class Corpus:
         for source in self.sources:
             if count == self.max_documents:
                 return
-            for item in read(source, self.json_key):
+            for item in read(source, self.json_key, skip_unreadable=self.skip_unreadable):
                 if unusable is not None and item.from_json_line:
                     unusable = unusable.add(item) if isinstance(item, Rejected) else None
                 if isinstance(item, Rejected):

@@ -44,6 +44,7 @@ class PreprocessOptions:
         json_key: field of a ``.jsonl`` line that holds the text.
         max_documents: take only the first so many documents.
         with_tests: take the standard library's tests too.
+        skip_unreadable: leave out what cannot be read, in place of the error.
         workers: processes that tokenize.
         quiet: no progress bars.
     """
@@ -58,6 +59,7 @@ class PreprocessOptions:
     json_key: str = "text"
     max_documents: int | None = None
     with_tests: bool = False
+    skip_unreadable: bool = False
     workers: int = 1
     quiet: bool = False
 
@@ -105,12 +107,13 @@ def preprocess(options: PreprocessOptions) -> PreprocessResult:
 
     Raises:
         ConfigError: options that cannot work, such as a vocabulary that the text does not support.
-        DataError: paths, tokenizer or output folder that cannot be used, or a corpus with fewer than two documents.
+        DataError: paths, tokenizer or output folder that cannot be used, a corpus with fewer than two documents, or
+            what :meth:`.Corpus.documents` refuses.
     """
     old = _refuse_foreign_output(options.output)
     given = None if options.train_vocab is not None else load_tokenizer(options.tokenizer)
     sources = find_sources(options.paths, options.extensions, with_tests=options.with_tests)
-    corpus = Corpus(sources, options.json_key, options.max_documents)
+    corpus = Corpus(sources, options.json_key, options.max_documents, options.skip_unreadable)
     scan = _scan(corpus, options)
     recorded = _recorded_options(options, given)
     fingerprint = _fingerprint(recorded, scan.sha256)

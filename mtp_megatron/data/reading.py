@@ -7,8 +7,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
+from mtp_megatron.errors import DataError
+
+UNREADABLE_REMEDY = (
+    "Nothing was written. Copy it again or give yourself the permission, or leave out what cannot be read with "
+    "--skip-unreadable."
+)
 _JSON_LINES = ".jsonl"
+_MOST_BYTES = 1 << 30  # sentencepiece takes about 47 bytes of memory for each byte of a document
+_MOST = "1 GiB"
+_PART_BYTES = 1 << 20  # read(n) takes n bytes at once, whatever the file has
 
 
 @dataclass(frozen=True)
@@ -50,29 +60,60 @@ class Rejected:
         return f"{self}; its fields: {self.fields}" if self.fields else str(self)
 
 
-def read(source: Source, json_key: str) -> Iterator[Document | Rejected]:
-    """Yield the documents of one file, and what of it is none."""
+def read(source: Source, json_key: str, *, skip_unreadable: bool = False) -> Iterator[Document | Rejected]:
+    """Yield the documents of one file, and what of it is none.
+
+    Args:
+        source: the file.
+        json_key: the field that holds the text of a JSON line.
+        skip_unreadable: what cannot be read is left out, in place of the error.
+
+    Raises:
+        DataError: the file cannot be read, which says nothing about its text; or a text is longer than 1 GiB.
+    """
     try:
-        if source.path.suffix.lower() == _JSON_LINES:
-            yield from _read_json_lines(source, json_key)
-            return
-        data = source.path.read_bytes()
+        with source.path.open("rb") as stream:
+            if source.path.suffix.lower() == _JSON_LINES:
+                yield from _json_lines(source, stream, json_key)
+            else:
+                yield _plain_text(source, stream)
     except OSError as error:
-        yield Rejected(source.name, f"cannot be read ({error.strerror})")
-        return
+        reason = f"cannot be read ({error.strerror or error})"
+        if not skip_unreadable:
+            raise DataError(f"{source.path}: {reason}. {UNREADABLE_REMEDY}") from error
+        yield Rejected(source.name, reason)
+
+
+def _plain_text(source: Source, stream: BinaryIO) -> Document | Rejected:
+    parts: list[bytes] = []
+    size = 0
+    while part := stream.read(_PART_BYTES):
+        parts.append(part)
+        size += len(part)
+        if size > _MOST_BYTES:
+            raise DataError(
+                f"{source.path}: longer than {_MOST}, the most that one document may have, and a file that is not "
+                "JSON lines is one document. Split it, or write it as JSON lines (.jsonl), one document a line."
+            )
+    data = b"".join(parts)
     try:
         data.decode("utf-8")
     except UnicodeDecodeError as error:
-        yield Rejected(source.name, f"not UTF-8 (byte {data[error.start]:#04x} at offset {error.start})")
-    else:
-        yield Document(source.name, data)
+        return Rejected(source.name, f"not UTF-8 (byte {data[error.start]:#04x} at offset {error.start})")
+    return Document(source.name, data)
 
 
-def _read_json_lines(source: Source, json_key: str) -> Iterator[Document | Rejected]:
-    with source.path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _json_line(f"{source.name}:{number}", line, json_key)
+def _json_lines(source: Source, stream: BinaryIO, json_key: str) -> Iterator[Document | Rejected]:
+    number = 0
+    while line := stream.readline(_MOST_BYTES + 1):
+        number += 1
+        if len(line) > _MOST_BYTES:
+            raise DataError(
+                f"{source.path}: line {number} is longer than {_MOST}, the most that one document may have. Split it, "
+                "or check that the file has one JSON object a line."
+            )
+        if line.strip():
+            yield _json_line(f"{source.name}:{number}", line, json_key)
 
 
 def _json_line(name: str, line: bytes, json_key: str) -> Document | Rejected:

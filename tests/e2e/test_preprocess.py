@@ -71,6 +71,20 @@ def test_errors_are_one_line_and_come_before_any_work(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["garbage.model"]
 
 
+def test_an_input_that_cannot_be_read_is_an_error_and_nothing_is_written(tmp_path, capsys):
+    source = tmp_path / "src"
+    source.mkdir()
+    for i in range(5):
+        (source / f"{i}.py").write_text(f"x = {i}\n")
+    (source / "bad.py").symlink_to("/proc/self/mem")  # reads as an input/output error
+    assert preprocess(source, "--output", tmp_path / "out") == 2
+    assert f"error: {source}/bad.py: cannot be read (Input/output error)" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+    assert preprocess(source, "--output", tmp_path / "out", "--skip-unreadable") == 0
+    assert "left out: src/bad.py: cannot be read (Input/output error)" in capsys.readouterr().err
+    assert load_manifest(tmp_path / "out").source.rejected == 1
+
+
 def test_help_shows_examples(capsys):
     with pytest.raises(SystemExit) as stop:
         preprocess("--help")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 
+from mtp_megatron.data import reading
 from mtp_megatron.data.corpus import Corpus, Tally
 from mtp_megatron.data.sources import find_sources, standard_library
 from mtp_megatron.errors import ConfigError, DataError
@@ -130,6 +134,61 @@ def test_a_wrong_key_ends_the_pass_early_and_names_the_fields(tmp_path):
     assert tally.rejected == 15_000
     with pytest.raises(DataError, match="all unusable"):
         list(Corpus(find_sources([tmp_path / "c.txt", *wrong])).documents())
+
+
+@pytest.fixture
+def unreadable(tmp_path):
+    """A folder with a file whose reading ends in EIO (the first page of a process's memory), whoever reads it."""
+    write(tmp_path, a_dot_py="a", z_dot_py="z")
+    (tmp_path / "broken.py").symlink_to("/proc/self/mem")
+    return tmp_path
+
+
+def test_a_file_that_cannot_be_read_is_an_error_unless_asked_for(unreadable):
+    sources = find_sources([unreadable])
+    with pytest.raises(DataError, match=r"broken\.py: cannot be read \(Input/output error\)\. .*--skip-unreadable"):
+        list(Corpus(sources).documents())
+    tally = Tally()
+    assert [d.text for d in Corpus(sources, skip_unreadable=True).documents(tally)] == ["a", "z"]
+    assert list(map(str, tally.examples)) == [f"{unreadable.name}/broken.py: cannot be read (Input/output error)"]
+
+
+def test_a_disk_that_fails_within_a_file_is_an_error_too(tmp_path, monkeypatch):
+    path = records(tmp_path / "d.jsonl", 3, text="x")
+    opened = Path.open
+
+    class Failing:
+        def __init__(self, stream):
+            self.stream, self.lines = stream, 0
+
+        def readline(self, size):
+            self.lines += 1
+            if self.lines == 3:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return self.stream.readline(size)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            self.stream.close()
+
+    monkeypatch.setattr(Path, "open", lambda self, *args: Failing(opened(self, *args)))
+    read = []
+    with pytest.raises(DataError, match=r"d\.jsonl: cannot be read \(Stale file handle\)"):
+        read.extend(Corpus(find_sources([path])).documents())
+
+
+def test_a_document_has_a_most_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "_MOST_BYTES", 100)
+    write(tmp_path, fits_dot_txt="x" * 100, long_dot_txt="x" * 101, lines_dot_jsonl='{"text": "a"}\n' * 50)
+    fits = find_sources([tmp_path / "fits.txt", tmp_path / "lines.jsonl"])
+    assert len(list(Corpus(fits).documents())) == 51
+    with pytest.raises(DataError, match=r"long\.txt: longer than 1 GiB, .*Split it, or write it as JSON lines"):
+        list(Corpus(find_sources([tmp_path])).documents())
+    write(tmp_path, lines_dot_jsonl='{"text": "a"}\n' + json.dumps({"text": "x" * 101}))
+    with pytest.raises(DataError, match=r"lines\.jsonl: line 2 is longer than 1 GiB.*one JSON object a line"):
+        list(Corpus(find_sources([tmp_path / "lines.jsonl"])).documents())
 
 
 def test_max_documents_takes_the_first_ones(folder):
