@@ -112,9 +112,10 @@ def preprocess(options: PreprocessOptions) -> PreprocessResult:
     """
     old = _refuse_foreign_output(options.output)
     given = None if options.train_vocab is not None else load_tokenizer(options.tokenizer)
-    sources = find_sources(options.paths, options.extensions, with_tests=options.with_tests)
+    tally = Tally()
+    sources = find_sources(options.paths, options.extensions, with_tests=options.with_tests, tally=tally)
     corpus = Corpus(sources, options.json_key, options.max_documents, options.skip_unreadable)
-    scan = _scan(corpus, options)
+    scan = _scan(corpus, options, tally)
     recorded = _recorded_options(options, given)
     fingerprint = _fingerprint(recorded, scan.sha256)
     if old is not None:
@@ -162,11 +163,10 @@ def _refuse_foreign_output(output: Path) -> Manifest | None:
     return load_manifest(output)
 
 
-def _scan(corpus: Corpus, options: PreprocessOptions) -> _Scan:
+def _scan(corpus: Corpus, options: PreprocessOptions, tally: Tally) -> _Scan:
     keys = array("Q")  # 8 bytes a document, where a list of integers takes 40
     text_bytes = 0
     whole = hashlib.sha256()
-    tally = Tally()
     for document in _bar(corpus.documents(tally), "scan", None, options):
         keys.append(_key(document.data, options.seed))
         text_bytes += len(document.data)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import BinaryIO
 
+from mtp_megatron.data.formats import JSON, JSON_LINES, UnreadableError, extension, opened
 from mtp_megatron.errors import DataError
 
 UNREADABLE_REMEDY = (
     "Nothing was written. Copy it again or give yourself the permission, or leave out what cannot be read with "
     "--skip-unreadable."
 )
-_JSON_LINES = ".jsonl"
 _MOST_BYTES = 1 << 30  # sentencepiece takes about 47 bytes of memory for each byte of a document
 _MOST = "1 GiB"
 _PART_BYTES = 1 << 20  # read(n) takes n bytes at once, whatever the file has
+_FIRST_OBJECT = re.compile(r"\ufeff?\s*(?P<list>\[\s*)?(?=\{)")
+_SECOND_OBJECT = re.compile(r"^\}\s*\{", re.MULTILINE)  # as jq writes them without -c
 
 
 @dataclass(frozen=True)
@@ -72,38 +75,24 @@ def read(source: Source, json_key: str, *, skip_unreadable: bool = False) -> Ite
         DataError: the file cannot be read, which says nothing about its text; or a text is longer than 1 GiB.
     """
     try:
-        with source.path.open("rb") as stream:
-            if source.path.suffix.lower() == _JSON_LINES:
-                yield from _json_lines(source, stream, json_key)
+        with opened(source.path) as stream:
+            lines = _lines(source, stream)
+            kind = extension(source.path)
+            head = _head(lines) if kind == JSON else []
+            if kind in JSON_LINES or _are_records(head, json_key):
+                for number, line in enumerate(chain(head, lines), start=1):
+                    if line.strip():
+                        yield _json_line(f"{source.name}:{number}", line, json_key)
             else:
-                yield _plain_text(source, stream)
-    except OSError as error:
-        reason = f"cannot be read ({error.strerror or error})"
+                yield _one_text(source, _whole(source, head, stream), json_key)
+    except UnreadableError as error:
+        reason = f"cannot be read ({error})"
         if not skip_unreadable:
             raise DataError(f"{source.path}: {reason}. {UNREADABLE_REMEDY}") from error
         yield Rejected(source.name, reason)
 
 
-def _plain_text(source: Source, stream: BinaryIO) -> Document | Rejected:
-    parts: list[bytes] = []
-    size = 0
-    while part := stream.read(_PART_BYTES):
-        parts.append(part)
-        size += len(part)
-        if size > _MOST_BYTES:
-            raise DataError(
-                f"{source.path}: longer than {_MOST}, the most that one document may have, and a file that is not "
-                "JSON lines is one document. Split it, or write it as JSON lines (.jsonl), one document a line."
-            )
-    data = b"".join(parts)
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return Rejected(source.name, f"not UTF-8 (byte {data[error.start]:#04x} at offset {error.start})")
-    return Document(source.name, data)
-
-
-def _json_lines(source: Source, stream: BinaryIO, json_key: str) -> Iterator[Document | Rejected]:
+def _lines(source: Source, stream: BinaryIO) -> Iterator[bytes]:
     number = 0
     while line := stream.readline(_MOST_BYTES + 1):
         number += 1
@@ -112,8 +101,75 @@ def _json_lines(source: Source, stream: BinaryIO, json_key: str) -> Iterator[Doc
                 f"{source.path}: line {number} is longer than {_MOST}, the most that one document may have. Split it, "
                 "or check that the file has one JSON object a line."
             )
-        if line.strip():
-            yield _json_line(f"{source.name}:{number}", line, json_key)
+        yield line
+
+
+def _whole(source: Source, head: list[bytes], stream: BinaryIO) -> bytes:
+    """What was read already, and the rest."""
+    parts = list(head)
+    size = sum(map(len, head))
+    while size <= _MOST_BYTES and (part := stream.read(_PART_BYTES)):
+        parts.append(part)
+        size += len(part)
+    if size > _MOST_BYTES:
+        raise DataError(
+            f"{source.path}: longer than {_MOST}, the most that one document may have, and a file that is not JSON "
+            "lines is one document. Split it, or write it as JSON lines (.jsonl), one document a line."
+        )
+    return b"".join(parts)
+
+
+def _head(lines: Iterator[bytes]) -> list[bytes]:
+    """The lines up to the second that is not blank."""
+    head: list[bytes] = []
+    filled = 0
+    for line in lines:
+        head.append(line)
+        filled += bool(line.strip())
+        if filled == 2:
+            break
+    return head
+
+
+def _are_records(head: list[bytes], json_key: str) -> bool:
+    """Whether a ``.json`` file begins like JSON lines: an object on a line of its own that has the key or is not alone.
+
+    The second line counts as well as the first, which a cut at a byte may have damaged (``split -b``).
+    """
+    records = [_parsed(line) for line in head if line.strip()]
+    return any(isinstance(record, dict) and json_key in record for record in records) or (
+        len(records) == 2 and isinstance(records[0], dict)
+    )
+
+
+def _parsed(line: bytes) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _one_text(source: Source, data: bytes, json_key: str) -> Document | Rejected:
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return Rejected(source.name, f"not UTF-8 (byte {data[error.start]:#04x} at offset {error.start})")
+    if extension(source.path) == JSON and (query := _unfold(text, json_key)):
+        name = source.path.name
+        return Rejected(source.name, f"its records are not one a line; write them so: jq -c '{query}' {name} > {name}l")
+    return Document(source.name, data)
+
+
+def _unfold(text: str, json_key: str) -> str | None:
+    """Where JSON holds records (objects with the key) in a list or one after another: what makes jq take them apart."""
+    start = _FIRST_OBJECT.match(text)
+    if start is None or not (start["list"] or _SECOND_OBJECT.search(text)):
+        return None
+    try:
+        record, _ = json.JSONDecoder().raw_decode(text, start.end())
+    except (ValueError, RecursionError):
+        return None
+    return (".[]" if start["list"] else ".") if json_key in record else None
 
 
 def _json_line(name: str, line: bytes, json_key: str) -> Document | Rejected:

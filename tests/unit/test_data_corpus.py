@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
-from pathlib import Path
 
 import pytest
 
@@ -155,7 +155,7 @@ def test_a_file_that_cannot_be_read_is_an_error_unless_asked_for(unreadable):
 
 def test_a_disk_that_fails_within_a_file_is_an_error_too(tmp_path, monkeypatch):
     path = records(tmp_path / "d.jsonl", 3, text="x")
-    opened = Path.open
+    real = io.open
 
     class Failing:
         def __init__(self, stream):
@@ -173,7 +173,7 @@ def test_a_disk_that_fails_within_a_file_is_an_error_too(tmp_path, monkeypatch):
         def __exit__(self, *args):
             self.stream.close()
 
-    monkeypatch.setattr(Path, "open", lambda self, *args: Failing(opened(self, *args)))
+    monkeypatch.setattr(io, "open", lambda file, *args: Failing(real(file, *args)))
     read = []
     with pytest.raises(DataError, match=r"d\.jsonl: cannot be read \(Stale file handle\)"):
         read.extend(Corpus(find_sources([path])).documents())

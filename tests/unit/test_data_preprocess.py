@@ -17,6 +17,7 @@ import pytest
 
 from mtp_megatron.data import preprocess as module
 from mtp_megatron.data.atomic import new_folder
+from mtp_megatron.data.corpus import Tally
 from mtp_megatron.data.manifest import check_vocab, load_manifest
 from mtp_megatron.data.preprocess import PreprocessOptions, preprocess
 from mtp_megatron.data.reading import Document
@@ -404,7 +405,7 @@ def test_memory_grows_by_a_key_for_each_document_and_no_more(options, tmp_path, 
     """Corpora have 1e9 documents: a Python integer for each is 40 GB. (megatron-core's own lists are not counted.)"""
     corpus = ManyDocuments(20_000)
     scans = []
-    assert peak_memory(lambda: scans.append(module._scan(corpus, options))) < 20 * corpus.count
+    assert peak_memory(lambda: scans.append(module._scan(corpus, options, Tally()))) < 20 * corpus.count
     written = Counter()
     monkeypatch.setattr(SplitWriter, "add", lambda self, ids, size, name: written.update(bytes=size))
     monkeypatch.setattr(SplitWriter, "finish", lambda self: None)
