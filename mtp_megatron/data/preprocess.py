@@ -113,7 +113,13 @@ def preprocess(options: PreprocessOptions) -> PreprocessResult:
     old = _refuse_foreign_output(options.output)
     given = None if options.train_vocab is not None else load_tokenizer(options.tokenizer)
     tally = Tally()
-    sources = find_sources(options.paths, options.extensions, with_tests=options.with_tests, tally=tally)
+    sources = find_sources(
+        options.paths,
+        options.extensions,
+        with_tests=options.with_tests,
+        skip_unreadable=options.skip_unreadable,
+        tally=tally,
+    )
     corpus = Corpus(sources, options.json_key, options.max_documents, options.skip_unreadable)
     scan = _scan(corpus, options, tally)
     recorded = _recorded_options(options, given)
