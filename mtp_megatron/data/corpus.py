@@ -34,7 +34,7 @@ class Corpus:
 
     Args:
         sources: the files.
-        json_key: the field that holds the text in each line of a ``.jsonl`` file.
+        json_key: the field that holds the text of a JSON line.
         max_documents: stop after this many documents; all of them when None.
         skip_unreadable: leave out files that cannot be read, in place of the error.
     """
