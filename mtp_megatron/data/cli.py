@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from mtp_megatron.data.corpus import DEFAULT_EXTENSIONS
 from mtp_megatron.data.preprocess import PreprocessOptions, PreprocessResult, preprocess
+from mtp_megatron.data.sources import DEFAULT_EXTENSIONS
 
 SUMMARY = "turn files and folders into a tokenizer and an indexed training set"
 
@@ -30,6 +30,21 @@ examples:
 
   # JSON lines, the text under "content"
   mtp-megatron preprocess dump.jsonl --json-key content --train-tokenizer 32000 --output data/dump
+
+what is read:
+  .jsonl .ndjson       JSON lines: each line an object with the text under --json-key, and one document. A line without
+                       it is left out; where the first 10,000 all are, an error names the fields of the first
+  .json                JSON lines too, where one of the first two lines is an object by itself with that key, or where
+                       the first is an object by itself and not alone; else one document as it stands (package.json).
+                       Records in a list or over several lines are left out, with jq's command to make lines of them
+  .jsonl.gz, ...       JSON lines compressed with gzip, bzip2 (.bz2) or xz. --extensions .jsonl takes them from folders,
+                       unless the .jsonl itself lies there
+  other files          one document of UTF-8 text each; other encodings are left out
+  Not read: other .gz .bz2 .xz, any .zst .parquet .arrow. Named, they are an error; in a folder, they are left out.
+
+  Links to folders are followed, and each folder is read once. A document has at most 1 GiB. A longer one, a file or
+  folder that cannot be read and a damaged compressed file are errors (but see --skip-unreadable). What was left out is
+  printed, and counted in dataset.json.
 
 output:
   train.bin train.idx valid.bin valid.idx   megatron-core's indexed data set, one document per file or JSON line,
@@ -50,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         type=Path,
         metavar="PATH",
-        help="files and folders (searched recursively, hidden ones excepted); without any: the Python source of this "
-        "interpreter's standard library",
+        help="files and folders (searched recursively, links followed, hidden ones excepted); without any: the Python "
+        "source of this interpreter's standard library",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
     tokenizer = parser.add_mutually_exclusive_group()
@@ -84,10 +99,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"files to take from folders (default {' '.join(DEFAULT_EXTENSIONS)}); a file given by name is taken",
     )
     parser.add_argument(
-        "--json-key", default="text", metavar="KEY", help="field of a .jsonl line that holds the text (default text)"
+        "--json-key", default="text", metavar="KEY", help="field of a JSON line that holds the text (default text)"
     )
     parser.add_argument("--max-documents", type=int, metavar="N", help="take only the first N documents")
     parser.add_argument("--with-tests", action="store_true", help="without PATH: the standard library's tests too")
+    parser.add_argument(
+        "--skip-unreadable",
+        action="store_true",
+        help="leave out what cannot be read (no permission, a failing disk, a damaged .gz) and say so, in place of an "
+        "error; of a file that fails midway the documents before are kept",
+    )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenize (default 1)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
 
@@ -105,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
         json_key=args.json_key,
         max_documents=args.max_documents,
         with_tests=args.with_tests,
+        skip_unreadable=args.skip_unreadable,
         workers=args.workers,
         quiet=args.quiet,
     )
@@ -157,11 +179,11 @@ def summary_table(result: PreprocessResult) -> str:
 
 
 def _report_rejected(result: PreprocessResult, most: int = 10) -> None:
-    rejected = result.tally.rejected
-    for item in rejected[:most]:
+    tally = result.tally
+    for item in tally.examples[:most]:
         print(f"left out: {item}", file=sys.stderr)
-    if len(rejected) > most:
-        print(f"left out: {len(rejected) - most} more, {len(rejected)} in all", file=sys.stderr)
+    if tally.rejected > most:
+        print(f"left out: {tally.rejected - most} more, {tally.rejected} in all", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -3,60 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import sysconfig
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from mtp_megatron.errors import ConfigError, DataError
+from mtp_megatron.data.reading import Document, Rejected, Source, read
+from mtp_megatron.errors import DataError
 
-DEFAULT_EXTENSIONS = (".py", ".txt", ".md", ".jsonl")
-_JSON_LINES = ".jsonl"
-_NEVER_ENTERED = frozenset({"__pycache__"})
-_INSTALLED_PACKAGES = frozenset({"site-packages", "dist-packages"})
-_TESTS = frozenset({"test", "tests", "idle_test"})
-
-
-@dataclass(frozen=True)
-class Source:
-    """One file of the corpus; ``name`` is independent of where the corpus lies, so that moving it changes nothing."""
-
-    path: Path
-    name: str
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text; a line of a ``.jsonl`` file or a whole file. ``data`` is its UTF-8 encoding, never empty."""
-
-    name: str
-    data: bytes
-
-    @property
-    def text(self) -> str:
-        return self.data.decode("utf-8")
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A file or line that is not in the data set, and why."""
-
-    name: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.reason}"
+_MOST_EXAMPLES = 20  # a line for each record of a large corpus would fill the memory
+_HOPELESS = 10_000
 
 
 @dataclass
 class Tally:
-    """What a pass over the corpus left out."""
+    """What a pass over the corpus left out: how much, and the first of it by name."""
 
-    rejected: list[Rejected] = field(default_factory=list)
+    rejected: int = 0
+    examples: list[Rejected] = field(default_factory=list)
     empty: int = 0
+
+    def reject(self, item: Rejected) -> None:
+        """Count one more."""
+        self.rejected += 1
+        if len(self.examples) < _MOST_EXAMPLES:
+            self.examples.append(item)
 
 
 @dataclass(frozen=True)
@@ -65,24 +34,34 @@ class Corpus:
 
     Args:
         sources: the files.
-        json_key: the field that holds the text in each line of a ``.jsonl`` file.
+        json_key: the field that holds the text of a JSON line.
         max_documents: stop after this many documents; all of them when None.
+        skip_unreadable: leave out files that cannot be read, in place of the error.
     """
 
     sources: tuple[Source, ...]
     json_key: str = "text"
     max_documents: int | None = None
+    skip_unreadable: bool = False
 
     def documents(self, tally: Tally | None = None) -> Iterator[Document]:
-        """Yield the documents in order; what is rejected or empty is added to ``tally``."""
+        """Yield the documents in order; what is rejected or empty is added to ``tally``.
+
+        Raises:
+            DataError: a file cannot be read, a document is longer than 1 GiB, or the first 10,000 JSON lines are all
+                unusable, so that the key is most likely wrong.
+        """
         tally = Tally() if tally is None else tally
         count = 0
+        unusable: _Unusable | None = _Unusable(self.json_key)  # None once a line has text
         for source in self.sources:
             if count == self.max_documents:
                 return
-            for item in _read(source, self.json_key):
+            for item in read(source, self.json_key, skip_unreadable=self.skip_unreadable):
+                if unusable is not None and item.from_json_line:
+                    unusable = unusable.add(item) if isinstance(item, Rejected) else None
                 if isinstance(item, Rejected):
-                    tally.rejected.append(item)
+                    tally.reject(item)
                 elif not item.data:
                     tally.empty += 1
                 else:
@@ -92,119 +71,25 @@ class Corpus:
                         return
 
 
-def _read(source: Source, json_key: str) -> Iterator[Document | Rejected]:
-    try:
-        if source.path.suffix.lower() == _JSON_LINES:
-            yield from _read_json_lines(source, json_key)
-            return
-        data = source.path.read_bytes()
-    except OSError as error:
-        yield Rejected(source.name, f"cannot be read ({error.strerror})")
-        return
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        yield Rejected(source.name, f"not UTF-8 (byte {data[error.start]:#04x} at offset {error.start})")
-    else:
-        yield Document(source.name, data)
+@dataclass
+class _Unusable:
+    """The JSON lines before the first that has text: a wrong key should not cost a pass over terabytes."""
 
+    json_key: str
+    count: int = 0
+    first: Rejected | None = None
 
-def _read_json_lines(source: Source, json_key: str) -> Iterator[Document | Rejected]:
-    with source.path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            name = f"{source.name}:{number}"
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                yield Rejected(name, f"not JSON ({error})")
-                continue
-            text = record.get(json_key) if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                yield Rejected(name, f"no text under the key {json_key!r}")
-                continue
-            try:
-                yield Document(name, text.encode("utf-8"))
-            except UnicodeEncodeError:  # JSON can spell a lone surrogate, which is not a character
-                yield Rejected(name, "holds a lone surrogate, which UTF-8 cannot encode")
-
-
-def standard_library() -> Path:
-    """The folder of the running interpreter's standard library."""
-    return Path(sysconfig.get_paths()["stdlib"])
-
-
-def find_sources(
-    paths: Sequence[Path], extensions: Sequence[str] = DEFAULT_EXTENSIONS, *, with_tests: bool = False
-) -> tuple[Source, ...]:
-    """List the files of a corpus in a stable order: the paths as given, each folder's files sorted by relative path.
-
-    Args:
-        paths: files and folders. A file is taken whatever its extension; a folder is searched recursively, hidden
-            files and folders and ``__pycache__`` excepted. Without paths: the Python source of the running
-            interpreter's standard library, without installed packages.
-        extensions: which files of a folder to take, for example ``(".py", ".md")``; upper and lower case are alike.
-        with_tests: take the standard library's own tests too (not every distribution ships them).
-
-    Raises:
-        ConfigError: an extension that is not one.
-        DataError: a path that does not exist, or nothing to take.
-    """
-    for extension in extensions:
-        if not extension.startswith(".") or len(extension) < 2:
-            raise ConfigError("--extensions", extension, "is not a file extension", "Write it like .py.")
-    if not paths:
-        return _standard_library_sources(with_tests)
-    wanted = {extension.lower() for extension in extensions}
-    sources: dict[Path, Source] = {}  # keyed by the resolved path: a file reachable twice is one document
-    passed_over: Counter[str] = Counter()
-    for path in paths:
-        if path.is_dir():
-            for source in _walk(path, excluded=_NEVER_ENTERED):
-                if source.path.suffix.lower() in wanted:
-                    sources.setdefault(source.path.resolve(), source)
-                else:
-                    passed_over[source.path.suffix.lower() or "(no extension)"] += 1
-        elif path.exists():
-            sources.setdefault(path.resolve(), Source(path, path.name))
-        else:
-            raise DataError(f"{path}: no such file or folder. Check the paths given to preprocess.")
-    if not sources:
-        seen = ", ".join(f"{count} x {name}" for name, count in passed_over.most_common(8)) or "no files at all"
-        raise DataError(
-            f"{', '.join(map(str, paths))}: no file with the extension {', '.join(sorted(wanted))}; found {seen}. "
-            "Name the extensions to take with --extensions."
-        )
-    return tuple(sources.values())
-
-
-def _standard_library_sources(with_tests: bool) -> tuple[Source, ...]:
-    root = standard_library()
-    excluded = _NEVER_ENTERED | _INSTALLED_PACKAGES | (frozenset() if with_tests else _TESTS)
-    sources = tuple(
-        source
-        for source in _walk(root, excluded=excluded)
-        # _sysconfigdata_*.py records how and where this interpreter was built: not source, and never the same twice.
-        if source.path.suffix == ".py" and not source.path.name.startswith("_sysconfigdata")
-    )
-    if not sources:
-        raise DataError(
-            f"{root}: this interpreter's standard library has no .py files (a stripped or zipped installation). "
-            "Give preprocess the files or folders to read."
-        )
-    return sources
-
-
-def _walk(root: Path, excluded: frozenset[str]) -> Iterator[Source]:
-    found: list[Source] = []
-    for folder, folders, files in os.walk(root):  # does not follow links to folders: no loops
-        folders[:] = [name for name in folders if name not in excluded and not name.startswith(".")]
-        for name in files:
-            path = Path(folder) / name
-            if not name.startswith(".") and path.is_file():
-                found.append(Source(path, f"{root.resolve().name}/{path.relative_to(root).as_posix()}"))
-    yield from sorted(found, key=lambda source: source.name)
+    def add(self, item: Rejected) -> _Unusable:
+        """Count one more, and end the pass when it is one too many."""
+        self.count += 1
+        if self.first is None or (item.fields and not self.first.fields):
+            self.first = item
+        if self.count == _HOPELESS:
+            raise DataError(
+                f"--json-key={self.json_key!r}: the first {_HOPELESS:,} JSON lines are all unusable "
+                f"({self.first.explanation}). Name the field that holds the text with --json-key."
+            )
+        return self
 
 
 def digest(data: bytes) -> bytes:

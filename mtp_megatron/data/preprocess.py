@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from array import array
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +16,16 @@ import numpy as np
 from tqdm import tqdm
 
 from mtp_megatron.data.atomic import new_folder
-from mtp_megatron.data.corpus import DEFAULT_EXTENSIONS, Corpus, Document, Tally, digest, find_sources
+from mtp_megatron.data.corpus import Corpus, Tally, digest
 from mtp_megatron.data.encode import encode_documents
 from mtp_megatron.data.manifest import MANIFEST_FILE, VERSION, Manifest, SourceInfo, TokenizerInfo, load_manifest
+from mtp_megatron.data.reading import Document
+from mtp_megatron.data.sources import DEFAULT_EXTENSIONS, find_sources
 from mtp_megatron.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from mtp_megatron.data.train_tokenizer import MIN_VOCAB, train_tokenizer
 from mtp_megatron.errors import ConfigError, DataError
 
 _TOKENIZER_SAMPLE_BYTES = 200_000_000  # sentencepiece holds its training text in memory
-_EXAMPLES = 20
 _T = TypeVar("_T")
 
 
@@ -38,9 +41,10 @@ class PreprocessOptions:
         valid_fraction: share of the documents that are held out (at least one is, at least one is not).
         seed: which documents are held out.
         extensions: which files to take from folders.
-        json_key: field of a ``.jsonl`` line that holds the text.
+        json_key: field of a JSON line that holds the text.
         max_documents: take only the first so many documents.
         with_tests: take the standard library's tests too.
+        skip_unreadable: leave out what cannot be read, in place of the error.
         workers: processes that tokenize.
         quiet: no progress bars.
     """
@@ -55,6 +59,7 @@ class PreprocessOptions:
     json_key: str = "text"
     max_documents: int | None = None
     with_tests: bool = False
+    skip_unreadable: bool = False
     workers: int = 1
     quiet: bool = False
 
@@ -102,13 +107,21 @@ def preprocess(options: PreprocessOptions) -> PreprocessResult:
 
     Raises:
         ConfigError: options that cannot work, such as a vocabulary that the text does not support.
-        DataError: paths, tokenizer or output folder that cannot be used, or a corpus with fewer than two documents.
+        DataError: paths, tokenizer or output folder that cannot be used, a corpus with fewer than two documents, or
+            what :meth:`.Corpus.documents` refuses.
     """
     old = _refuse_foreign_output(options.output)
     given = None if options.train_vocab is not None else load_tokenizer(options.tokenizer)
-    sources = find_sources(options.paths, options.extensions, with_tests=options.with_tests)
-    corpus = Corpus(sources, options.json_key, options.max_documents)
-    scan = _scan(corpus, options)
+    tally = Tally()
+    sources = find_sources(
+        options.paths,
+        options.extensions,
+        with_tests=options.with_tests,
+        skip_unreadable=options.skip_unreadable,
+        tally=tally,
+    )
+    corpus = Corpus(sources, options.json_key, options.max_documents, options.skip_unreadable)
+    scan = _scan(corpus, options, tally)
     recorded = _recorded_options(options, given)
     fingerprint = _fingerprint(recorded, scan.sha256)
     if old is not None:
@@ -133,8 +146,8 @@ def preprocess(options: PreprocessOptions) -> PreprocessResult:
             tokenizer=TokenizerInfo(kind=tokenizer.kind, sha256=tokenizer.sha256),
             source=SourceInfo(
                 files=len(sources),
-                rejected=len(scan.tally.rejected),
-                rejected_examples=tuple(map(str, scan.tally.rejected[:_EXAMPLES])),
+                rejected=scan.tally.rejected,
+                rejected_examples=tuple(map(str, scan.tally.examples)),
                 empty=scan.tally.empty,
                 sha256=scan.sha256,
             ),
@@ -156,22 +169,21 @@ def _refuse_foreign_output(output: Path) -> Manifest | None:
     return load_manifest(output)
 
 
-def _scan(corpus: Corpus, options: PreprocessOptions) -> _Scan:
-    keys: list[int] = []
+def _scan(corpus: Corpus, options: PreprocessOptions, tally: Tally) -> _Scan:
+    keys = array("Q")  # 8 bytes a document, where a list of integers takes 40
     text_bytes = 0
     whole = hashlib.sha256()
-    tally = Tally()
     for document in _bar(corpus.documents(tally), "scan", None, options):
         keys.append(_key(document.data, options.seed))
         text_bytes += len(document.data)
         whole.update(document.name.encode("utf-8", "surrogateescape") + b"\0" + digest(document.data))
     if len(keys) < 2:
-        lost = "".join(f"\n  {rejected}" for rejected in tally.rejected[:5])
+        lost = "".join(f"\n  {item.explanation}" for item in tally.examples[:5])
         raise DataError(
-            f"the corpus has {len(keys)} usable documents ({len(tally.rejected)} rejected, {tally.empty} empty); at "
+            f"the corpus has {len(keys)} usable documents ({tally.rejected} rejected, {tally.empty} empty); at "
             f"least 2 are needed, one to train on and one to hold out. Give more files.{lost}"
         )
-    return _Scan(np.array(keys, dtype=np.uint64), text_bytes, whole.hexdigest(), tally)
+    return _Scan(np.frombuffer(keys, dtype=np.uint64), text_bytes, whole.hexdigest(), tally)
 
 
 def _key(data: bytes, seed: int) -> int:
@@ -228,11 +240,13 @@ def _write_splits(
     from mtp_megatron.data.writer import optimal_dtype, split_writer  # imports megatron: not needed when up to date
 
     dtype = optimal_dtype(tokenizer.vocab_size)
-    sizes: list[int] = []  # of the documents read so far; the results come later when processes encode
+    read: deque[tuple[int, str]] = (
+        deque()
+    )  # size and name of those read whose ids, made by other processes, are to come
 
     def texts() -> Iterator[bytes]:
         for document in _reread(corpus, scan, options):
-            sizes.append(len(document.data))
+            read.append((len(document.data), document.name))
             yield document.data
 
     with (
@@ -241,8 +255,9 @@ def _write_splits(
         _byte_bar("tokenize", scan.text_bytes, options) as bar,
     ):
         for index, ids in enumerate(encode_documents(texts(), tokenizer, options.workers)):
-            (valid if held_out[index] else train).add(ids, sizes[index])
-            bar.update(sizes[index])
+            size, name = read.popleft()
+            (valid if held_out[index] else train).add(ids, size, name)
+            bar.update(size)
         return {"train": train.finish(), "valid": valid.finish()}, dtype
 
 

@@ -10,6 +10,9 @@ import numpy as np
 
 from mtp_megatron import compat
 from mtp_megatron.data.manifest import SplitInfo
+from mtp_megatron.errors import DataError
+
+_MOST_TOKENS = 2**31 - 1  # the index holds lengths as int32
 
 
 def optimal_dtype(vocab_size: int) -> str:
@@ -31,8 +34,17 @@ class SplitWriter:
         self._builder = IndexedDatasetBuilder(str(self._bin), dtype=np.dtype(dtype).type)
         self.documents = self.tokens = self.text_bytes = 0
 
-    def add(self, ids: np.ndarray, text_bytes: int) -> None:
-        """Append one document, which must end with its end-of-document token."""
+    def add(self, ids: np.ndarray, text_bytes: int, name: str) -> None:
+        """Append one document, which must end with its end-of-document token.
+
+        Raises:
+            DataError: it has more tokens than the index can say; found here, not when the index is written at the end.
+        """
+        if len(ids) > _MOST_TOKENS:
+            raise DataError(
+                f"{name}: {len(ids):,} tokens; megatron-core's index holds documents of at most {_MOST_TOKENS:,}. "
+                "Split it into several files, or lines of a .jsonl file."
+            )
         self._builder.add_document(ids, [len(ids)])
         self.documents += 1
         self.tokens += len(ids)

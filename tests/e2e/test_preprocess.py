@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import signal
 import subprocess
@@ -71,6 +72,40 @@ def test_errors_are_one_line_and_come_before_any_work(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["garbage.model"]
 
 
+def test_an_input_that_cannot_be_read_is_an_error_and_nothing_is_written(tmp_path, capsys):
+    source = tmp_path / "src"
+    source.mkdir()
+    for i in range(5):
+        (source / f"{i}.py").write_text(f"x = {i}\n")
+    (source / "bad.py").symlink_to("/proc/self/mem")  # reads as an input/output error
+    assert preprocess(source, "--output", tmp_path / "out") == 2
+    assert f"error: {source}/bad.py: cannot be read (Input/output error)" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+    assert preprocess(source, "--output", tmp_path / "out", "--skip-unreadable") == 0
+    assert "left out: src/bad.py: cannot be read (Input/output error)" in capsys.readouterr().err
+    assert load_manifest(tmp_path / "out").source.rejected == 1
+
+
+def test_json_lines_of_upstream_are_one_document_each_from_the_command_line(tmp_path, capsys):
+    lines = "".join(f'{{"text": "record {i}", "id": {i}}}\n' for i in range(6))
+    (tmp_path / "part-0.json").write_text(lines)
+    (tmp_path / "part-1.json.gz").write_bytes(gzip.compress(lines.replace("record", "text").encode()))
+    (tmp_path / "gone").symlink_to("nowhere")
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    out = tmp_path / "out"
+    assert preprocess(tmp_path, "--extensions", ".json", "--output", out) == 0
+    captured = capsys.readouterr()
+    assert f"left out: {tmp_path.name}/gone: a link that leads nowhere (to nowhere)" in captured.err
+    assert f"left out: {tmp_path.name}/x.parquet: is a Parquet table, which is not read. Write its" in captured.err
+    assert "2 files; left out: 2 unusable, 0 empty" in captured.out
+    manifest = load_manifest(out)
+    assert manifest.train.documents + manifest.valid.documents == 12
+    assert manifest.train.text_bytes + manifest.valid.text_bytes == 6 * len("record 0") + 6 * len("text 0")
+    assert preprocess(tmp_path / "x.parquet", "--output", out) == 2
+    assert preprocess(tmp_path / "part-0.json", "--json-key", "body", "--output", tmp_path / "other") == 2
+    assert "its fields: text (str), id (int)" in capsys.readouterr().err
+
+
 def test_help_shows_examples(capsys):
     with pytest.raises(SystemExit) as stop:
         preprocess("--help")
@@ -78,6 +113,8 @@ def test_help_shows_examples(capsys):
     text = capsys.readouterr().out
     assert "usage: mtp-megatron preprocess" in text
     assert "mtp-megatron preprocess --output data/stdlib --train-tokenizer 4096" in text
+    for name in (".jsonl", ".ndjson", ".json", ".gz", ".bz2", ".xz", ".zst", ".parquet", ".arrow", "--skip-unreadable"):
+        assert name in text.partition("what is read:")[2]
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -15,8 +17,12 @@ import pytest
 
 from mtp_megatron.data import preprocess as module
 from mtp_megatron.data.atomic import new_folder
+from mtp_megatron.data.corpus import Tally
 from mtp_megatron.data.manifest import check_vocab, load_manifest
 from mtp_megatron.data.preprocess import PreprocessOptions, preprocess
+from mtp_megatron.data.reading import Document
+from mtp_megatron.data.tokenizer import ByteTokenizer
+from mtp_megatron.data.writer import SplitWriter, optimal_dtype, split_writer
 from mtp_megatron.errors import ConfigError, DataError
 
 SPLITS = ("train", "valid")
@@ -128,8 +134,6 @@ def test_worker_processes_write_the_same_bytes(options, tmp_path, monkeypatch):
 
 
 def test_a_large_vocabulary_is_stored_wider(options, monkeypatch):
-    from mtp_megatron.data.tokenizer import ByteTokenizer
-
     monkeypatch.setattr(ByteTokenizer, "vocab_size", 70_000)
     monkeypatch.setattr(ByteTokenizer, "eod", 69_999)
     manifest = preprocess(options).manifest
@@ -183,6 +187,15 @@ def test_nothing_is_written_when_the_input_is_refused(options, tmp_path):
     with pytest.raises(ConfigError, match="more than the text supports"):
         preprocess(replace(options, train_vocab=30_000))
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+def test_too_few_usable_records_name_their_fields(options, tmp_path):
+    path = tmp_path / "src" / "d.jsonl"
+    path.write_text(json.dumps({f"field{i}": i for i in range(12)}))
+    with pytest.raises(
+        DataError, match=r"(?s)0 usable documents \(1 rejected.*its fields: field0 \(int\), .*field7.*, \.\.\."
+    ):
+        preprocess(replace(options, paths=(path,)))
 
 
 def test_a_corpus_that_changes_underway_is_refused(options, monkeypatch, tmp_path):
@@ -359,7 +372,6 @@ def test_indexed_lengths_match_the_manifest(whole):
 
 def test_worker_processes_are_fed_only_as_fast_as_results_are_taken(monkeypatch):
     from mtp_megatron.data.encode import encode_documents
-    from mtp_megatron.data.tokenizer import ByteTokenizer
 
     monkeypatch.setattr("mtp_megatron.data.encode._BATCH_BYTES", 1)
     drawn = []
@@ -367,3 +379,49 @@ def test_worker_processes_are_fed_only_as_fast_as_results_are_taken(monkeypatch)
     assert next(results).tolist() == [ord("0"), 256]
     assert len(drawn) < 10
     assert [ids[:-1].tolist() for ids in results] == [list(b"%d" % i) for i in range(1, 200)]
+
+
+class ManyDocuments:
+    """A corpus of many small documents, made when asked for."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def documents(self, tally=None):
+        for i in range(self.count):
+            yield Document("f", b"%d" % i * 60)
+
+
+def peak_memory(work):
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_grows_by_a_key_for_each_document_and_no_more(options, tmp_path, monkeypatch):
+    """Corpora have 1e9 documents: a Python integer for each is 40 GB. (megatron-core's own lists are not counted.)"""
+    corpus = ManyDocuments(20_000)
+    scans = []
+    assert peak_memory(lambda: scans.append(module._scan(corpus, options, Tally()))) < 20 * corpus.count
+    written = Counter()
+    monkeypatch.setattr(SplitWriter, "add", lambda self, ids, size, name: written.update(bytes=size))
+    monkeypatch.setattr(SplitWriter, "finish", lambda self: None)
+    optimal_dtype(257)  # imports megatron-core before memory is looked at
+    arguments = (tmp_path, corpus, scans[0], np.zeros(corpus.count, dtype=bool), ByteTokenizer(), options)
+    assert peak_memory(lambda: module._write_splits(*arguments)) < 20 * corpus.count
+    assert written["bytes"] == scans[0].text_bytes
+
+
+def test_a_document_that_the_index_cannot_hold_is_refused_by_name(tmp_path, monkeypatch):
+    """Its length alone matters, so no memory is taken for it, and no disk where this fails."""
+    with split_writer(tmp_path / "train", "uint16") as writer:
+        writer.add(np.zeros(3, dtype=np.int32), 2, "small")
+        written = []
+        monkeypatch.setattr(writer._builder, "add_document", lambda ids, lengths: written.append(lengths))
+        writer.add(np.broadcast_to(np.int32(7), (2**31 - 1,)), 2**31, "fits")
+        with pytest.raises(DataError, match=r"dump\.txt: 2,147,483,648 tokens.*at most 2,147,483,647\. Split it"):
+            writer.add(np.broadcast_to(np.int32(7), (2**31,)), 2**31, "dump.txt")
+        assert written == [[2**31 - 1]]

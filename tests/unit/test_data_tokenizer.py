@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtp_megatron.data.corpus import Corpus, find_sources
+from mtp_megatron.data.corpus import Corpus
+from mtp_megatron.data.sources import find_sources
 from mtp_megatron.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, load_tokenizer
 from mtp_megatron.data.train_tokenizer import MIN_VOCAB, train_tokenizer
 from mtp_megatron.errors import ConfigError, DataError

@@ -1,0 +1,198 @@
+"""How one file is cut into documents, with a reason for everything that is no document."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import BinaryIO
+
+from mtp_megatron.data.formats import JSON, JSON_LINES, UnreadableError, extension, opened
+from mtp_megatron.errors import DataError
+
+UNREADABLE_REMEDY = (
+    "Nothing was written. Copy it again or give yourself the permission, or leave out what cannot be read with "
+    "--skip-unreadable."
+)
+_MOST_BYTES = 1 << 30  # sentencepiece takes about 47 bytes of memory for each byte of a document
+_MOST = "1 GiB"
+_PART_BYTES = 1 << 20  # read(n) takes n bytes at once, whatever the file has
+_FIRST_OBJECT = re.compile(r"\ufeff?\s*(?P<list>\[\s*)?(?=\{)")
+_SECOND_OBJECT = re.compile(r"^\}\s*\{", re.MULTILINE)  # as jq writes them without -c
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file of the corpus; ``name`` is independent of where the corpus lies, so that moving it changes nothing."""
+
+    path: Path
+    name: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text; a line of JSON lines or a whole file. ``data`` is its UTF-8 encoding."""
+
+    name: str
+    data: bytes
+    from_json_line: bool = False
+
+    @property
+    def text(self) -> str:
+        return self.data.decode("utf-8")
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A file or line that is not in the data set, and why; ``fields`` are those of a record without text."""
+
+    name: str
+    reason: str
+    from_json_line: bool = False
+    fields: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+    @property
+    def explanation(self) -> str:
+        """The same, with the fields."""
+        return f"{self}; its fields: {self.fields}" if self.fields else str(self)
+
+
+def read(source: Source, json_key: str, *, skip_unreadable: bool = False) -> Iterator[Document | Rejected]:
+    """Yield the documents of one file, and what of it is none.
+
+    Args:
+        source: the file.
+        json_key: the field that holds the text of a JSON line.
+        skip_unreadable: what cannot be read is left out, in place of the error.
+
+    Raises:
+        DataError: the file cannot be read, which says nothing about its text; or a text is longer than 1 GiB.
+    """
+    try:
+        with opened(source.path) as stream:
+            lines = _lines(source, stream)
+            kind = extension(source.path)
+            head = _head(lines) if kind == JSON else []
+            if kind in JSON_LINES or _are_records(head, json_key):
+                for number, line in enumerate(chain(head, lines), start=1):
+                    if line.strip():
+                        yield _json_line(f"{source.name}:{number}", line, json_key)
+            else:
+                yield _one_text(source, _whole(source, head, stream), json_key)
+    except UnreadableError as error:
+        reason = f"cannot be read ({error})"
+        if not skip_unreadable:
+            raise DataError(f"{source.path}: {reason}. {UNREADABLE_REMEDY}") from error
+        yield Rejected(source.name, reason)
+
+
+def _lines(source: Source, stream: BinaryIO) -> Iterator[bytes]:
+    number = 0
+    while line := stream.readline(_MOST_BYTES + 1):
+        number += 1
+        if len(line) > _MOST_BYTES:
+            raise DataError(
+                f"{source.path}: line {number} is longer than {_MOST}, the most that one document may have. Split it, "
+                "or check that the file has one JSON object a line."
+            )
+        yield line
+
+
+def _whole(source: Source, head: list[bytes], stream: BinaryIO) -> bytes:
+    """What was read already, and the rest."""
+    parts = list(head)
+    size = sum(map(len, head))
+    while size <= _MOST_BYTES and (part := stream.read(_PART_BYTES)):
+        parts.append(part)
+        size += len(part)
+    if size > _MOST_BYTES:
+        raise DataError(
+            f"{source.path}: longer than {_MOST}, the most that one document may have, and a file that is not JSON "
+            "lines is one document. Split it, or write it as JSON lines (.jsonl), one document a line."
+        )
+    return b"".join(parts)
+
+
+def _head(lines: Iterator[bytes]) -> list[bytes]:
+    """The lines up to the second that is not blank."""
+    head: list[bytes] = []
+    filled = 0
+    for line in lines:
+        head.append(line)
+        filled += bool(line.strip())
+        if filled == 2:
+            break
+    return head
+
+
+def _are_records(head: list[bytes], json_key: str) -> bool:
+    """Whether a ``.json`` file begins like JSON lines: an object on a line of its own that has the key or is not alone.
+
+    The second line counts as well as the first, which a cut at a byte may have damaged (``split -b``).
+    """
+    records = [_parsed(line) for line in head if line.strip()]
+    return any(isinstance(record, dict) and json_key in record for record in records) or (
+        len(records) == 2 and isinstance(records[0], dict)
+    )
+
+
+def _parsed(line: bytes) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _one_text(source: Source, data: bytes, json_key: str) -> Document | Rejected:
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return Rejected(source.name, f"not UTF-8 (byte {data[error.start]:#04x} at offset {error.start})")
+    if extension(source.path) == JSON and (query := _unfold(text, json_key)):
+        name = source.path.name
+        return Rejected(source.name, f"its records are not one a line; write them so: jq -c '{query}' {name} > {name}l")
+    return Document(source.name, data)
+
+
+def _unfold(text: str, json_key: str) -> str | None:
+    """Where JSON holds records (objects with the key) in a list or one after another: what makes jq take them apart."""
+    start = _FIRST_OBJECT.match(text)
+    if start is None or not (start["list"] or _SECOND_OBJECT.search(text)):
+        return None
+    try:
+        record, _ = json.JSONDecoder().raw_decode(text, start.end())
+    except (ValueError, RecursionError):
+        return None
+    return (".[]" if start["list"] else ".") if json_key in record else None
+
+
+def _json_line(name: str, line: bytes, json_key: str) -> Document | Rejected:
+    try:
+        record = json.loads(line)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        return Rejected(name, f"not JSON ({error})", from_json_line=True)
+    except ValueError as error:  # JSON, but Python refuses to read a number of more than 4300 digits
+        return Rejected(name, f"holds a number that cannot be read ({error})", from_json_line=True)
+    except RecursionError:
+        return Rejected(name, "lists or objects nested too deeply to be read", from_json_line=True)
+    text = record.get(json_key) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        return Rejected(name, f"no text under the key {json_key!r}", from_json_line=True, fields=_fields(record))
+    try:
+        return Document(name, text.encode("utf-8"), from_json_line=True)
+    except UnicodeEncodeError:  # JSON can spell a lone surrogate, which is not a character
+        return Rejected(name, "holds a lone surrogate, which UTF-8 cannot encode", from_json_line=True)
+
+
+def _fields(record: object) -> str:
+    """The first fields of a record with their types, for messages."""
+    if not isinstance(record, dict):
+        return ""
+    shown = [f"{key[:40]} ({type(value).__name__})" for key, value in islice(record.items(), 8)]
+    return ", ".join([*shown, "..."] if len(record) > len(shown) else shown)
