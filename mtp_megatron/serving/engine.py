@@ -21,8 +21,9 @@ _SCRIPT = Path(__file__).with_name("engine_run.py")
 _LAST_LINES = 15
 # GiB for keys and values on CPU, where vLLM would otherwise ask for 92 % of the machine's memory; no effect on a GPU.
 CPU_DEFAULTS = {"VLLM_CPU_KVCACHE_SPACE": "4"}
-# A check shares its machine, and so binds no cores.
-_QUIET = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
+# A check shares its machine, and so binds no cores. On a GPU vLLM's attention for fp32 is Triton's, which multiplies in
+# TF32 unless it is told otherwise: ten bits, where torch's choices are compared to a part in 50000.
+_CHECK = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TRITON_F32_DEFAULT": "ieee"}
 
 
 class EngineError(MTPError):
@@ -131,7 +132,7 @@ def run_vllm(
         job_path.write_text(json.dumps(job), encoding="utf-8")
         done = subprocess.run(
             [python, "-P", str(_SCRIPT), str(job_path), str(result_path)],
-            env={**_QUIET, **engine_environment(), **(environment or {})},
+            env={**_CHECK, **engine_environment(), **(environment or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT if quiet else None,
             text=True,
