@@ -62,6 +62,10 @@ class Tokenizer(ABC):
     def files(self) -> dict[str, bytes]:
         """What has to lie beside a data set, checkpoint or export to load this tokenizer: file name to content."""
 
+    def is_of(self, sha256: str) -> bool:
+        """Whether a record of this identity means this tokenizer."""
+        return self.sha256 == sha256
+
     def encode_document(self, data: bytes) -> np.ndarray:
         """Token ids of one document with ``eod`` at its end, int32 ``[tokens]``."""
         return np.array([*self.encode(data), self.eod], dtype=np.int32)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -125,3 +127,53 @@ def test_their_bundle_and_what_has_no_place(run, tmp_path):
         convert(folder, tmp_path / "more", to="hf", heads=5, progress=False)
     assert not (tmp_path / "meta").exists()
     assert not (tmp_path / "more").exists()
+
+
+def _write_settings(folder: Path, **settings: object) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False, **settings}, indent=2))
+
+
+@pytest.fixture
+def with_tokenizer(tmp_path: Path) -> Path:
+    """The export of a model that came with a tokenizer, and without settings of generation."""
+    source = write_hf(tmp_path / "source", "llama")
+    (source / "tokenizer.json").write_text("{}")
+    _write_settings(source)
+    (source / "generation_config.json").unlink(missing_ok=True)
+    convert(source, tmp_path / "export", to="hf", heads=2, new_heads="copy", progress=False)
+    return tmp_path / "export"
+
+
+def test_a_chat_template_may_be_added_to_an_export(with_tokenizer: Path) -> None:
+    """It decides no ids; what does is still the model's."""
+    open_export(with_tokenizer)
+    (with_tokenizer / "chat_template.jinja").write_text("{{ messages }}")
+    (with_tokenizer / "generation_config.json").write_text('{"temperature": 0.7}')
+    _write_settings(with_tokenizer, chat_template="{{ messages }}")
+    open_export(with_tokenizer)
+    _write_settings(with_tokenizer, added_tokens_decoder={"5": {"content": "<new>"}})
+    with pytest.raises(CheckpointError, match="its tokenizer is not the model's"):
+        open_export(with_tokenizer)
+    _write_settings(with_tokenizer)
+    (with_tokenizer / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(CheckpointError, match="its tokenizer is not the model's"):
+        open_export(with_tokenizer)
+
+
+def test_hashes_of_earlier_exports_hold(with_tokenizer: Path) -> None:
+    """They were of every file that the model came with."""
+    digest = hashlib.sha256()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        content = (with_tokenizer / name).read_bytes()
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    path = with_tokenizer / "mtp_config.json"
+    config = json.loads(path.read_text())
+    assert config["tokenizer"]["sha256"] != digest.hexdigest()
+    config["tokenizer"]["sha256"] = digest.hexdigest()
+    path.write_text(json.dumps(config))
+    open_export(with_tokenizer)
+    (with_tokenizer / "chat_template.jinja").write_text("{{ messages }}")
+    open_export(with_tokenizer)
+    (with_tokenizer / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(CheckpointError, match="its tokenizer is not the model's"):
+        open_export(with_tokenizer)
