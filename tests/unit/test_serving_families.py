@@ -74,6 +74,17 @@ def test_every_family_has_a_bundle(family, tmp_path):
     assert ("EAGLE-3" in (bundle / "README.md").read_text()) == bool(stock)
 
 
+def test_qwen2_with_heads_of_another_size_is_for_transformers_alone(tmp_path):
+    """It reads head_dim; vLLM's Qwen2Attention divides the hidden size, and would not load."""
+    source = write_hf(tmp_path / "source", "qwen2", head_dim=32)
+    convert(source, tmp_path / "export", to="hf", heads=2, new_heads="copy", progress=False)
+    theirs = hf_logits(tmp_path / "export", TOKENS[None])[0]
+    torch.testing.assert_close(head_logits(tmp_path / "export", TOKENS)[0], theirs, atol=1e-4, rtol=0)
+    with pytest.raises(CheckpointError, match=r"model\.head_size=32 with model\.qkv_bias=true: vLLM.*Use --to hf"):
+        write_bundle(source, tmp_path / "bundle", heads=2, new_heads="copy", progress=False)
+    assert not (tmp_path / "bundle").exists()
+
+
 @pytest.fixture(params=POST_NORM)
 def run(request, tmp_path):
     """A Megatron run whose heads are maps of the trunk's output."""
