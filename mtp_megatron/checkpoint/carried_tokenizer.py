@@ -34,12 +34,22 @@ class CarriedTokenizer(Tokenizer):
         eod: the id that ends a text, -1 where the model has none.
         bos: the id that begins one.
         name: where it came from, for messages.
+        more_ends: further ids that end a text.
     """
 
     kind = "huggingface"  # type: ignore[assignment]  # data sets are made with the other kinds
 
-    def __init__(self, content: dict[str, bytes], *, vocab_size: int, eod: int, bos: int | None, name: str) -> None:
-        self.name, self.vocab_size, self.eod, self.bos = name, vocab_size, eod, bos
+    def __init__(
+        self,
+        content: dict[str, bytes],
+        *,
+        vocab_size: int,
+        eod: int,
+        bos: int | None,
+        name: str,
+        more_ends: Sequence[int] = (),
+    ) -> None:
+        self.name, self.vocab_size, self.eod, self.bos, self.more_ends = name, vocab_size, eod, bos, tuple(more_ends)
         self._content = content
         self.sha256 = _digest(
             {file: _without_template(file, data) for file, data in self._without(*_TEMPLATES, *_GENERATION).items()}

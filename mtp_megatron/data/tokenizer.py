@@ -31,6 +31,7 @@ class Tokenizer(ABC):
         name: for people: ``"bytes"`` or the model's path.
         vocab_size: ids are 0 .. vocab_size - 1.
         eod: the id that ends every document; no text encodes to it.
+        more_ends: further ids that end a text, where a model's makers name several.
         bos: the id that a model's makers put before a text, or None. Data sets and prompts do not use it.
         sha256: identity; equal exactly when the ids of every text are.
     """
@@ -39,6 +40,7 @@ class Tokenizer(ABC):
     name: str
     vocab_size: int
     eod: int
+    more_ends: tuple[int, ...] = ()
     bos: int | None
     sha256: str
 

@@ -105,8 +105,9 @@ def drafts_of(llama: dict[str, Any], export: dict[str, Any], keys: Collection[st
     width, heads, head_size = (llama[key] for key in ("hidden_size", "num_attention_heads", "head_dim"))
     if llama["model_type"] == "qwen2" and head_size * heads != width:
         raise CheckpointError(
-            f"model.head_size={head_size} with model.qkv_bias=true: vLLM's Qwen2 does not read it and takes hidden_size "
-            f"/ num_attention_heads ({width} / {heads}). Use --to hf, for transformers; or train with one of the two."
+            f"model.head_size={head_size} with model.qkv_bias=true: vLLM's Qwen2 reads no head_dim, and takes "
+            f"hidden_size / num_attention_heads ({width} / {heads}). Use --to hf, for transformers; or train with one "
+            "of the two."
         )
     kind = export["heads"]["kind"]
     if kind != "transformer":
