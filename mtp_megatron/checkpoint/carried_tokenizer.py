@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,9 @@ FILES = (
     *(TOKENIZER_JSON, "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
+# Of these, what people add or change later: none of it decides the ids of a text.
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+_GENERATION = ("generation_config.json",)
 
 
 class CarriedTokenizer(Tokenizer):
@@ -30,17 +34,31 @@ class CarriedTokenizer(Tokenizer):
         eod: the id that ends a text, -1 where the model has none.
         bos: the id that begins one.
         name: where it came from, for messages.
+        more_ends: further ids that end a text.
     """
 
     kind = "huggingface"  # type: ignore[assignment]  # data sets are made with the other kinds
 
-    def __init__(self, content: dict[str, bytes], *, vocab_size: int, eod: int, bos: int | None, name: str) -> None:
-        self.name, self.vocab_size, self.eod, self.bos = name, vocab_size, eod, bos
+    def __init__(
+        self,
+        content: dict[str, bytes],
+        *,
+        vocab_size: int,
+        eod: int,
+        bos: int | None,
+        name: str,
+        more_ends: Sequence[int] = (),
+    ) -> None:
+        self.name, self.vocab_size, self.eod, self.bos, self.more_ends = name, vocab_size, eod, bos, tuple(more_ends)
         self._content = content
-        digest = hashlib.sha256()
-        for file, data in sorted(content.items()):
-            digest.update(f"{file}\0{len(data)}\0".encode() + data)
-        self.sha256 = digest.hexdigest()
+        self.sha256 = _digest(
+            {file: _without_template(file, data) for file, data in self._without(*_TEMPLATES, *_GENERATION).items()}
+        )
+
+    def is_of(self, sha256: str) -> bool:
+        """Whether a record means this tokenizer; until 2026-11 it was of all files that the model came with."""
+        left_out = ((), _TEMPLATES, _GENERATION, (*_TEMPLATES, *_GENERATION))
+        return sha256 == self.sha256 or any(sha256 == _digest(self._without(*names)) for names in left_out)
 
     def encode(self, text: str | bytes) -> list[int]:
         return list(
@@ -54,6 +72,9 @@ class CarriedTokenizer(Tokenizer):
     def files(self) -> dict[str, bytes]:
         return dict(self._content)
 
+    def _without(self, *names: str) -> dict[str, bytes]:
+        return {file: data for file, data in self._content.items() if file not in names}
+
     @cached_property
     def _library(self) -> Any:
         if TOKENIZER_JSON not in self._content:
@@ -63,6 +84,26 @@ class CarriedTokenizer(Tokenizer):
         from tokenizers import Tokenizer as Library
 
         return Library.from_buffer(self._content[TOKENIZER_JSON])
+
+
+def _digest(content: dict[str, bytes]) -> str:
+    digest = hashlib.sha256()
+    for file, data in sorted(content.items()):
+        digest.update(f"{file}\0{len(data)}\0".encode() + data)
+    return digest.hexdigest()
+
+
+def _without_template(file: str, data: bytes) -> bytes:
+    """The settings of a tokenizer may hold the chat template, too; a file that cannot be read counts as it is."""
+    if file != "tokenizer_config.json":
+        return data
+    try:
+        settings = json.loads(data)
+    except ValueError:
+        return data
+    if isinstance(settings, dict):
+        settings.pop("chat_template", None)
+    return json.dumps(settings, sort_keys=True).encode()
 
 
 def read_files(folder: Path) -> dict[str, bytes]:

@@ -207,7 +207,7 @@ def tokenizer_entry(tokenizer: Tokenizer) -> dict[str, Any]:
         "file": MODEL_FILE if tokenizer.kind == "sentencepiece" else None,
     }
     if tokenizer.kind == CarriedTokenizer.kind:
-        entry |= {"bos": tokenizer.bos, "folder": carried_tokenizer.FOLDER}
+        entry |= {"bos": tokenizer.bos, "folder": carried_tokenizer.FOLDER, "more_ends": list(tokenizer.more_ends)}
     return entry
 
 
@@ -222,12 +222,17 @@ def _tokenizer(folder: Path, raw: dict[str, Any]) -> Tokenizer:
     if entry["kind"] == CarriedTokenizer.kind:
         content = carried_tokenizer.read_files(folder / str(entry["folder"]))
         tokenizer = CarriedTokenizer(
-            content, vocab_size=raw["vocab_size"], eod=entry["eod"], bos=entry["bos"], name=str(folder)
+            content,
+            vocab_size=raw["vocab_size"],
+            eod=entry["eod"],
+            bos=entry["bos"],
+            name=str(folder),
+            more_ends=entry.get("more_ends", ()),
         )
     else:
         spec = ByteTokenizer.name if entry["kind"] == ByteTokenizer.kind else folder / str(entry["file"])
         tokenizer = load_tokenizer(spec)
-    if tokenizer.sha256 != entry["sha256"]:
+    if not tokenizer.is_of(entry["sha256"]):
         raise CheckpointError(
             f"{tokenizer.name}: not the tokenizer that the checkpoint was trained with (sha256 "
             f"{tokenizer.sha256[:12]}, expected {str(entry['sha256'])[:12]}). Put the original files back."

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mtp_megatron.checkpoint.description import ModelDescription
+from mtp_megatron.data.tokenizer import Tokenizer
 from mtp_megatron.errors import CheckpointError
 
 
@@ -148,11 +149,18 @@ def _unsupported(path: Path, key: str, value: Any, reason: str) -> CheckpointErr
     return CheckpointError(f"{path}: {key}={value!r} is not supported: {reason}. Give a model without it.")
 
 
-def end_and_begin(config: dict[str, Any]) -> tuple[int, int | None]:
-    """Ids that end (-1: none) and begin a text; of several, the first."""
+def ends_and_begin(config: dict[str, Any]) -> tuple[list[int], int | None]:
+    """Ids that end (-1: none) and begin a text."""
     end, begin = config.get("eos_token_id"), config.get("bos_token_id")
-    end = end[0] if isinstance(end, list) and end else end
-    return (end if isinstance(end, int) else -1), (begin if isinstance(begin, int) else None)
+    ends = [token for token in (end if isinstance(end, list) else [end]) if isinstance(token, int)]
+    return (ends or [-1]), (begin if isinstance(begin, int) else None)
+
+
+def _ends(tokenizer: Tokenizer) -> int | list[int] | None:
+    """``eos_token_id``: a list only where there are several."""
+    if tokenizer.eod < 0:
+        return None
+    return [tokenizer.eod, *tokenizer.more_ends] if tokenizer.more_ends else tokenizer.eod
 
 
 def family_of(description: ModelDescription) -> str:
@@ -199,7 +207,7 @@ def llama_config(description: ModelDescription, dtype: torch.dtype) -> dict[str,
         "attention_dropout": 0.0,
         "tie_word_embeddings": shape.tied_embeddings,
         "bos_token_id": tokenizer.bos,
-        "eos_token_id": tokenizer.eod if tokenizer.eod >= 0 else None,
+        "eos_token_id": _ends(tokenizer),
         "pad_token_id": None,
         "initializer_range": float(description.raw["model"].get("init_method_std", 0.02)),
         "use_cache": True,
@@ -235,6 +243,6 @@ def generation_config(description: ModelDescription) -> dict[str, Any]:
     tokenizer = description.tokenizer
     return {
         "bos_token_id": tokenizer.bos,
-        "eos_token_id": tokenizer.eod if tokenizer.eod >= 0 else None,
+        "eos_token_id": _ends(tokenizer),
         "do_sample": False,
     }

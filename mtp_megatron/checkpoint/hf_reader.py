@@ -14,7 +14,7 @@ from torch import Tensor
 from mtp_megatron.checkpoint.carried_tokenizer import CarriedTokenizer, read_files
 from mtp_megatron.checkpoint.description import ModelDescription, describe_foreign
 from mtp_megatron.checkpoint.hf import EXPORT_CONFIG, EXPORT_FORMAT, HEADS_STEM, MODEL_STEM
-from mtp_megatron.checkpoint.hf_config import end_and_begin, model_settings
+from mtp_megatron.checkpoint.hf_config import ends_and_begin, model_settings
 from mtp_megatron.checkpoint.pth import PthFile
 from mtp_megatron.checkpoint.source import Remapped, Tensors, TensorSource, fingerprint
 from mtp_megatron.checkpoint.tables import FURTHER_HEADS, LLAMA, expand
@@ -155,9 +155,14 @@ def _tokenizer(folder: Path, config: dict[str, Any], export: dict[str, Any] | No
         return ByteTokenizer()
     if entry.get("kind") == "sentencepiece":
         return load_tokenizer(folder / MODEL_FILE)
-    end, begin = end_and_begin(config)
+    (end, *more), begin = ends_and_begin(config)
     return CarriedTokenizer(
-        read_files(folder), vocab_size=int(config["vocab_size"]), eod=end, bos=begin, name=str(folder)
+        read_files(folder),
+        vocab_size=int(config["vocab_size"]),
+        eod=end,
+        bos=begin,
+        name=str(folder),
+        more_ends=more,
     )
 
 

@@ -31,6 +31,7 @@ class Tokenizer(ABC):
         name: for people: ``"bytes"`` or the model's path.
         vocab_size: ids are 0 .. vocab_size - 1.
         eod: the id that ends every document; no text encodes to it.
+        more_ends: further ids that end a text, where a model's makers name several.
         bos: the id that a model's makers put before a text, or None. Data sets and prompts do not use it.
         sha256: identity; equal exactly when the ids of every text are.
     """
@@ -39,6 +40,7 @@ class Tokenizer(ABC):
     name: str
     vocab_size: int
     eod: int
+    more_ends: tuple[int, ...] = ()
     bos: int | None
     sha256: str
 
@@ -61,6 +63,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def files(self) -> dict[str, bytes]:
         """What has to lie beside a data set, checkpoint or export to load this tokenizer: file name to content."""
+
+    def is_of(self, sha256: str) -> bool:
+        """Whether a record of this identity means this tokenizer."""
+        return self.sha256 == sha256
 
     def encode_document(self, data: bytes) -> np.ndarray:
         """Token ids of one document with ``eod`` at its end, int32 ``[tokens]``."""

@@ -60,6 +60,9 @@ def _plain() -> str:
     return f"""## Without speculation: any engine
 
 {_vllm(None, 0)}
+
+Greedy text takes `"temperature": 0` in the request: vLLM does not read `do_sample` in `generation_config.json`. Its
+`--load-format runai_streamer` is not supported: it takes the heads' `*.safetensors` for the model's, too.
 """
 
 

@@ -95,11 +95,19 @@ def drafts_of(llama: dict[str, Any], export: dict[str, Any], keys: Collection[st
         keys: all of its tensors.
 
     Raises:
-        CheckpointError: it has no further heads, or they lack a tensor or hold one for which a draft has no place.
+        CheckpointError: it has no further heads, or they lack a tensor or hold one for which a draft has no place; or
+            vLLM would read another model.
     """
     if export["num_heads"] < 2:
         raise CheckpointError(
             "heads.n=1: there is nothing to draft with. Use --to hf, or train with heads.n of 2 or more."
+        )
+    width, heads, head_size = (llama[key] for key in ("hidden_size", "num_attention_heads", "head_dim"))
+    if llama["model_type"] == "qwen2" and head_size * heads != width:
+        raise CheckpointError(
+            f"model.head_size={head_size} with model.qkv_bias=true: vLLM's Qwen2 reads no head_dim, and takes "
+            f"hidden_size / num_attention_heads ({width} / {heads}). Use --to hf, for transformers; or train with one "
+            "of the two."
         )
     kind = export["heads"]["kind"]
     if kind != "transformer":

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from mtp_megatron.errors import ConfigError, MTPError
 from mtp_megatron.install import EXPLANATION, install_command
@@ -21,8 +23,12 @@ _SCRIPT = Path(__file__).with_name("engine_run.py")
 _LAST_LINES = 15
 # GiB for keys and values on CPU, where vLLM would otherwise ask for 92 % of the machine's memory; no effect on a GPU.
 CPU_DEFAULTS = {"VLLM_CPU_KVCACHE_SPACE": "4"}
-# A check shares its machine, and so binds no cores.
-_QUIET = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
+# A check shares its machine, and so binds no cores. On a GPU vLLM's attention for fp32 is Triton's, which multiplies in
+# TF32 unless it is told otherwise: ten bits, where torch's choices are compared to a part in 50000.
+_CHECK = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TRITON_F32_DEFAULT": "ieee"}
+# What vLLM says where its memory is too small, in vllm.v1.core.kv_cache_utils, torch, and vllm.v1.worker.utils.
+_NO_ROOM_FOR_KEYS = re.compile("To serve at least one request|No available memory for the cache blocks")
+_OUT_OF_MEMORY = re.compile("out of memory|OutOfMemoryError|is less than desired GPU memory utilization")
 
 
 class EngineError(MTPError):
@@ -70,7 +76,6 @@ def find_python(path: str | None) -> str | None:
         ConfigError: the path is not an interpreter that imports vLLM.
     """
     import importlib.util
-    import sys
 
     name, chosen = ("--vllm-python", path) if path else (PYTHON_VARIABLE, os.environ.get(PYTHON_VARIABLE))
     if not chosen:
@@ -93,6 +98,7 @@ def run_vllm(
     max_new_tokens: int,
     context: int,
     dtype: str = "float32",
+    arguments: Sequence[str] = (),
     plugin: bool = True,
     quiet: bool = False,
     environment: dict[str, str] | None = None,
@@ -107,15 +113,16 @@ def run_vllm(
         max_new_tokens: new tokens of each prompt; the end of a document does not stop them.
         context: vLLM's ``max_model_len``.
         dtype: vLLM's ``dtype``.
+        arguments: of ``vllm serve``, for every engine; they come after those that are set here.
         plugin: some run needs this package's plugin.
-        quiet: keep vLLM's messages for the error.
+        quiet: do not show vLLM's messages.
         environment: added to the process's environment.
 
     Returns:
         The rounds of each run by its name.
 
     Raises:
-        EngineError: vLLM ended badly; holds its last lines.
+        EngineError: vLLM ended badly; holds its last lines, and names the file in which all of them are kept.
     """
     job = {
         "model": str(model.absolute()),
@@ -123,24 +130,42 @@ def run_vllm(
         "max_model_len": context,
         "max_new_tokens": max_new_tokens,
         "prompts": [list(prompt) for prompt in prompts],
+        "arguments": list(arguments),
         "plugin": PLUGIN if plugin else None,
         "runs": [vars(run) for run in runs],
     }
+    handle, log = tempfile.mkstemp(prefix="mtp-vllm-", suffix=".log")
     with tempfile.TemporaryDirectory(prefix="mtp-vllm-") as folder:
         job_path, result_path = Path(folder, "job.json"), Path(folder, "result.json")
         job_path.write_text(json.dumps(job), encoding="utf-8")
-        done = subprocess.run(
-            [python, "-P", str(_SCRIPT), str(job_path), str(result_path)],
-            env={**_QUIET, **engine_environment(), **(environment or {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT if quiet else None,
-            text=True,
-            check=False,
-        )
-        if done.returncode or not result_path.is_file():
-            raise EngineError(explain(done.returncode, done.stdout))
+        command = [python, "-P", str(_SCRIPT), str(job_path), str(result_path)]
+        with open(handle, "w+", encoding="utf-8") as kept:
+            status = _run(command, {**_CHECK, **engine_environment(), **(environment or {})}, kept, show=not quiet)
+            kept.seek(0)
+            output = kept.read()
+        if status or not result_path.is_file():
+            raise EngineError(f"{explain(status, output)}\nAll that it said is in {log}")
         result = json.loads(result_path.read_text(encoding="utf-8"))
+    os.remove(log)
     return {run["name"]: [_round(entry) for entry in run["rounds"]] for run in result["runs"]}
+
+
+def _run(command: Sequence[str], environment: dict[str, str], log: TextIO, *, show: bool) -> int:
+    """Run to the end; all that is said goes to ``log``, and to standard error if it is to be shown."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                log.write(line)
+                if show:
+                    sys.stderr.write(line)
+        except BaseException:
+            process.kill()
+            raise
+    return process.returncode
 
 
 def engine_environment() -> dict[str, str]:
@@ -149,18 +174,29 @@ def engine_environment() -> dict[str, str]:
     return {**CPU_DEFAULTS, **kept}
 
 
-def explain(status: int, output: str | None) -> str:
+def explain(status: int, output: str) -> str:
     """An error message of vLLM's last lines, with a remedy where the cause is a known one."""
-    lines = [line for line in (output or "").splitlines() if line.strip()]
-    last = "\n".join(f"  {line}" for line in lines[-_LAST_LINES:])
-    remedy = "Its messages stand above."
+    lines = [line for line in output.splitlines() if line.strip()]
+    last = lines[-_LAST_LINES:]
+    text = "\n".join(last)
+    remedy = ""
     if any("no vLLM plugin named" in line for line in lines):
-        remedy = f"Install this package there: PYTHON -m {install_command(no_deps=True)} ({EXPLANATION})."
-    elif any("NUMA" in line and "cpu" in line.lower() for line in lines[-_LAST_LINES:]):
-        remedy = "Set VLLM_CPU_OMP_THREADS_BIND=nobind."
-    elif any("Unsupported CPU attention configuration" in line for line in lines[-_LAST_LINES:]):
-        remedy = "vLLM's attention for CPUs has no heads narrower than 32: use a GPU, or check without vLLM."
-    return f"vLLM ended with status {status}. {remedy}" + (f"\n{last}" if last else "")
+        remedy = f" Install this package there: PYTHON -m {install_command(no_deps=True)} ({EXPLANATION})."
+    elif any("NUMA" in line and "cpu" in line.lower() for line in last):
+        remedy = " Set VLLM_CPU_OMP_THREADS_BIND=nobind."
+    elif "Unsupported CPU attention configuration" in text:
+        remedy = " vLLM's attention for CPUs has no heads narrower than 32: use a GPU, or check without vLLM."
+    elif _NO_ROOM_FOR_KEYS.search(text):
+        remedy = (
+            " Keys and values have too little room: ask for fewer new tokens or shorter prompts, or give it more (CPU: "
+            "VLLM_CPU_KVCACHE_SPACE, in GiB; GPU: -- --gpu-memory-utilization 0.95)."
+        )
+    elif _OUT_OF_MEMORY.search(output):
+        remedy = (
+            " The memory does not hold the model in fp32: end what else uses it, spread the model over several GPUs "
+            "(-- --tensor-parallel-size N), or check without vLLM (--no-vllm)."
+        )
+    return f"vLLM ended with status {status}.{remedy}" + "".join(f"\n  {line}" for line in last)
 
 
 def _round(entry: dict[str, Any]) -> EngineRound:

@@ -38,6 +38,7 @@ def run(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
         "skip_tokenizer_init": True,
         "disable_log_stats": False,
         **settings.get("engine", {}),
+        **engine_options(job.get("arguments", [])),
     }
     if settings.get("speculative"):
         options["speculative_config"] = settings["speculative"]
@@ -64,6 +65,18 @@ def run(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     gc.collect()
     cleanup_dist_env_and_memory()
     return {"name": settings["name"], "rounds": rounds}
+
+
+def engine_options(arguments: list[str]) -> dict[str, Any]:
+    """Arguments of ``vllm serve`` as those of ``vllm.LLM``: the ones that are given, and no defaults."""
+    if not arguments:
+        return {}
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vLLM"))
+    defaults = vars(parser.parse_args([]))
+    return {name: value for name, value in vars(parser.parse_args(arguments)).items() if value != defaults[name]}
 
 
 def counters(llm: Any) -> dict[str, Any]:
@@ -94,7 +107,6 @@ def main() -> None:
         sys.exit(f"no vLLM plugin named {job['plugin']} is installed in {sys.prefix} (found: {plugins or 'none'})")
     # In this process, so that counters of all runs can be read; small defaults where the caller has not chosen.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     import vllm
 

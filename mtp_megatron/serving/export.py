@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtp_megatron.checkpoint.carried_tokenizer import CarriedTokenizer, read_files
 from mtp_megatron.checkpoint.description import rope_scaling_of
-from mtp_megatron.checkpoint.hf import EXPORT_CONFIG, EXPORT_FORMAT, GENERATION_CONFIG, HEADS_STEM, MODEL_STEM
+from mtp_megatron.checkpoint.hf import EXPORT_CONFIG, EXPORT_FORMAT, HEADS_STEM, MODEL_STEM
 from mtp_megatron.checkpoint.hf_config import FAMILIES, rope_settings
 from mtp_megatron.checkpoint.sharded import read_sharded
 from mtp_megatron.data.tokenizer import MODEL_FILE, ByteTokenizer, Tokenizer, load_tokenizer
@@ -122,23 +122,15 @@ def open_export(folder: str | Path) -> Export:
         )
     tokenizer: Tokenizer
     if kind == CarriedTokenizer.kind:
-        tokenizer = _carried(folder, heads["tokenizer"], config.vocab_size)
+        entry = heads["tokenizer"]
+        tokenizer = CarriedTokenizer(
+            read_files(folder), vocab_size=config.vocab_size, eod=entry["eod"], bos=entry.get("bos"), name=str(folder)
+        )
     else:
         tokenizer = load_tokenizer(ByteTokenizer.name if kind == ByteTokenizer.kind else folder / MODEL_FILE)
-    if tokenizer.sha256 != sha256:
+    if not tokenizer.is_of(sha256):
         raise CheckpointError(f"{folder}: its tokenizer is not the model's. Convert the checkpoint again.")
     return Export(folder, config, tokenizer)
-
-
-def _carried(folder: Path, entry: dict[str, Any], vocab_size: int) -> Tokenizer:
-    """The tokenizer that the model came with; the export adds generation settings where it had none."""
-    content = read_files(folder)
-    made = [content, {name: data for name, data in content.items() if name != GENERATION_CONFIG}]
-    tokenizers = [
-        CarriedTokenizer(files, vocab_size=vocab_size, eod=entry["eod"], bos=entry.get("bos"), name=str(folder))
-        for files in made
-    ]
-    return next((tokenizer for tokenizer in tokenizers if tokenizer.sha256 == entry["sha256"]), tokenizers[0])
 
 
 def _read(path: Path) -> dict[str, Any]:

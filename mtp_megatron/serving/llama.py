@@ -6,7 +6,7 @@ and Medusa), which need no cache; head 1 is then the trunk's own output.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -90,7 +90,8 @@ class HeadsLlama:
 
     Args:
         config: sizes.
-        tensors: Hugging Face keys to tensors: the plain model (trunk and head 1) and ``mtp_heads.{i}.*``.
+        tensors: Hugging Face keys to tensors: the plain model (trunk and head 1) and ``mtp_heads.{i}.*``. Of pairs
+            each tensor is let go when it has become one of ``dtype``, so that no second copy of the model is held.
         dtype: type of weights, activations and caches.
 
     Raises:
@@ -98,10 +99,14 @@ class HeadsLlama:
     """
 
     def __init__(
-        self, config: DecoderConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+        self,
+        config: DecoderConfig,
+        tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config, self.dtype = config, dtype
-        remaining = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+        pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
+        remaining = {key: tensor.to(dtype) for key, tensor in pairs}
         try:
             self.embedding = remaining.pop("model.embed_tokens.weight")
             self.unembedding = self.embedding if config.tied else remaining.pop("lm_head.weight")
@@ -117,7 +122,7 @@ class HeadsLlama:
     @classmethod
     def load(cls, export: Export, dtype: torch.dtype = torch.float32) -> HeadsLlama:
         """Load an export's tensors."""
-        return cls(export.config, dict(export.tensors()), dtype)
+        return cls(export.config, export.tensors(), dtype)
 
     @property
     def num_parameters(self) -> int:

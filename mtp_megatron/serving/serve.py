@@ -57,7 +57,11 @@ def server_command(
 
 
 def run_server(command: Sequence[str]) -> int:
-    """Run a server in the foreground until it ends; SIGINT and SIGTERM are passed on, and it is waited for."""
+    """Run a server in the foreground until it ends; SIGINT and SIGTERM are passed on, and it is waited for.
+
+    So is the SIGHUP of a closed terminal, as SIGTERM: a server in a session of its own does not get it. Under nohup it
+    stays ignored.
+    """
     server = subprocess.Popen(command, env=engine_environment(), start_new_session=True)
     asked = False
 
@@ -66,7 +70,10 @@ def run_server(command: Sequence[str]) -> int:
         asked = True
         server.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    caught = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        caught.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, stop) for number in caught}
     try:
         status = server.wait()
     finally:

@@ -18,6 +18,10 @@ from mtp_megatron.serving.simulate import Counts, Simulation, simulate, total
 
 PLAIN = "plain"
 _LENGTHS = (4, 16)  # of made-up prompts
+# Room that vLLM needs behind a text, in tokens for each head that drafts. It stops drafting, for all requests of a
+# batch, where the drafts to be checked and those to come do not fit (GPUModelRunner._input_fits_in_drafter); where
+# steps are scheduled ahead, it takes the drafts of the step before for accepted, too.
+_AHEAD = 3
 
 
 class VerificationError(MTPError):
@@ -59,10 +63,13 @@ def simulate_all(
     Raises:
         ConfigError: a prompt is empty or does not fit into the context, or none is certain.
     """
-    room = model.config.context - max_new_tokens - (model.config.num_heads - 1)
+    room = model.config.context - max_new_tokens - _AHEAD * (model.config.num_heads - 1)
     if room < 1:
         raise ConfigError(
-            "--max-new-tokens", max_new_tokens, f"the context is {model.config.context}", "Ask for fewer tokens."
+            "--max-new-tokens",
+            max_new_tokens,
+            f"the context is {model.config.context}, and drafting takes room behind the text",
+            "Ask for fewer tokens.",
         )
     kept: list[Simulation] = []
     close = 0
@@ -123,10 +130,30 @@ def engine_runs(bundle: Path, heads: int, *, eager: bool, rounds: int = 2) -> li
     return runs
 
 
+def engine_context(simulations: Sequence[Simulation]) -> int:
+    """Positions that the engine is asked for: vLLM takes memory for a request of full length before it starts."""
+    longest = max(len(simulation.prompt) + simulation.max_new_tokens for simulation in simulations)
+    return longest + _AHEAD * len(simulations[0].said)
+
+
 def run_engines(
-    python: str, bundle: Path, simulations: Sequence[Simulation], context: int, *, eager: bool, quiet: bool
+    python: str,
+    bundle: Path,
+    simulations: Sequence[Simulation],
+    *,
+    eager: bool,
+    quiet: bool,
+    arguments: Sequence[str] = (),
 ) -> list[EngineResult]:
     """Serve the prompts in every way and hold each against torch.
+
+    Args:
+        python: interpreter that has vLLM.
+        bundle: its folder.
+        simulations: the prompts, and what torch makes of them.
+        eager: vLLM does not compile the model.
+        quiet: do not show vLLM's messages.
+        arguments: of ``vllm serve``, for every engine.
 
     Raises:
         EngineError: vLLM does not run.
@@ -139,7 +166,8 @@ def run_engines(
         [simulation.prompt for simulation in simulations],
         engine_runs(bundle, heads, eager=eager),
         max_new_tokens=simulations[0].max_new_tokens,
-        context=context,
+        context=engine_context(simulations),
+        arguments=arguments,
         plugin=HEADS_FOLDER in drafts_in(bundle),
         quiet=quiet,
     )

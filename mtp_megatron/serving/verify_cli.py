@@ -13,6 +13,12 @@ if TYPE_CHECKING:
 
 SUMMARY = "check a serving bundle: files, tensors, what torch and vLLM decode"
 _ONE_THREAD_PARAMETERS = 50_000_000
+_LIMITS = (
+    "Everything is computed in fp32, where texts can be compared token for token: by torch on the CPU, which takes 4 "
+    "bytes of memory for each parameter and the time of a decoder without a GPU, and by vLLM, which takes as much on "
+    "its GPUs. For a large model ask for little (--num-prompts 4 --max-new-tokens 16), and spread vLLM over GPUs "
+    "(-- --tensor-parallel-size N)."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="of each (default: %(default)s)")
     parser.add_argument("--verbose", action="store_true", help="show vLLM's messages")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument(
+        "engine", nargs="*", metavar="-- ARGS", help="everything after -- goes to vLLM, e.g. --tensor-parallel-size 2"
+    )
+    parser.epilog = _LIMITS
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,8 +102,9 @@ def run(args: argparse.Namespace) -> int:
         reason = "--no-vllm" if args.no_vllm else "not found; give --vllm-python PATH to compare with it"
         print(f"\nvLLM: {reason}\nThe bundle is whole, and every head's drafts are accepted by the torch decoder.")
         return 0
+    del model  # an engine on the CPU needs the memory
     engines = run_engines(
-        python, folder, simulations, model.config.context, eager=not args.compile, quiet=not args.verbose
+        python, folder, simulations, eager=not args.compile, quiet=not args.verbose, arguments=args.engine
     )
     print(f"\nvLLM, fp32, all prompts at once:\n{table(engines)}")
     print("\nText and accepted drafts are those of the torch decoder, prompt by prompt and position by position.")

@@ -52,6 +52,6 @@ def test_vllm_counts_as_torch(bundle, vllm_python):
     made = [simulation for simulation in made if simulation.certain]
     assert len(made) > 10
     check_heads(made)
-    plain, medusa = run_engines(vllm_python, bundle, made, model.config.context, eager=True, quiet=True)
+    plain, medusa = run_engines(vllm_python, bundle, made, eager=True, quiet=True)
     assert (plain.draft, medusa.draft, medusa.heads) == (None, MEDUSA_FOLDER, 3)
     assert 0 < medusa.counts.accepted[0] < medusa.counts.drafts

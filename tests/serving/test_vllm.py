@@ -32,9 +32,9 @@ pytestmark = [pytest.mark.serving, pytest.mark.slow]
 EAGER = {"enforce_eager": True}
 
 
-def test_every_number_of_heads_is_exact(bundle, simulations, vllm_python, context):
+def test_every_number_of_heads_is_exact(bundle, simulations, vllm_python):
     """50 prompts at once: plain, 1, 2 and 3 heads beside head 1, and head 2 as stock EAGLE-3."""
-    results = run_engines(vllm_python, bundle, simulations, context, eager=True, quiet=True)
+    results = run_engines(vllm_python, bundle, simulations, eager=True, quiet=True)
     print(table(results))
     assert [(result.draft, result.heads) for result in results] == [
         (None, 0),
@@ -90,9 +90,9 @@ def assert_as_simulated(python: str, bundle: Path, simulations, context: int, ru
 
 def test_tensor_parallel(bundle, simulations, vllm_python, context):
     """Two workers, each with half of the attention heads (one key/value head, held by both)."""
-    options = {**EAGER, "tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    run = EngineRun("tp2", speculative_config(bundle, HEADS_FOLDER, 3), options)
-    assert_as_simulated(vllm_python, bundle, simulations, context, run, heads=3)
+    arguments = ["--tensor-parallel-size", "2", "--distributed-executor-backend", "mp"]  # as after `verify ... --`
+    run = EngineRun("tp2", speculative_config(bundle, HEADS_FOLDER, 3), EAGER)
+    assert_as_simulated(vllm_python, bundle, simulations, context, run, heads=3, arguments=arguments)
 
 
 def test_tied_embeddings_and_bf16(tmp_path, vllm_python):

@@ -76,6 +76,18 @@ def test_hugging_face_to_megatron_and_back(case: str, dtype: torch.dtype, tmp_pa
         torch.testing.assert_close(hf_logits(back, TOKENS), hf_logits(source, TOKENS), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(("given", "kept"), [([2, 7], [2, 7]), ([2], 2), (2, 2), ([], None), (None, None)])
+def test_every_id_that_ends_a_text_is_kept(given: Any, kept: Any, tmp_path: Path) -> None:
+    """By way of a Megatron checkpoint; the settings of generation are made of the same ids."""
+    source = write_hf(tmp_path / "source")
+    (source / "generation_config.json").unlink()
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "eos_token_id": given}))
+    back = quiet(quiet(source, tmp_path / "megatron", "megatron"), tmp_path / "back", "hf")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((back / name).read_text())["eos_token_id"] == kept
+
+
 @pytest.mark.parametrize("n", [1, 4])
 @pytest.mark.parametrize("shards", [1, 2])
 def test_the_papers_release_to_megatron_and_back(n: int, shards: int, tokenizer: bytes, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,17 @@ def test_every_family_has_a_bundle(family, tmp_path):
     assert ("EAGLE-3" in (bundle / "README.md").read_text()) == bool(stock)
 
 
+def test_qwen2_with_heads_of_another_size_is_for_transformers_alone(tmp_path):
+    """It reads head_dim; vLLM's Qwen2Attention divides the hidden size, and would not load."""
+    source = write_hf(tmp_path / "source", "qwen2", head_dim=32)
+    convert(source, tmp_path / "export", to="hf", heads=2, new_heads="copy", progress=False)
+    theirs = hf_logits(tmp_path / "export", TOKENS[None])[0]
+    torch.testing.assert_close(head_logits(tmp_path / "export", TOKENS)[0], theirs, atol=1e-4, rtol=0)
+    with pytest.raises(CheckpointError, match=r"model\.head_size=32 with model\.qkv_bias=true: vLLM.*Use --to hf"):
+        write_bundle(source, tmp_path / "bundle", heads=2, new_heads="copy", progress=False)
+    assert not (tmp_path / "bundle").exists()
+
+
 @pytest.fixture(params=POST_NORM)
 def run(request, tmp_path):
     """A Megatron run whose heads are maps of the trunk's output."""
@@ -125,3 +138,53 @@ def test_their_bundle_and_what_has_no_place(run, tmp_path):
         convert(folder, tmp_path / "more", to="hf", heads=5, progress=False)
     assert not (tmp_path / "meta").exists()
     assert not (tmp_path / "more").exists()
+
+
+def _write_settings(folder: Path, **settings: object) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False, **settings}, indent=2))
+
+
+@pytest.fixture
+def with_tokenizer(tmp_path: Path) -> Path:
+    """The export of a model that came with a tokenizer, and without settings of generation."""
+    source = write_hf(tmp_path / "source", "llama")
+    (source / "tokenizer.json").write_text("{}")
+    _write_settings(source)
+    (source / "generation_config.json").unlink(missing_ok=True)
+    convert(source, tmp_path / "export", to="hf", heads=2, new_heads="copy", progress=False)
+    return tmp_path / "export"
+
+
+def test_a_chat_template_may_be_added_to_an_export(with_tokenizer: Path) -> None:
+    """It decides no ids; what does is still the model's."""
+    open_export(with_tokenizer)
+    (with_tokenizer / "chat_template.jinja").write_text("{{ messages }}")
+    (with_tokenizer / "generation_config.json").write_text('{"temperature": 0.7}')
+    _write_settings(with_tokenizer, chat_template="{{ messages }}")
+    open_export(with_tokenizer)
+    _write_settings(with_tokenizer, added_tokens_decoder={"5": {"content": "<new>"}})
+    with pytest.raises(CheckpointError, match="its tokenizer is not the model's"):
+        open_export(with_tokenizer)
+    _write_settings(with_tokenizer)
+    (with_tokenizer / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(CheckpointError, match="its tokenizer is not the model's"):
+        open_export(with_tokenizer)
+
+
+def test_hashes_of_earlier_exports_hold(with_tokenizer: Path) -> None:
+    """They were of every file that the model came with."""
+    digest = hashlib.sha256()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        content = (with_tokenizer / name).read_bytes()
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    path = with_tokenizer / "mtp_config.json"
+    config = json.loads(path.read_text())
+    assert config["tokenizer"]["sha256"] != digest.hexdigest()
+    config["tokenizer"]["sha256"] = digest.hexdigest()
+    path.write_text(json.dumps(config))
+    open_export(with_tokenizer)
+    (with_tokenizer / "chat_template.jinja").write_text("{{ messages }}")
+    open_export(with_tokenizer)
+    (with_tokenizer / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(CheckpointError, match="its tokenizer is not the model's"):
+        open_export(with_tokenizer)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+from typing import cast
+
 import pytest
 import torch
 
 from mtp_megatron.errors import CheckpointError
 from mtp_megatron.serving.decode import TIE_MARGIN
+from mtp_megatron.serving.export import Export
 from mtp_megatron.serving.llama import HeadsLlama
 from tests.decoders import CONFIG, SHAPE, random_weights, sentences, trained_decoder
 
@@ -49,6 +54,25 @@ def test_the_whole_text_at_once_is_what_transformers_says(model: HeadsLlama) -> 
     with torch.inference_mode():
         theirs = reference(TEXT[None]).logits[0]
     torch.testing.assert_close(everything(model, [60])[0], theirs, atol=1e-4, rtol=0)
+
+
+def test_no_second_copy_of_the_model_is_held_while_it_is_loaded(model: HeadsLlama) -> None:
+    """When a stored tensor is asked for, those before the last one are gone: their fp32 copies took their place."""
+    given: list[weakref.ref[torch.Tensor]] = []
+
+    class Stored:
+        config = CONFIG
+
+        def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+            for key, weight in random_weights().items():
+                assert not any(reference() is not None for reference in given[:-1])
+                stored = weight.to(torch.bfloat16)
+                given.append(weakref.ref(stored))
+                yield key, stored
+
+    loaded = HeadsLlama.load(cast(Export, Stored()))
+    assert loaded.num_parameters == model.num_parameters
+    assert loaded.embedding.dtype == torch.float32
 
 
 @pytest.mark.parametrize("widths", [[1] * 60, [7, 1, 4, 4, 2, 30, 12], [4] * 15])

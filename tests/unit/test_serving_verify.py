@@ -13,10 +13,18 @@ from mtp_megatron import cli
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.serving.bundle import write_bundle
 from mtp_megatron.serving.decode import generate
-from mtp_megatron.serving.engine import EngineError, explain, find_python, run_vllm
+from mtp_megatron.serving.engine import find_python
 from mtp_megatron.serving.llama import HeadsLlama
 from mtp_megatron.serving.simulate import Counts, Simulation, simulate
-from mtp_megatron.serving.verify import VerificationError, check_heads, compare_counts, compare_text, padded_drafts
+from mtp_megatron.serving.verify import (
+    VerificationError,
+    check_heads,
+    compare_counts,
+    compare_text,
+    engine_context,
+    padded_drafts,
+    simulate_all,
+)
 from tests.serving.models import CONFIG, sentences, trained_weights, write_export
 
 
@@ -133,10 +141,14 @@ def test_interpreter_without_vllm_is_refused(tmp_path, monkeypatch):
         find_python(None)
 
 
-def test_an_engine_that_fails_says_why(bundle):
-    """This interpreter has the plugin's entry point or not, and no vLLM: either way the error is of the engine."""
-    with pytest.raises(EngineError, match="vLLM ended with status 1"):
-        run_vllm(sys.executable, bundle, [[1]], [], max_new_tokens=1, context=8, quiet=True)
-    assert "PYTHON -m pip install --no-deps PATH_TO_CHECKOUT (" in explain(
-        1, "no vLLM plugin named mtp_megatron is installed in /x (found: none)"
-    )
+def test_text_and_drafts_fit_into_the_context(model):
+    """vLLM drafts for nobody where one request's drafts do not fit: 3 for each of 3 heads behind 32 + 8 tokens."""
+    longest = CONFIG.context - 8 - 9
+    row = sentences(1, longest + 1, seed=4)[0].tolist()
+    made, _ = simulate_all(model, iter([row[:4], row[:longest]]), 2, 8, progress=False)
+    assert engine_context(made[:1]) == 4 + 8 + 9  # and not the model's: its keys and values may not fit
+    assert engine_context(made) == CONFIG.context
+    with pytest.raises(ConfigError, match=rf"prompt={longest + 1}.*must have 1 to {longest} tokens"):
+        simulate_all(model, iter([row]), 1, 8, progress=False)
+    with pytest.raises(ConfigError, match=r"max-new-tokens=119.*the context is 128"):
+        simulate_all(model, iter([row]), 1, CONFIG.context - 9, progress=False)

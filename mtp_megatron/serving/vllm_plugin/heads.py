@@ -19,7 +19,7 @@ from vllm.model_executor.models.llama import LlamaDecoderLayer
 from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
-from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, get_draft_quant_config, maybe_prefix
 
 from mtp_megatron.serving.vllm_plugin import MASK_TOKEN_ID
 
@@ -33,13 +33,20 @@ _STACKED = {
 }
 
 
+class _LlamaLayer(LlamaDecoderLayer):
+    """Quantised as the draft is, not as the target: a quantised model's heads are in the type they were exported in."""
+
+    def get_quant_config(self, vllm_config: VllmConfig) -> Any:
+        return get_draft_quant_config(vllm_config)
+
+
 def _layer(config: Any, target: VllmConfig, prefix: str) -> nn.Module:
     """vLLM's own layer of the model's family; a head is a layer as the trunk's are."""
     # Not model_type: vLLM wraps a draft's configuration in one of its own.
     family = {"qwen2": Qwen2DecoderLayer, "qwen3": Qwen3DecoderLayer}.get(config.mtp_layers)
     if family is None:  # Llama, and Mistral without its window
-        return LlamaDecoderLayer(target, prefix=prefix, config=config)
-    return family(config, target.cache_config, target.quant_config, prefix)
+        return _LlamaLayer(target, prefix=prefix, config=config)
+    return family(config, target.cache_config, get_draft_quant_config(target), prefix)
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1, "hidden_states": 0})
@@ -110,6 +117,9 @@ class MTPHeadsEagle3(Eagle3LlamaForCausalLM):
             )
         first_layer = vllm_config.model_config.get_total_num_hidden_layers()
         self.config.target_layer_count = first_layer
+        # The compiled graph has one branch for each head in use. vLLM's cache of graphs tells them apart by the draft's
+        # configuration, and not by num_speculative_tokens.
+        self.config.num_mtp_heads_in_use = count
         self.model = HeadLayers(
             vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"), first_layer=first_layer, count=count
         )
