@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
-import tempfile
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from mtp_megatron import compat
 from mtp_megatron.data.manifest import Manifest, SplitInfo
+from mtp_megatron.data.sample_index import SampleIndex
+from mtp_megatron.data.shared_index import open_together
 from mtp_megatron.errors import ConfigError, DataError
-
-_SPLITS: tuple[Literal["train", "valid"], ...] = ("train", "valid")
 
 
 class Samples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -71,16 +64,6 @@ class Samples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return self._order
 
 
-class _TokenizerView:
-    """What GPTDatasetConfig asks of a tokenizer. Without ``pad``: no id is masked, since samples are never padded."""
-
-    def __init__(self, manifest: Manifest) -> None:
-        self.eod, self.vocab_size = manifest.eod, manifest.vocab_size
-        self.unique_identifiers = OrderedDict(
-            kind=manifest.tokenizer.kind, sha256=manifest.tokenizer.sha256, vocab_size=manifest.vocab_size
-        )
-
-
 def build_datasets(
     manifest: Manifest,
     *,
@@ -92,8 +75,9 @@ def build_datasets(
 ) -> tuple[Samples, Samples]:
     """Training and held-out samples of ``seq_length`` tokens; documents are packed one after another.
 
-    In a distributed job every rank calls it: rank 0 writes the index of samples into the cache, the others wait and
-    read it. A problem on rank 0 is raised on every rank.
+    In a distributed job every rank calls it: rank 0 writes the index of samples into the cache while the others wait,
+    however long that takes; where a host does not see it, a rank of that host writes another. A problem with it on any
+    rank is raised on every rank.
 
     Args:
         manifest: a loaded one (:func:`mtp_megatron.data.manifest.load_manifest`).
@@ -102,12 +86,12 @@ def build_datasets(
         valid_samples: at most how many held-out samples; all when None. They do not repeat: where fewer exist, the
             result is shorter.
         seed: of the shuffles.
-        cache_dir: where the index of samples is kept, on a file system that all ranks see; ``cache`` inside the data
-            set's folder when None.
+        cache_dir: where the index of samples is kept, shared by the hosts or not; ``cache`` inside the data set's
+            folder when None.
 
     Raises:
         ConfigError: a size below 1 or a seed that does not fit 32 bits.
-        DataError: a split with too few tokens for one sample, or a cache that cannot be written or seen.
+        DataError: a split with too few tokens for one sample, or a cache that cannot be written or read.
     """
     for field, value in (("model.seq_length", seq_length), ("train_samples", train_samples)):
         if value < 1:
@@ -116,9 +100,10 @@ def build_datasets(
         raise ConfigError("valid_samples", valid_samples, "must be 1 or more", "Set it to a positive number, or null.")
     if not 0 <= seed < 2**32:
         raise ConfigError("data.seed", seed, "must fit 32 bits without sign", "Try 1234.")
-    for name, split in zip(_SPLITS, (manifest.train, manifest.valid), strict=True):
-        _check_tokens(manifest, name, split, seq_length)
-    train, valid = _build(manifest, seq_length, seed, Path(cache_dir) if cache_dir else manifest.path / "cache")
+    _check_tokens(manifest, "train", manifest.train, seq_length)
+    _check_tokens(manifest, "valid", manifest.valid, seq_length)
+    cache = Path(cache_dir) if cache_dir else manifest.path / "cache"
+    train, valid = open_together(SampleIndex(manifest, seq_length, seed, cache))
     held_out = len(valid) if valid_samples is None else min(valid_samples, len(valid))
     return Samples(train, train_samples, seed), Samples(valid, held_out, seed)
 
@@ -131,97 +116,3 @@ def _check_tokens(manifest: Manifest, name: Literal["train", "valid"], split: Sp
             f"sample of seq_length={seq_length} (needs {seq_length + 1}, one more for the last label). Shorten "
             f"model.seq_length, or preprocess with {remedy}."
         )
-
-
-def _build(manifest: Manifest, seq_length: int, seed: int, cache: Path) -> tuple[Any, Any]:
-    compat.prepare()
-    try:
-        from megatron.core.datasets import helpers_cpp  # noqa: F401
-    except ImportError as error:
-        raise DataError(
-            f"megatron-core was installed without its compiled data set helpers ({error}). Install the wheel for this "
-            "Python and platform, or build it here: pip install --no-binary megatron-core megatron-core"
-        ) from error
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset
-
-    # megatron-core keys its cache by the path of the data set alone; here another data set, or another release, at the
-    # same path is another key.
-    identity = f"{manifest.path} {manifest.fingerprint} {seq_length} {seed} {compat.MCORE_VERSION}"
-    cache = cache.absolute() / hashlib.sha256(identity.encode()).hexdigest()[:16]
-    _on_rank_zero(lambda: _fill_cache(manifest, seq_length, seed, cache))
-    if not cache.is_dir():
-        raise DataError(
-            f"{cache}: rank 0 wrote the index of samples, but rank {dist.get_rank()} does not see it. Choose a cache "
-            "folder on a file system that all ranks share."
-        )
-    config = _dataset_config(manifest, seq_length, seed, cache)
-    train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, [None] * 3, lambda: True, config).build()
-    return train, valid
-
-
-def _dataset_config(manifest: Manifest, seq_length: int, seed: int, cache: Path) -> Any:
-    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
-
-    return GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=seq_length,
-        blend_per_split=[([manifest.prefix("train")], None), ([manifest.prefix("valid")], None), None],
-        path_to_cache=str(cache),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-        tokenizer=_TokenizerView(manifest),
-    )
-
-
-def _fill_cache(manifest: Manifest, seq_length: int, seed: int, cache: Path) -> None:
-    """Write the index of both splits, whole or not at all.
-
-    megatron-core takes a cache for complete when its files exist, so one that a killed job left half written would be
-    read; here it is built beside and renamed.
-    """
-    from megatron.core.datasets.gpt_dataset import GPTDataset
-    from megatron.core.datasets.utils import Split
-
-    if cache.is_dir():
-        return
-    building: str | None = None
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        building = tempfile.mkdtemp(prefix=f".{cache.name}.", dir=cache.parent)
-        config = _dataset_config(manifest, seq_length, seed, Path(building))
-        for name in _SPLITS:
-            prefix = manifest.prefix(name)
-            documents = GPTDataset.build_low_level_dataset(prefix, config)
-            chosen = np.arange(GPTDataset.numel_low_level_dataset(documents), dtype=np.int32)
-            GPTDataset(documents, prefix, chosen, None, Split[name], config)
-        os.chmod(building, 0o755)  # mkdtemp's folders are private, the cache is for all who may read the data set
-        os.rename(building, cache)
-    except OSError as error:
-        if cache.is_dir():  # another job was faster, with the same content
-            return
-        raise DataError(
-            f"{cache.parent}: the index of samples cannot be written ({error}). Name a folder that can be written."
-        ) from error
-    finally:
-        if building is not None:
-            shutil.rmtree(building, ignore_errors=True)
-
-
-def _on_rank_zero(action: Any) -> None:
-    """Run the action on rank 0 while the others wait; its DataError is raised everywhere, so that no rank hangs."""
-    if not dist.is_initialized():
-        action()
-        return
-    problem: list[str | None] = [None]
-    error: DataError | None = None
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except DataError as caught:
-            problem, error = [str(caught)], caught
-    dist.broadcast_object_list(problem, src=0, device=compat.device())
-    if problem[0] is not None:
-        raise error if error is not None else DataError(problem[0])

@@ -32,7 +32,7 @@ from mtp_megatron.training.preflight import Plan, preflight
 from mtp_megatron.training.recipe import Recipe
 
 # May differ from host to host: where folders are mounted, and how many processes read.
-_LOCAL_KEYS = {"data": {"path", "workers"}, "run": {"path"}}
+_LOCAL_KEYS = {"data": {"path", "cache", "workers"}, "run": {"path"}}
 SEEN_WITHIN = 30.0  # seconds; network file systems show other hosts' writes late
 _READ_WITHIN = timedelta(seconds=30)
 

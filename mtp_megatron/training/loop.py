@@ -83,6 +83,16 @@ class _Session:
     def __init__(self, plan: Plan, stop: StopRequest) -> None:
         self.plan, self.recipe, self.folder, self.stop = plan, plan.recipe, plan.folder, stop
         self.num_microbatches = num_microbatches(plan.recipe, plan.world_size)
+        # Before the model: what can be wrong with the index of samples is found before minutes of loading.
+        batch, train = self.recipe.train.global_batch_size, self.recipe.train
+        self.train_data, self.valid_data = build_datasets(
+            plan.manifest,
+            seq_length=self.recipe.train_seq_length,
+            train_samples=train.steps * batch,
+            valid_samples=train.eval_batches * batch or None,
+            seed=self.recipe.data.seed,
+            cache_dir=self.recipe.data.cache,
+        )
         self.host = host_of(plan.recipe)
         latest = latest_checkpoint(self.folder.checkpoints)
         initial = plan.initial if latest is None else None
@@ -95,14 +105,6 @@ class _Session:
             self.origin = f"initial weights from {initial}"
         if dist.get_rank() == 0:
             self.folder.write_recipe(self.recipe)
-        batch, train = self.recipe.train.global_batch_size, self.recipe.train
-        self.train_data, self.valid_data = build_datasets(
-            plan.manifest,
-            seq_length=self.recipe.train_seq_length,
-            train_samples=train.steps * batch,
-            valid_samples=train.eval_batches * batch or None,
-            seed=self.recipe.data.seed,
-        )
 
     def run(self) -> Outcome:
         recipe, steps = self.recipe, self.recipe.train.steps

@@ -44,6 +44,8 @@ def preflight(recipe: Recipe, world_size: int) -> Plan:
         CheckpointError: a checkpoint of another architecture, or only damaged ones.
     """
     manifest = load_manifest(recipe.data.path)
+    if recipe.data.cache is not None and Path(recipe.data.cache).is_file():
+        raise ConfigError("data.cache", recipe.data.cache, "it is a file", "Choose a folder.")
     recipe = _merged(recipe, world_size)
     recipe = check_recipe(recipe, world_size=world_size, tokenizer_vocab_size=manifest.vocab_size)
     check_machine(recipe)

@@ -120,6 +120,11 @@ class DataSection(Section):
     """A folder written by ``mtp-megatron preprocess``."""
 
     path: str = Field(default="data", min_length=1, description="folder with train.bin, valid.bin and dataset.json")
+    cache: str | None = Field(
+        default=None,
+        min_length=1,
+        description="folder for the index of samples, shared by the hosts or not; null: cache inside data.path",
+    )
     seed: int = Field(default=1234, ge=0, description="seed of the order in which samples are drawn")
     workers: int = Field(default=0, ge=0, description="loader processes per rank; 0: load in the training process")
 

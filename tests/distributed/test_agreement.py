@@ -104,6 +104,18 @@ def test_data_missing_on_one_rank_ends_them_all(data: Path, tmp_path: Path) -> N
     assert not own_built
 
 
+def test_an_index_that_one_rank_cannot_write_ends_them_all(data: Path, tmp_path: Path) -> None:
+    """Also that hosts may have caches of their own, and that a model is not built in vain."""
+    (tmp_path / "file").write_text("")
+    caches = (tmp_path / "cache", tmp_path / "file" / "cache")
+    trees = [tiny_tree(data, tmp_path / "run", parallel__pipeline=2, data__cache=str(cache)) for cache in caches]
+    for kind, said, built in started(*trees):
+        assert kind == "DataError"
+        assert said.startswith(f"rank 1 on {os.uname().nodename}: {caches[1]}: ")
+        assert "Set data.cache to a folder that can be written" in said
+        assert not built
+
+
 def test_ranks_with_other_settings_are_refused_by_name(data: Path, tmp_path: Path) -> None:
     one = tiny_tree(data, tmp_path / "run", parallel__pipeline=2)
     other = tiny_tree(data, tmp_path / "run", parallel__pipeline=2, train__steps=9)

@@ -1,9 +1,11 @@
-"""Training on two hosts with examples/torchrun: a rank is killed, a host is lost, the job is asked to stop."""
+"""Training on two hosts with examples/torchrun: a rank is killed, a host is lost, the job is asked to stop;
+hosts that do not share a folder."""
 
 from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,7 +41,7 @@ def _nothing_is_left_running(hosts: tuple[Host, Host]) -> Iterator[None]:
 
 
 def settings(data: Path, run: Path, **overrides: Any) -> dict[str, Any]:
-    return tiny_tree(data, run, parallel__pipeline=2, train__steps=STEPS, **overrides)
+    return tiny_tree(data, run, **{"parallel__pipeline": 2, "train__steps": STEPS, **overrides})
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +162,21 @@ def test_a_run_folder_that_one_host_does_not_share_is_named(
     assert len(errors) == 2, said  # each host says it
     assert f"{hosts[1].name} cannot see what {hosts[0].name} wrote in it" in errors[0]
     assert "parameters:" not in said, "a model was built"
+
+
+def test_each_host_may_have_the_data_on_a_disk_of_its_own(hosts: tuple[Host, Host], data: Path, tmp_path: Path) -> None:
+    """Two copies under one name; the second host's index is its own, too."""
+    one, other, log = tmp_path / "data", tmp_path / "other", tmp_path / "log"
+    for copy in (one, other):
+        shutil.copytree(data, copy, ignore=shutil.ignore_patterns("cache"))
+    recipe = written(settings(one, tmp_path / "run", train__steps=3), tmp_path)
+    agents = [node(hosts[0], hosts[0], recipe, log, MAX_RESTARTS="0")]
+    agents.append(node(hosts[1], hosts[0], recipe, log, before=f"mount --bind {other} {one}", MAX_RESTARTS="0"))
+    assert ended(agents, log) == [0, 0], log.read_text()
+    assert sorted(metrics(tmp_path / "run")) == [1, 2, 3]
+    indices = [[path.name for path in (copy / "cache").iterdir()] for copy in (one, other)]
+    assert indices[0] == indices[1]
+    assert len(indices[0]) == 1
 
 
 def test_ssh_starts_all_hosts_and_a_request_to_stop_saves(

@@ -144,6 +144,52 @@ def test_another_data_set_at_the_same_path_does_not_meet_the_old_cache(data, tmp
     assert after.samples_per_epoch == (load_manifest(data).train.tokens - 1) // 64 != before.samples_per_epoch
 
 
+def test_the_index_comes_along_with_a_copy_of_the_data(data, tmp_path):
+    """As it is found on a host that mounts the folder elsewhere."""
+    first, _ = build(data)
+    shutil.copytree(data, tmp_path / "elsewhere")
+    (key,) = (tmp_path / "elsewhere" / "cache").iterdir()
+    before = {path: path.stat().st_mtime_ns for path in (key, *key.iterdir())}
+    second, _ = build(tmp_path / "elsewhere")
+    assert list((tmp_path / "elsewhere" / "cache").iterdir()) == [key]
+    assert {path: path.stat().st_mtime_ns for path in (key, *key.iterdir())} == before
+    assert all(torch.equal(first[i]["tokens"], second[i]["tokens"]) for i in range(100))
+
+
+def test_an_index_with_a_missing_file_is_written_again(data):
+    train, _ = build(data)
+    expected = train[7]["tokens"]
+    (key,) = (data / "cache").iterdir()
+    others = sorted(path.name for path in key.iterdir())
+    next(iter(key.glob("*shuffle*"))).unlink()  # by what sweeps a scratch disk
+    stale = next(iter(key.glob("*sample_index*")))
+    stale.write_bytes(b"")  # not read again
+    train, _ = build(data)
+    assert torch.equal(train[7]["tokens"], expected)
+    assert sorted(path.name for path in key.iterdir()) == others
+    assert list((data / "cache").iterdir()) == [key]
+
+
+def test_what_killed_jobs_left_goes_when_it_is_a_day_old(data):
+    cache = data / "cache"
+    old, young, foreign = cache / f".{'0' * 16}.abc", cache / f".{'1' * 16}.abc", cache / ".snapshot"
+    for folder in (old, young, foreign):
+        folder.mkdir(parents=True)
+        (folder / "x").write_text("")
+    for path in (
+        old,
+        old / "x",
+        young,
+        foreign,
+        foreign / "x",
+    ):  # what is being written has a new file in an old folder
+        os.utime(path, (0, 0))
+    build(data)
+    assert not old.exists()
+    assert young.exists()
+    assert foreign.exists()
+
+
 def test_a_cache_that_cannot_be_written_is_refused(data, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="index of samples cannot be written"):

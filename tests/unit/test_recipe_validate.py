@@ -164,6 +164,7 @@ def test_what_may_change_when_a_run_is_resumed(tmp_path: Path) -> None:
             train__micro_batch_size=2,
             train__log_interval=3,
             heads__execution="joint",
+            data__cache="/scratch/index",
             run__keep_last=1,
         )
     )
@@ -246,6 +247,12 @@ def test_another_architecture_is_refused_field_by_field(tmp_path: Path) -> None:
 
 
 # --- everything together, as the command line shows it ---
+
+
+def test_a_file_as_cache_is_refused_before_any_work(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"data\.cache='.*file': it is a file"):
+        preflight(parse_recipe(tiny_tree(data, tmp_path / "run", data__cache=str(tmp_path / "file"))), 1)
 
 
 def test_preflight_passes_and_changes_nothing(data: Path, tmp_path: Path) -> None:
