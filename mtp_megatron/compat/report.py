@@ -26,7 +26,10 @@ def _row(name: str, text: object) -> str:
 
 def _device() -> str:
     if not torch.cuda.is_available():
-        return "cpu (no CUDA device), backend gloo"
+        reason = devices.why_no_gpu()
+        if reason is not None:
+            return f"none: torch cannot use this machine's GPUs ({reason})"
+        return f"cpu ({devices.gpus_left_out() or 'no CUDA device'}), backend gloo"
     names = sorted({torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())})
     return f"{torch.cuda.device_count()} x {', '.join(names)}, backend {devices.backend()}"
 
@@ -63,8 +66,12 @@ def _low_precision() -> str:
 
 
 def problems() -> list[str]:
-    """Everything because of which `compat.prepare()` raises here."""
-    checks = (versions.require_megatron_core, lambda: packages.require_no_wrong_package(torch.cuda.is_available()))
+    """Everything because of which no training starts here."""
+    checks = (
+        versions.require_megatron_core,
+        lambda: packages.require_no_wrong_package(torch.cuda.is_available()),
+        devices.require_usable_gpu,
+    )
     found = []
     for check in checks:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Iterator
@@ -14,9 +15,12 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, Store
 
 from mtp_megatron import compat
+from mtp_megatron.compat.devices import gpus_left_out, require_usable_gpu
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.training.head_stages import embedding_ranks
 from mtp_megatron.training.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 
 def launched_world_size() -> int:
@@ -39,7 +43,12 @@ def model_parallel_world(recipe: Recipe, store: Store | None = None) -> Iterator
 
     Raises:
         ConfigError: this node starts more ranks than it has GPUs.
+        EnvironmentUnsupported: torch cannot use this node's GPUs.
     """
+    require_usable_gpu()
+    left_out = gpus_left_out()
+    if left_out is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+        logger.warning("%s", left_out)
     compat.prepare()
     from megatron.core import parallel_state
 

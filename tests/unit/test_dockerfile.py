@@ -131,6 +131,7 @@ def test_the_health_check_is_a_command_of_the_package() -> None:
     rest = next(rest for keyword, rest in instructions() if keyword == "HEALTHCHECK")
     module = re.search(r'"-m", "([\w.]+)", "--smoke"', rest).group(1)
     assert importlib.util.find_spec(f"{module}.__main__") is not None
+    assert '"--require-gpu"' in rest, "a container that lost its GPUs is not healthy"
 
 
 def test_the_default_commands_are_console_scripts() -> None:
