@@ -192,7 +192,7 @@ class TestVersions:
 
     def test_installed(self) -> None:
         assert compat.MCORE_VERSION in versions.SUPPORTED
-        assert str(versions.installed_version("megatron-core")) == compat.MCORE_VERSION.public  # 0.19.2+0b3f9e7
+        assert versions.installed_version("megatron-core") == compat.MCORE_VERSION
 
     @pytest.mark.parametrize("version", ["0.16.0", "0.16.0rc1", "0.20.0", "0.20.0rc0", "1.0.0"])
     def test_unsupported(self, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +204,17 @@ class TestVersions:
     @pytest.mark.parametrize("version", ["0.16.1", "0.17.0rc2", "0.19.2", "0.19.2+local"])
     def test_supported(self, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.version(tmp_path, monkeypatch, version)
-        assert str(versions.require_megatron_core()) == version
+        assert str(versions.require_megatron_core()) == version.partition("+")[0]
+
+    def test_the_commit_of_a_repository_around_the_environment_is_left_out(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Hosts compare this version, and one without git, or with a younger commit, is no other megatron-core."""
+        self.version(tmp_path, monkeypatch, "0.19.2+eaad30b")
+        here = compat.MCORE_VERSION
+        self.version(tmp_path, monkeypatch, "0.19.2")
+        assert here == compat.MCORE_VERSION
+        assert str(here) == "0.19.2"
 
     def test_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(versions, "megatron_core_folder", lambda: None)
