@@ -29,7 +29,7 @@ from mtp_megatron import __version__, compat
 from mtp_megatron.compat.devices import require_usable_gpu
 from mtp_megatron.errors import ConfigError, MTPError
 from mtp_megatron.training.checkpoint_files import differences
-from mtp_megatron.training.preflight import Plan, preflight
+from mtp_megatron.training.preflight import Plan, check_launcher, preflight
 from mtp_megatron.training.recipe import Recipe
 
 # May differ from host to host: where folders are mounted, and how many processes read.
@@ -62,8 +62,15 @@ class Statement:
 
 def job_store(recipe: Recipe) -> Store | None:
     """The key-value store of the launcher, through which the ranks meet; None for a process alone, or where a process
-    group exists already."""
-    if dist.is_initialized() or "RANK" not in os.environ:
+    group exists already.
+
+    Raises:
+        ConfigError: this process is one of several that no launcher has told apart.
+    """
+    if dist.is_initialized():
+        return None
+    check_launcher()
+    if "RANK" not in os.environ:
         return None
     timeout = timedelta(minutes=recipe.train.timeout_minutes)
     store: Store

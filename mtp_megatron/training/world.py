@@ -42,7 +42,7 @@ def model_parallel_world(recipe: Recipe, store: Store | None = None) -> Iterator
         store: the launcher's, if the ranks have met there already (:func:`.agreement.job_store`).
 
     Raises:
-        ConfigError: this node starts more ranks than it has GPUs.
+        ConfigError: this node starts more ranks than it has GPUs, or they do not see them all.
         EnvironmentUnsupported: torch cannot use this node's GPUs.
     """
     require_usable_gpu()
@@ -106,13 +106,23 @@ def _leave(owns_group: bool) -> None:
 def _check_local_rank() -> None:
     # By every rank, so that the one that reports for its node does.
     started = int(os.environ.get("LOCAL_WORLD_SIZE", int(os.environ.get("LOCAL_RANK", "0")) + 1))
-    if started > torch.cuda.device_count():
+    visible = torch.cuda.device_count()
+    if started <= visible:
+        return
+    if visible == 1:  # of a small node, or because a scheduler binds each rank to a GPU of its own
         raise ConfigError(
             "processes per node",
             started,
-            f"this node has {torch.cuda.device_count()} CUDA devices, and each rank needs its own",
-            "Start fewer ranks per node, or set CUDA_VISIBLE_DEVICES= to train on the CPU.",
+            "each rank needs a CUDA device of its own, by its LOCAL_RANK, and this one sees a single device",
+            "Let every rank see all GPUs of its node (SLURM: no --gpus-per-task or --gpu-bind for srun; the same "
+            "CUDA_VISIBLE_DEVICES for all). If the node has only that one, start one rank there.",
         )
+    raise ConfigError(
+        "processes per node",
+        started,
+        f"this node has {visible} CUDA devices, and each rank needs its own",
+        "Start fewer ranks per node, or set CUDA_VISIBLE_DEVICES= to train on the CPU.",
+    )
 
 
 def _seed(seed: int) -> None:
