@@ -72,14 +72,14 @@ def prepare() -> None:
 
     Raises:
         EnvironmentUnsupported: megatron-core is missing or of an unsupported version, or a package that Megatron would
-            pick up cannot work, such as the `apex` of PyPI.
+            pick up cannot work, such as the `apex` of PyPI or a Transformer Engine that was built for another torch.
     """
     if fallbacks.installed() and (cpu.installed() or torch.cuda.is_available()):
         return
     require_megatron_core()
-    packages.require_no_wrong_package(torch.cuda.is_available())
-    if packages.transformer_engine(torch.cuda.is_available()).state is packages.State.USABLE:
+    if torch.cuda.is_available() and packages.locate("transformer_engine") is not None:
         packages.name_cuda_headers()
+    packages.require_no_wrong_package(torch.cuda.is_available())
     with imports_that_stay(), warnings.catch_warnings():
         # Each missing optional package warns at import; `python -m mtp_megatron.compat` says the same in one place.
         warnings.simplefilter("ignore")

@@ -123,7 +123,8 @@ def lines(verbose: bool = False) -> Iterable[str]:
     yield _row("layers", "megatron-core's own, norms of torch" + ("; Transformer Engine's on request" if cuda else ""))
     yield _row("optimizer", _optimizer(cuda))
     for fusion in FUSIONS:
-        yield _row(fusion.setting, "on" if fusion.available else f"off: needs {fusion.needs}")
+        why_not = f" ({fusion.why_not})" if cuda else ""
+        yield _row(fusion.setting, "on" if fusion.available else f"off: needs {fusion.needs}{why_not}")
     yield _row("without Apex", slower_without_apex() or ("nothing is slower" if cuda else "no difference on the CPU"))
     yield _row("FP8 and FP4 in the trunk", _low_precision())
     yield _row("softmax of the loss", _loss_softmax(cuda))
