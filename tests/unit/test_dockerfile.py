@@ -243,6 +243,7 @@ def test_the_plugin_installs_from_what_is_copied_alone(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.stdout.count(str(target)) == 2, done.stderr
     assert (target / "bin" / "mtp-megatron").exists()
+    assert (target / "mtp_megatron" / "py.typed").exists(), "type checkers would ignore the annotations"
 
 
 def test_the_user_is_made_with_a_folder_of_its_own(tmp_path: Path) -> None:
