@@ -81,7 +81,9 @@ def _needs_gpu(name: str, version: str, cuda: bool, modules: Sequence[str], reme
     problem = why_none_importable(*modules)
     if problem is None:
         return Package(name, State.USABLE, version)
-    detail = f"it does not import with torch {installed_version('torch')} ({problem}); {remedy}"
+    import torch  # imported already, to ask
+
+    detail = f"it does not import with torch {torch.__version__} ({problem}); {remedy}"
     return Package(name, State.WRONG, version, detail)
 
 
