@@ -76,8 +76,8 @@ USER ${USER_ID}
 WORKDIR /workspace/runs
 
 # Versions, devices and fused paths, then one training step of a very small model on the first GPU (under 1 GB of it, for some
-# seconds); fails where the package cannot work.
-HEALTHCHECK --interval=30m --timeout=5m --start-period=5m --retries=2 CMD ["python", "-m", "mtp_megatron.compat", "--smoke"]
+# seconds); fails where the package cannot work, or has no GPU.
+HEALTHCHECK --interval=30m --timeout=5m --start-period=5m --retries=2 CMD ["python", "-m", "mtp_megatron.compat", "--smoke", "--require-gpu"]
 
 CMD ["mtp-megatron", "--help"]
 

@@ -1,4 +1,5 @@
-"""`python -m mtp_megatron.compat [--verbose] [--smoke]`: print the report; exit status 2 where nothing can run."""
+"""`python -m mtp_megatron.compat [--verbose] [--smoke] [--require-gpu]`: print the report; exit status 2 where nothing
+can run."""
 
 from __future__ import annotations
 
@@ -14,11 +15,28 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m mtp_megatron.compat", description=report.__doc__)
     parser.add_argument("--verbose", action="store_true", help="list every stand-in and repair with its reason")
     parser.add_argument("--smoke", action="store_true", help="train one step of a very small model as well")
+    parser.add_argument("--require-gpu", action="store_true", help="fail where there is no GPU that torch can use")
     args = parser.parse_args()
     print("\n".join(report.lines(args.verbose)))
     if report.problems():
         return EXIT_UNSUPPORTED
+    if args.require_gpu and (missing := _no_gpu()) is not None:
+        print(f"error: --require-gpu: {missing}")
+        return EXIT_UNSUPPORTED
     return _smoke() if args.smoke else 0
+
+
+def _no_gpu() -> str | None:
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a CPU build. Install one for CUDA."
+    if visible is not None:
+        return f"CUDA_VISIBLE_DEVICES={visible!r} leaves no GPU. Unset it, or name one."
+    return "there is no CUDA device here. Start the container with its GPUs (docker run --gpus all)."
 
 
 def _smoke() -> int:

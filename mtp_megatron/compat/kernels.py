@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from mtp_megatron.compat import packages
+from mtp_megatron.compat.extensions import why_not_importable
 
 
 @dataclass(frozen=True)
@@ -19,42 +23,87 @@ class Fusion:
     Attributes:
         setting: its name.
         needs: what has to be there, in words.
-        present: whether it is there, given a CUDA device.
+        missing: what of it is not there, given a CUDA device; None: it is all there.
     """
 
     setting: str
     needs: str
-    present: Callable[[], bool]
+    missing: Callable[[], str | None]
+
+    @property
+    def why_not(self) -> str | None:
+        """Why switching it on does not work here; None where it does."""
+        return "no CUDA device" if not torch.cuda.is_available() else self.missing()
 
     @property
     def available(self) -> bool:
         """Whether switching it on works here."""
-        return torch.cuda.is_available() and self.present()
+        return self.why_not is None
 
 
-def _modules(*names: str) -> Callable[[], bool]:
-    return lambda: all(packages.locate(name) is not None for name in names)
+def _modules(*names: str) -> Callable[[], str | None]:
+    """Of extensions: the first one that is missing or was built for another torch."""
+
+    def missing() -> str | None:
+        for name in names:
+            if packages.locate(name) is None:
+                return f"{name} is not installed"
+            if (reason := why_not_importable(name)) is not None:
+                return f"{name} does not import ({reason}); build Apex again for this torch"
+        return None
+
+    return missing
 
 
-def _transformer_engine() -> bool:
-    return packages.transformer_engine(cuda=True).state is packages.State.USABLE
+def _transformer_engine() -> str | None:
+    package = packages.transformer_engine(cuda=True)
+    return None if package.state is packages.State.USABLE else f"{package.name}: {package}"
 
 
+@functools.cache
+def why_no_compiler() -> str | None:
+    """Why Triton cannot compile the small C module that starts its kernels; None where it can.
+
+    It looks as Triton does (runtime/build.py), and where the compiler looks for headers by itself.
+    """
+    chosen = os.environ.get("CC")
+    if chosen is None:
+        found = shutil.which("gcc") or shutil.which("clang")
+    else:
+        found = shutil.which(chosen)
+    if found is None:
+        what = "there is no C compiler" if chosen is None else f"CC={chosen!r} is no program here"
+        return f"{what} for triton (apt install gcc python3-dev)"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's own
+    include = sysconfig.get_paths(scheme=scheme)["include"]
+    more = (os.environ.get(name, "") for name in ("CPATH", "C_INCLUDE_PATH"))
+    folders = [include, *(folder for folders in more for folder in folders.split(os.pathsep) if folder)]
+    if not any((Path(folder) / "Python.h").is_file() for folder in folders):
+        return f"there is no Python.h in {include} for triton (apt install gcc python3-dev)"
+    return None
+
+
+def _triton() -> str | None:
+    """What is missing for kernels that are compiled where they run, torch.compile's among them."""
+    return why_no_compiler() if _has_triton() else "triton is not installed"
+
+
+_WEIGHT_GRADIENT = "fused_weight_gradient_mlp_cuda"
 _SOFTMAX = ("scaled_upper_triang_masked_softmax_cuda", "scaled_masked_softmax_cuda", "scaled_softmax_cuda")
 
 FUSIONS: tuple[Fusion, ...] = (
     # Compiled by torch.compile: without a GPU that takes a C++ compiler and most of a minute to gain nothing.
-    Fusion("bias_activation_fusion", "a CUDA device and triton", _modules("triton")),
-    Fusion("bias_dropout_fusion", "a CUDA device and triton", _modules("triton")),
+    Fusion("bias_activation_fusion", "a CUDA device, triton and a C compiler with Python.h", _triton),
+    Fusion("bias_dropout_fusion", "a CUDA device, triton and a C compiler with Python.h", _triton),
     Fusion("masked_softmax_fusion", "a CUDA device and Apex built with its softmax kernels", _modules(*_SOFTMAX)),
     Fusion(
         "gradient_accumulation_fusion",
-        "a CUDA device and Apex built with fused_weight_gradient_mlp_cuda",
-        _modules("fused_weight_gradient_mlp_cuda"),
+        f"a CUDA device and Apex built with {_WEIGHT_GRADIENT}",
+        _modules(_WEIGHT_GRADIENT),
     ),
     Fusion("apply_rope_fusion", "a CUDA device and Transformer Engine", _transformer_engine),
     # Megatron's torch norm refuses it and Transformer Engine's ignores it.
-    Fusion("persist_layer_norm", "a norm other than RMSNorm", lambda: False),
+    Fusion("persist_layer_norm", "a norm other than RMSNorm", lambda: "the trunk's is RMSNorm"),
 )
 
 
@@ -71,6 +120,8 @@ def why_no_triton(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> 
         return f"logits of {dtype}"
     if not _has_triton():
         return "triton is not installed"
+    if device.type == "cuda" and not interpreted and (reason := why_no_compiler()) is not None:
+        return reason
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < TRITON_CAPABILITY:
         return f"a GPU of compute capability below {'.'.join(map(str, TRITON_CAPABILITY))}"
     return None
@@ -105,11 +156,12 @@ def slower_without_apex(cuda: bool | None = None) -> str | None:
         return None
     slower = []
     apex = packages.apex(cuda).state is packages.State.USABLE
-    if not apex and not _transformer_engine():
+    if not apex and _transformer_engine() is not None:
         slower += ["Adam and gradient clipping are torch's", "so is LayerNorm (RMSNorm is anyway)"]
-    if packages.locate("fused_weight_gradient_mlp_cuda") is None:
-        slower.append("weight gradients are added to their fp32 buffers in a pass of their own")
+    if (reason := _modules(_WEIGHT_GRADIENT)()) is not None:
+        why = "" if packages.locate(_WEIGHT_GRADIENT) is None else f" ({reason})"
+        slower.append(f"weight gradients are added to their fp32 buffers in a pass of their own{why}")
     if not slower:
         return None
-    missing = "Apex's fused_weight_gradient_mlp_cuda" if apex else "NVIDIA Apex"
+    missing = f"Apex's {_WEIGHT_GRADIENT}" if apex else "NVIDIA Apex"
     return f"without {missing} this is slower: {'; '.join(slower)}. `python -m mtp_megatron.compat` lists the kernels."

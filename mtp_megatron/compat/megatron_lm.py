@@ -37,11 +37,13 @@ def prepare() -> None:
     """Make ``megatron.training`` usable in this process; idempotent, to be called before it is imported.
 
     Raises:
-        EnvironmentUnsupported: it is not there, of an unsupported release, or needs a package that is missing.
+        EnvironmentUnsupported: it is not there, of an unsupported release, or needs a package that is missing; or there
+            are GPUs, and torch cannot use them.
     """
     problem = missing()
     if problem is not None:
         raise EnvironmentUnsupported(problem)
+    devices.require_usable_gpu()
     devices.prepare()
     try:
         cpu.install_training_loop()

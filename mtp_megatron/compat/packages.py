@@ -1,4 +1,8 @@
-"""Optional packages: what is installed, is it the right one, can this machine use it. Nothing is imported."""
+"""Optional packages: what is installed, is it the right one, can this machine use it.
+
+Without a CUDA device nothing is imported. With one, those that need it are imported once: only that tells whether they
+fit this torch.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import enum
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.machinery import ModuleSpec
@@ -14,12 +19,15 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from mtp_megatron.compat.extensions import why_none_importable
 from mtp_megatron.compat.versions import EnvironmentUnsupported, installed_version
 from mtp_megatron.install import EXPLANATION, install_command
 
 _TOOLKIT = "/usr/local/cuda"
 # Megatron imports these where it can and then prefers them to torch; their kernels need a GPU.
 GPU_ONLY = ("transformer_engine", "apex", "amp_C")
+# Of Apex, what megatron-core imports.
+_APEX = ("amp_C", "apex.multi_tensor_apply", "apex.normalization", "apex.optimizers")
 
 
 class State(enum.Enum):
@@ -44,6 +52,9 @@ class Package:
         return ", ".join(part for part in (self.version, self.state.value, self.detail) if part)
 
 
+_BUILT_HERE = "--no-build-isolation"
+
+
 def locate(name: str) -> ModuleSpec | None:
     """Spec of a top-level module as an import would find it, without importing it and even while it is hidden."""
     for finder in sys.meta_path:
@@ -64,10 +75,16 @@ def _version(distribution: str) -> str:
     return "" if found is None else str(found)
 
 
-def _needs_gpu(name: str, version: str, cuda: bool) -> Package:
-    if cuda:
+def _needs_gpu(name: str, version: str, cuda: bool, modules: Sequence[str], remedy: str) -> Package:
+    if not cuda:
+        return Package(name, State.IDLE, version, "no CUDA device")
+    problem = why_none_importable(*modules)
+    if problem is None:
         return Package(name, State.USABLE, version)
-    return Package(name, State.IDLE, version, "no CUDA device")
+    import torch  # imported already, to ask
+
+    detail = f"it does not import with torch {torch.__version__} ({problem}); {remedy}"
+    return Package(name, State.WRONG, version, detail)
 
 
 def apex(cuda: bool) -> Package:
@@ -82,7 +99,8 @@ def apex(cuda: bool) -> Package:
     if locate("amp_C") is None:
         remedy = f"{where} has no CUDA extensions (amp_C); build it with them, or run: pip uninstall apex"
         return Package("apex", State.WRONG, _version("apex"), remedy)
-    return _needs_gpu("apex", _version("apex"), cuda)
+    remedy = f"build {where} again for this torch, or run: pip uninstall apex"
+    return _needs_gpu("apex", _version("apex"), cuda, _APEX, remedy)
 
 
 def transformer_engine(cuda: bool) -> Package:
@@ -91,9 +109,24 @@ def transformer_engine(cuda: bool) -> Package:
     if spec is None:
         return Package("transformer-engine", State.MISSING)
     if not _has_parts(spec, "pytorch"):
-        remedy = 'its PyTorch part is missing; run: pip install --no-build-isolation "transformer-engine[pytorch]"'
+        remedy = f"its PyTorch part is missing; run: {install_transformer_engine()}"
         return Package("transformer-engine", State.WRONG, _version("transformer-engine"), remedy)
-    return _needs_gpu("transformer-engine", _version("transformer-engine"), cuda)
+    built = installed_version("transformer-engine-torch")  # a package of its own, which pip builds where it installs it
+    remedy = "build it again for this torch"
+    if built is not None:  # not from pip's cache, where the one for the other torch lies
+        remedy += (
+            f": pip install {_BUILT_HERE} --no-cache-dir --force-reinstall --no-deps transformer-engine-torch=={built}"
+        )
+    version = _version("transformer-engine")
+    return _needs_gpu("transformer-engine", version, cuda, ("transformer_engine.pytorch",), remedy)
+
+
+def install_transformer_engine() -> str:
+    """The command for a shell, with the versions that the installed megatron-core names.
+
+    Its part for torch is compiled against the torch that the build finds: this environment's, not pip's newest.
+    """
+    return f'pip install {_BUILT_HERE} "transformer-engine[pytorch]{transformer_engine_pin()}"'
 
 
 def transformer_engine_pin() -> SpecifierSet:
@@ -174,12 +207,13 @@ def require_transformer_engine(cuda: bool) -> None:
     """Refuse a request for Transformer Engine's layers where they cannot run.
 
     Raises:
-        EnvironmentUnsupported: it is missing, or there is no CUDA device.
+        EnvironmentUnsupported: it is missing or does not import, or there is no CUDA device.
     """
     package = transformer_engine(cuda)
     if package.state is not State.USABLE:
+        command = f": {install_transformer_engine()}" if package.state is State.MISSING else ""
         raise EnvironmentUnsupported(
             f"Transformer Engine was asked for, but it is {package.state.value}"
             + (f" ({package.detail})" if package.detail else "")
-            + ". Build the layers without it, or install it on a machine with a CUDA device."
+            + f". Build the layers without it, or install it on a machine with a CUDA device{command}."
         )

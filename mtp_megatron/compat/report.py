@@ -26,7 +26,10 @@ def _row(name: str, text: object) -> str:
 
 def _device() -> str:
     if not torch.cuda.is_available():
-        return "cpu (no CUDA device), backend gloo"
+        reason = devices.why_no_gpu()
+        if reason is not None:
+            return f"none: torch cannot use this machine's GPUs ({reason})"
+        return f"cpu ({devices.gpus_left_out() or 'no CUDA device'}), backend gloo"
     names = sorted({torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())})
     return f"{torch.cuda.device_count()} x {', '.join(names)}, backend {devices.backend()}"
 
@@ -63,8 +66,12 @@ def _low_precision() -> str:
 
 
 def problems() -> list[str]:
-    """Everything because of which `compat.prepare()` raises here."""
-    checks = (versions.require_megatron_core, lambda: packages.require_no_wrong_package(torch.cuda.is_available()))
+    """Everything because of which no training starts here."""
+    checks = (
+        versions.require_megatron_core,
+        lambda: packages.require_no_wrong_package(torch.cuda.is_available()),
+        devices.require_usable_gpu,
+    )
     found = []
     for check in checks:
         try:
@@ -116,7 +123,8 @@ def lines(verbose: bool = False) -> Iterable[str]:
     yield _row("layers", "megatron-core's own, norms of torch" + ("; Transformer Engine's on request" if cuda else ""))
     yield _row("optimizer", _optimizer(cuda))
     for fusion in FUSIONS:
-        yield _row(fusion.setting, "on" if fusion.available else f"off: needs {fusion.needs}")
+        why_not = f" ({fusion.why_not})" if cuda else ""
+        yield _row(fusion.setting, "on" if fusion.available else f"off: needs {fusion.needs}{why_not}")
     yield _row("without Apex", slower_without_apex() or ("nothing is slower" if cuda else "no difference on the CPU"))
     yield _row("FP8 and FP4 in the trunk", _low_precision())
     yield _row("softmax of the loss", _loss_softmax(cuda))

@@ -41,11 +41,13 @@ def megatron_core_version() -> Version | None:
     """Version of the megatron-core that an import would find; None when there is none.
 
     It is read from `package_info.py`, since a checkout on the path has no package metadata, or that of another one.
+    Without its local part: since 0.18 that is the commit that `git rev-parse` finds from the folder upwards, of any
+    repository the environment lies in, and hosts of one job may differ in it.
     """
     folder = megatron_core_folder()
     if folder is None:
         return None
-    return Version(runpy.run_path(str(folder / "package_info.py"))["__version__"])
+    return Version(Version(runpy.run_path(str(folder / "package_info.py"))["__version__"]).public)
 
 
 def wheel_folder() -> Path | None:

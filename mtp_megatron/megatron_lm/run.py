@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mtp_megatron.compat import kernels, megatron_lm
+from mtp_megatron.compat import devices, kernels, megatron_lm
 from mtp_megatron.errors import MTPError
 from mtp_megatron.megatron_lm.arguments import add_mtp_args, check_args
 
@@ -19,7 +19,8 @@ def pretrain_mtp(args_defaults: dict[str, Any] | None = None) -> None:
         args_defaults: values of arguments that the command line leaves out.
 
     Raises:
-        EnvironmentUnsupported: no Megatron-LM on the path, or none of the supported releases.
+        EnvironmentUnsupported: no Megatron-LM on the path, or none of the supported releases; GPUs that torch cannot
+            use.
         ConfigError: an argument that cannot work with heads.
     """
     megatron_lm.prepare()
@@ -27,7 +28,7 @@ def pretrain_mtp(args_defaults: dict[str, Any] | None = None) -> None:
     from mtp_megatron.megatron_lm.model import get_embedding_ranks, model_provider
     from mtp_megatron.megatron_lm.step import forward_step
 
-    for slower in (kernels.slower_without_apex(), kernels.slower_without_triton()):
+    for slower in (devices.gpus_left_out(), kernels.slower_without_apex(), kernels.slower_without_triton()):
         if slower is not None and os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"{slower}\n")
     megatron_lm.pretrain(

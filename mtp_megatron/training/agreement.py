@@ -26,9 +26,10 @@ from torch._C._distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from mtp_megatron import __version__, compat
+from mtp_megatron.compat.devices import require_usable_gpu
 from mtp_megatron.errors import ConfigError, MTPError
 from mtp_megatron.training.checkpoint_files import differences
-from mtp_megatron.training.preflight import Plan, preflight
+from mtp_megatron.training.preflight import Plan, check_launcher, preflight
 from mtp_megatron.training.recipe import Recipe
 
 # May differ from host to host: where folders are mounted, and how many processes read.
@@ -61,8 +62,15 @@ class Statement:
 
 def job_store(recipe: Recipe) -> Store | None:
     """The key-value store of the launcher, through which the ranks meet; None for a process alone, or where a process
-    group exists already."""
-    if dist.is_initialized() or "RANK" not in os.environ:
+    group exists already.
+
+    Raises:
+        ConfigError: this process is one of several that no launcher has told apart.
+    """
+    if dist.is_initialized():
+        return None
+    check_launcher()
+    if "RANK" not in os.environ:
         return None
     timeout = timedelta(minutes=recipe.train.timeout_minutes)
     store: Store
@@ -71,24 +79,30 @@ def job_store(recipe: Recipe) -> Store | None:
 
 
 def preflight_together(recipe: Recipe, world_size: int, store: Store | None) -> Plan:
-    """:func:`.preflight.preflight` on every rank; collective.
+    """:func:`.preflight.preflight` on every rank, and a look at its GPUs; collective.
 
     Raises:
         ConfigError, DataError, CheckpointError: this rank's own complaint; or, on all ranks, a setting in which they
             differ.
+        EnvironmentUnsupported: torch cannot use this rank's GPUs.
         JobError: another rank has a complaint, or did not report within ``train.timeout_minutes``.
     """
     if store is None and not dist.is_initialized():
-        return preflight(recipe, world_size)
+        return _preflight_with_gpu(recipe, world_size)
     tell = _exchange(store, "preflight", world_size, recipe.train.timeout_minutes)
     try:
-        plan = preflight(recipe, world_size)
+        plan = _preflight_with_gpu(recipe, world_size)
     except MTPError as error:
         with contextlib.suppress(JobError):  # also without an answer, its own complaint is what this rank has to say
             tell(_statement(str(error), {}))
         raise
     compare([Statement(**json.loads(text)) for text in tell(_statement("", _facts(plan)))])
     return plan
+
+
+def _preflight_with_gpu(recipe: Recipe, world_size: int) -> Plan:
+    require_usable_gpu()
+    return preflight(recipe, world_size)
 
 
 def compare(statements: Sequence[Statement]) -> None:

@@ -55,8 +55,9 @@ def run(args: argparse.Namespace) -> int:
         return run_rank(recipe)
     processes = args.nproc or recipe.smallest_world
     # Checked here once, so that a mistake is reported once and before any rank is started.
-    from mtp_megatron.training.preflight import preflight
+    from mtp_megatron.training.preflight import check_launcher, preflight
 
+    check_launcher()
     folder = preflight(recipe, processes).folder
     if processes == 1:
         from mtp_megatron.train import run_rank

@@ -85,9 +85,13 @@ def check_machine(recipe: Recipe) -> None:
 
     Raises:
         ConfigError: names the field, why, and the recipe that would work on this device.
+        EnvironmentUnsupported: torch cannot use this machine's GPUs.
     """
     request = request_of(recipe)
     if request.wanted:
+        from mtp_megatron.compat.devices import require_usable_gpu  # imports torch, which takes seconds
+
+        require_usable_gpu()
         fp8.check_machine(request, fp8.this_machine(), NAMES)
 
 

@@ -3,6 +3,7 @@ megatron, unless the recipe asks for FP8: then torch, to look at the device."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,28 @@ def preflight(recipe: Recipe, world_size: int) -> Plan:
     if initial is not None:
         check_architecture(initial, recipe, initial=True)
     return Plan(recipe, manifest, folder, initial, world_size)
+
+
+def check_launcher() -> None:
+    """Refuse to be one of several tasks of srun that no launcher has told apart: each would be a whole job of its own.
+
+    srun sets SLURM_STEP_NUM_TASKS for its tasks, sbatch's script has none. The shell of an interactive job inherits it,
+    together with SLURM_PTY_PORT: there only task 0 has the terminal, and may start what it likes.
+
+    Raises:
+        ConfigError: with the way to start the ranks.
+    """
+    tasks, task = os.environ.get("SLURM_STEP_NUM_TASKS", ""), os.environ.get("SLURM_PROCID")
+    if "RANK" in os.environ or task is None or not tasks.isdigit() or int(tasks) < 2:
+        return
+    if task == "0" and "SLURM_PTY_PORT" in os.environ:
+        return
+    raise ConfigError(
+        "SLURM_STEP_NUM_TASKS",
+        int(tasks),
+        f"srun has started {tasks} tasks and no launcher has set RANK: each of them would train the whole job alone",
+        "Start one torchrun on each node (examples/torchrun/slurm.sbatch does), or a single task: srun --ntasks=1.",
+    )
 
 
 def _merged(recipe: Recipe, world_size: int) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Iterator
@@ -14,9 +15,12 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, Store
 
 from mtp_megatron import compat
+from mtp_megatron.compat.devices import gpus_left_out, require_usable_gpu
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.training.head_stages import embedding_ranks
 from mtp_megatron.training.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 
 def launched_world_size() -> int:
@@ -38,8 +42,13 @@ def model_parallel_world(recipe: Recipe, store: Store | None = None) -> Iterator
         store: the launcher's, if the ranks have met there already (:func:`.agreement.job_store`).
 
     Raises:
-        ConfigError: this node starts more ranks than it has GPUs.
+        ConfigError: this node starts more ranks than it has GPUs, or they do not see them all.
+        EnvironmentUnsupported: torch cannot use this node's GPUs.
     """
+    require_usable_gpu()
+    left_out = gpus_left_out()
+    if left_out is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+        logger.warning("%s", left_out)
     compat.prepare()
     from megatron.core import parallel_state
 
@@ -97,13 +106,23 @@ def _leave(owns_group: bool) -> None:
 def _check_local_rank() -> None:
     # By every rank, so that the one that reports for its node does.
     started = int(os.environ.get("LOCAL_WORLD_SIZE", int(os.environ.get("LOCAL_RANK", "0")) + 1))
-    if started > torch.cuda.device_count():
+    visible = torch.cuda.device_count()
+    if started <= visible:
+        return
+    if visible == 1:  # of a small node, or because a scheduler binds each rank to a GPU of its own
         raise ConfigError(
             "processes per node",
             started,
-            f"this node has {torch.cuda.device_count()} CUDA devices, and each rank needs its own",
-            "Start fewer ranks per node, or set CUDA_VISIBLE_DEVICES= to train on the CPU.",
+            "each rank needs a CUDA device of its own, by its LOCAL_RANK, and this one sees a single device",
+            "Let every rank see all GPUs of its node (SLURM: no --gpus-per-task or --gpu-bind for srun; the same "
+            "CUDA_VISIBLE_DEVICES for all). If the node has only that one, start one rank there.",
         )
+    raise ConfigError(
+        "processes per node",
+        started,
+        f"this node has {visible} CUDA devices, and each rank needs its own",
+        "Start fewer ranks per node, or set CUDA_VISIBLE_DEVICES= to train on the CPU.",
+    )
 
 
 def _seed(seed: int) -> None:

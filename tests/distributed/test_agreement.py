@@ -116,6 +116,30 @@ def test_an_index_that_one_rank_cannot_write_ends_them_all(data: Path, tmp_path:
         assert not built
 
 
+def with_an_old_driver_on_rank_1(rank: int, world_size: int, trees: list[dict[str, Any]]) -> tuple[str, str, bool]:
+    """For ``run_world``: as ``start_body``."""
+    from mtp_megatron.compat import devices
+
+    former = devices.why_no_gpu
+    devices.why_no_gpu = lambda: "The NVIDIA driver is too old" if rank == 1 else None
+    try:
+        return start_body(rank, world_size, trees)
+    finally:
+        devices.why_no_gpu = former
+
+
+def test_an_old_driver_on_one_host_ends_them_all(data: Path, tmp_path: Path) -> None:
+    tree = tiny_tree(data, tmp_path / "run", parallel__pipeline=2)
+    (kind, said, built), (own_kind, own_said, own_built) = run_world(with_an_old_driver_on_rank_1, 2, [tree] * 2)
+    assert (kind, own_kind) == ("JobError", "EnvironmentUnsupported")
+    assert said.startswith("rank 1 on ")
+    assert "driver is too old" in own_said
+    assert own_said in said
+    assert not built
+    assert not own_built
+    assert not (tmp_path / "run").exists()
+
+
 def test_ranks_with_other_settings_are_refused_by_name(data: Path, tmp_path: Path) -> None:
     one = tiny_tree(data, tmp_path / "run", parallel__pipeline=2)
     other = tiny_tree(data, tmp_path / "run", parallel__pipeline=2, train__steps=9)

@@ -15,15 +15,17 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from mtp_megatron import compat
-from mtp_megatron.compat import cpu, fallbacks, kernels, packages, report, versions
+from mtp_megatron.compat import cpu, extensions, fallbacks, kernels, packages, report, versions
 from mtp_megatron.compat.packages import State
 from mtp_megatron.compat.versions import EnvironmentUnsupported
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a CUDA device")
 ROOT = Path(__file__).parents[2]
+EXTENSIONS = (*packages.GPU_ONLY, "fused_weight_gradient_mlp_cuda", *kernels._SOFTMAX)
 
 
 def run(code: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -53,10 +55,16 @@ def bare() -> Iterator[None]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in front of all others on the import path."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder in front of all others on the import path; what was imported from it goes again, and is forgotten."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    return tmp_path
+    former = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in EXTENSIONS}
+    extensions.why_not_importable.cache_clear()
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] in EXTENSIONS]:
+        del sys.modules[name]
+    sys.modules.update(former)
+    extensions.why_not_importable.cache_clear()
 
 
 def package(folder: Path, name: str, *parts: str, code: str = "") -> None:
@@ -192,7 +200,7 @@ class TestVersions:
 
     def test_installed(self) -> None:
         assert compat.MCORE_VERSION in versions.SUPPORTED
-        assert str(versions.installed_version("megatron-core")) == compat.MCORE_VERSION.public  # 0.19.2+0b3f9e7
+        assert versions.installed_version("megatron-core") == compat.MCORE_VERSION
 
     @pytest.mark.parametrize("version", ["0.16.0", "0.16.0rc1", "0.20.0", "0.20.0rc0", "1.0.0"])
     def test_unsupported(self, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +212,17 @@ class TestVersions:
     @pytest.mark.parametrize("version", ["0.16.1", "0.17.0rc2", "0.19.2", "0.19.2+local"])
     def test_supported(self, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.version(tmp_path, monkeypatch, version)
-        assert str(versions.require_megatron_core()) == version
+        assert str(versions.require_megatron_core()) == version.partition("+")[0]
+
+    def test_the_commit_of_a_repository_around_the_environment_is_left_out(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Hosts compare this version, and one without git, or with a younger commit, is no other megatron-core."""
+        self.version(tmp_path, monkeypatch, "0.19.2+eaad30b")
+        here = compat.MCORE_VERSION
+        self.version(tmp_path, monkeypatch, "0.19.2")
+        assert here == compat.MCORE_VERSION
+        assert str(here) == "0.19.2"
 
     def test_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(versions, "megatron_core_folder", lambda: None)
@@ -285,6 +303,69 @@ print(compat.fusions()["gradient_accumulation_fusion"], compat.slower_without_ap
         assert said.startswith("without Apex's fused_weight_gradient_mlp_cuda")
         (folder / "fused_weight_gradient_mlp_cuda.py").write_text("")
         assert compat.slower_without_apex(cuda=True) is None
+
+    @pytest.mark.parametrize(
+        "error",
+        ["ImportError('undefined symbol: _ZN3c10')", "OSError('libcudart.so.12')", "AssertionError('torch 2.1')"],
+    )
+    def test_extensions_of_another_torch_are_wrong(
+        self, error: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        said = error.partition("'")[2].partition("'")[0]
+        package(folder, "transformer_engine", "pytorch")
+        package(folder, "apex", "multi_tensor_apply", "normalization", "optimizers")
+        for file in ("transformer_engine/pytorch/__init__", *EXTENSIONS[2:]):
+            (folder / f"{file}.py").write_text(f"raise {error}")
+        found = {found.name: found for found in (packages.transformer_engine(True), packages.apex(True))}
+        assert {one.state for one in found.values()} == {State.WRONG}
+        assert all(said in one.detail and str(torch.__version__) in one.detail for one in found.values())
+        assert "pip uninstall apex" in found["apex"].detail
+        with pytest.raises(EnvironmentUnsupported, match=rf"cannot be used: .*{said}"):
+            packages.require_no_wrong_package(cuda=True)
+        with pytest.raises(EnvironmentUnsupported, match=rf"asked for, but it is wrong .*{said}"):
+            packages.require_transformer_engine(cuda=True)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        off = {fusion.setting: fusion.why_not for fusion in kernels.FUSIONS if "triton" not in fusion.needs}
+        assert off.pop("persist_layer_norm")
+        assert len(off) == 3
+        assert all(reason is not None and said in reason for reason in off.values()), off
+        slower = compat.slower_without_apex()
+        assert slower is not None
+        assert said in slower
+
+    def test_without_a_device_nothing_is_imported_to_find_out(self, folder: Path) -> None:
+        for name, parts in (
+            ("transformer_engine", ("pytorch",)),
+            ("apex", ("multi_tensor_apply", "normalization", "optimizers")),
+        ):
+            package(folder, name, *parts, code="raise ImportError('imported')")
+        (folder / "amp_C.py").write_text("raise ImportError('imported')")
+        assert packages.transformer_engine(False).state is State.IDLE
+        assert packages.apex(False).state is State.IDLE
+        packages.require_no_wrong_package(cuda=False)
+
+    def test_transformer_engine_for_this_torch_is_built_and_not_taken_from_a_cache(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        package(folder, "transformer_engine/pytorch", code="raise ImportError")
+        package(folder, "transformer_engine")
+        known = {"transformer-engine-torch": Version("2.11.0")}
+        monkeypatch.setattr(packages, "installed_version", known.get)
+        detail = packages.transformer_engine(True).detail
+        assert detail.endswith(
+            "build it again for this torch: pip install --no-build-isolation --no-cache-dir --force-reinstall "
+            "--no-deps transformer-engine-torch==2.11.0"
+        )
+
+    def test_transformer_engine_is_installed_in_the_range_that_megatron_core_names(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(packages, "transformer_engine_pin", lambda: SpecifierSet(">=2.9,<2.12"))
+        command = r'pip install --no-build-isolation "transformer-engine\[pytorch\]<2\.12,>=2\.9"'
+        assert re.fullmatch(command, packages.install_transformer_engine())
+        monkeypatch.setattr(packages, "locate", lambda name: None)
+        with pytest.raises(EnvironmentUnsupported, match=command):
+            packages.require_transformer_engine(cuda=True)
 
     @pytest.mark.parametrize("part", ["cu13/include", "cuda_runtime/include"])
     @pytest.mark.parametrize("toolkit", ["CUDA_HOME", "CUDA_DIR", "NVTE_CUDA_INCLUDE_DIR", "default"])

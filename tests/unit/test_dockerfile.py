@@ -125,6 +125,7 @@ def test_the_health_check_is_a_command_of_the_package() -> None:
     rest = next(rest for keyword, rest in instructions() if keyword == "HEALTHCHECK")
     module = re.search(r'"-m", "([\w.]+)", "--smoke"', rest).group(1)
     assert importlib.util.find_spec(f"{module}.__main__") is not None
+    assert '"--require-gpu"' in rest, "a container that lost its GPUs is not healthy"
 
 
 def test_the_default_commands_are_console_scripts() -> None:
@@ -237,6 +238,7 @@ def test_the_plugin_installs_from_what_is_copied_alone(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.stdout.count(str(target)) == 2, done.stderr
     assert (target / "bin" / "mtp-megatron").exists()
+    assert (target / "mtp_megatron" / "py.typed").exists(), "type checkers would ignore the annotations"
 
 
 def test_the_user_is_made_with_a_folder_of_its_own(tmp_path: Path) -> None:

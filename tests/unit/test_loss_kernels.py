@@ -11,6 +11,7 @@ import functools
 import itertools
 import os
 import sys
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -347,23 +348,66 @@ def test_the_cpu_and_fp64_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("triton", "capability", "reason"),
+    ("triton", "capability", "no_compiler", "reason"),
     [
-        (True, (9, 0), None),
-        (False, (9, 0), "triton is not installed"),
-        (True, (7, 5), "a GPU of compute capability below 8.0"),
+        (True, (9, 0), None, None),
+        (False, (9, 0), None, "triton is not installed"),
+        (True, (9, 0), "there is no C compiler", "there is no C compiler"),
+        (True, (7, 5), None, "a GPU of compute capability below 8.0"),
     ],
 )
 def test_on_a_gpu(
-    triton: bool, capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+    triton: bool,
+    capability: tuple[int, int],
+    no_compiler: str | None,
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(kernels, "_has_triton", lambda: triton)
+    monkeypatch.setattr(kernels, "why_no_compiler", lambda: no_compiler)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert kernels.why_no_triton(torch.device("cuda", 0)) == reason
-    assert kernels.slower_without_triton() is None  # there is no GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert kernels.slower_without_triton() is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     said = kernels.slower_without_triton()
+    compiled = {fusion.setting: fusion.why_not for fusion in kernels.FUSIONS if "triton" in fusion.needs}
+    missing = no_compiler if triton else reason
+    assert compiled == {"bias_activation_fusion": missing, "bias_dropout_fusion": missing}
     assert said == (reason and f"the loss is slower and needs more memory without its Triton kernels: {reason}.")
+
+
+@pytest.mark.parametrize(
+    ("programs", "chosen", "header", "says"),
+    [
+        (("gcc",), None, "include", None),
+        (("clang",), None, "include", None),
+        (("gcc",), None, "elsewhere", None),  # named by CPATH, which compilers read
+        (("my-cc",), "my-cc", "include", None),
+        ((), None, "include", "there is no C compiler for triton (apt install gcc python3-dev)"),
+        (("gcc",), "my-cc", "include", "CC='my-cc' is no program here for triton (apt install gcc python3-dev)"),
+        (("gcc",), None, "nowhere", "there is no Python.h in {include} for triton (apt install gcc python3-dev)"),
+    ],
+)
+def test_what_triton_compiles_with(
+    programs: tuple[str, ...],
+    chosen: str | None,
+    header: str,
+    says: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("bin", "include", "elsewhere", "nowhere"):
+        (tmp_path / name).mkdir()
+    for name in programs:
+        (tmp_path / "bin" / name).touch(mode=0o755)
+    (tmp_path / header / "Python.h").touch()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("CPATH", str(tmp_path / "elsewhere"))
+    monkeypatch.delenv("C_INCLUDE_PATH", raising=False)
+    monkeypatch.setenv("CC", chosen) if chosen else monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path / "include")})
+    assert kernels.why_no_compiler.__wrapped__() == (says and says.format(include=tmp_path / "include"))
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 6), (torch.float32, 4), (torch.float64, 8)], ids=str)

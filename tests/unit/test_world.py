@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mtp_megatron.errors import ConfigError
-from mtp_megatron.training import world
+from mtp_megatron.training import agreement, cli, world
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.recipe_io import parse_recipe
 from mtp_megatron.training.validate import check_recipe
@@ -57,7 +58,7 @@ def test_a_failed_rank_ends_without_the_others(waits: bool, rank: str, status: i
     code = f"""
 import atexit
 from mtp_megatron import train
-from mtp_megatron.training import world
+from mtp_megatron.training import agreement, cli, world
 world.waits_for_others = lambda: {waits}
 atexit.register(print, "cleaned up")
 train.end({rank})
@@ -78,3 +79,68 @@ def test_more_ranks_than_devices_is_told_by_every_one(monkeypatch: pytest.Monkey
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     world._check_local_rank()
+
+
+@pytest.mark.parametrize("local_world_size", [None, "8"])  # torchrun says it; a script around srun may not
+def test_ranks_that_are_bound_to_one_device_each_are_told_of_it(
+    local_world_size: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "7")
+    if local_world_size is None:
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    else:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local_world_size)
+    with pytest.raises(
+        ConfigError, match=r"processes per node=8: .*sees a single device.*--gpus-per-task or --gpu-bind"
+    ):
+        world._check_local_rank()
+
+
+SRUN = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "0"}
+BATCH = {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}  # sbatch's script, which is task 0 of no step
+SHELL = {**SRUN, "SLURM_PROCID": "0", "SLURM_PTY_PORT": "34889", "SLURM_STEP_ID": "4294967290"}
+
+
+def environment(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", *SHELL):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("variables", "refused"),
+    [
+        ({}, False),
+        (SRUN, True),
+        ({**SRUN, "SLURM_PROCID": "0"}, True),
+        ({**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, False),
+        ({**SRUN, "RANK": "3", "WORLD_SIZE": "8"}, False),
+        (BATCH, False),
+        (SHELL, False),
+        ({**SHELL, "SLURM_PROCID": "1"}, True),  # srun in such a shell: its tasks inherit the terminal's port
+    ],
+)
+def test_tasks_of_srun_without_a_launcher_are_no_jobs(
+    variables: dict[str, str], refused: bool, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    environment(variables, monkeypatch)
+    monkeypatch.setattr(agreement, "rendezvous", lambda *args, **settings: iter([(None, 0, 0)]))
+    if not refused:
+        assert agreement.job_store(recipe) is None
+        return
+    said = r"SLURM_STEP_NUM_TASKS=8: .*no launcher has set RANK.*examples/torchrun/slurm\.sbatch"
+    with pytest.raises(ConfigError, match=said):
+        agreement.job_store(recipe)
+    file = tmp_path / "recipe.yaml"
+    file.write_text("heads: {n: 2}\n")
+    with pytest.raises(ConfigError, match=said):  # nor does each of them start a job of several ranks
+        cli.run(argparse.Namespace(describe=False, print_recipe=False, recipe=str(file), overrides=[], nproc=2))
+
+
+def test_a_process_group_that_exists_is_enough(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a script that has told srun's tasks apart by itself."""
+    environment(SRUN, monkeypatch)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    assert agreement.job_store(recipe) is None
