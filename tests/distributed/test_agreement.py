@@ -8,9 +8,10 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from unittest import mock
 
 import pytest
@@ -77,11 +78,28 @@ def start_and_fork(rank: int, world_size: int, tree: dict[str, Any]) -> None:
         with mock.patch.object(loop, "_Session", fork), pytest.raises(MTPError, match="built"):
             train_body(rank, world_size, tree)
         with (Path(tree["run"]["path"]) / ".lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            assert within_a_minute(lambda: not held(lock))  # the child may not have run yet
     finally:
         for child in children:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
+
+
+def held(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
+
+
+def within_a_minute(happens: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 60
+    while not happens():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def started(*trees: dict[str, Any]) -> list[tuple[str, str, bool]]:
