@@ -1,7 +1,8 @@
 """Memory and arithmetic of every pipeline rank by formula: instant, where a trace takes seconds.
 
-Held against the trace (:mod:`.trace`, fused kernels), which runs the code that trains: tests/unit/test_plan_cost.py.
-The formulas know what megatron-core's layers keep for their backward pass when attention, norms and SwiGLU are fused.
+Held against the trace (:mod:`.trace`), which runs the code that trains: tests/unit/test_plan_cost.py. What a layer
+keeps for its backward pass (:mod:`.layer_memory`) depends on its kernels: fused ones where the recipe asks for
+Transformer Engine, else megatron-core's own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.layout import StageLayout
 from mtp_megatron.loss import VocabShard, chunk_tokens_for
+from mtp_megatron.planning.layer_memory import layer_activations, layer_backward, norm_activations, scores_buffer
 from mtp_megatron.planning.shapes import (
     Sizes,
     attention_flops,
@@ -155,7 +157,7 @@ def _peak(recipe: Recipe, sizes: Sizes, chunks: list[StageLayout], rank: int, mi
     whole = layer_activations(recipe, sizes)
     kept = element * shared if recipe.train.recompute == "full" else whole
     # A recomputed layer's activations exist only while it goes back; its input was kept anyway.
-    layer = _layer_backward(recipe, sizes) + (whole - kept if recipe.train.recompute == "full" else 0)
+    layer = layer_backward(recipe, sizes) + (whole - kept if recipe.train.recompute == "full" else 0)
     heads = [_heads(recipe, sizes, whole, chunk) if chunk.heads else 0 for chunk in chunks]
     batch = 8 * sizes.tokens * (recipe.heads.n + 3)
     # Heads keep their input, z, until their backward pass, and nothing else.
@@ -170,32 +172,12 @@ def _peak(recipe: Recipe, sizes: Sizes, chunks: list[StageLayout], rank: int, mi
         if held + max(back, heads[chunk]) > best.total:
             best = Peak(counts, held, **({"heads": heads[chunk]} if heads[chunk] > back else {"layer": back}))
     exchange = 2 * element * shared if recipe.parallel.pipeline > 1 else 0  # received, and received next
-    if recipe.parallel.sequence_parallel:
-        exchange += element * sizes.tokens * sizes.hidden  # Megatron's own buffer
+    # Megatron's one buffer, for gathering under sequence parallelism and for scores of its own attention.
+    gathered = element * sizes.tokens * sizes.hidden if recipe.parallel.sequence_parallel else 0
+    exchange += max(gathered, scores_buffer(recipe, sizes))
     best = replace(best, exchange=exchange)
     adam = 2 * 4 * min(shard, max(*sizes.matrices, sizes.rows * sizes.hidden))
     return best if best.total >= adam else Peak(best.in_flight, optimizer=adam)
-
-
-def layer_activations(recipe: Recipe, sizes: Sizes) -> int:
-    """Bytes that a layer keeps of one microbatch: inputs of both norms and of the four matrices, queries, keys and
-    values, SwiGLU's input, and a number per row of norms and attention."""
-    a, g = sizes.queries, sizes.keys
-    residual = 4 * sizes.tokens_shard * sizes.hidden
-    attention = sizes.tokens * (3 * a + 3 * g)  # rotated q and k; the value holds qkv whole; the output
-    if recipe.model.qk_norm:
-        attention += sizes.tokens * (a + g)
-    rows = 4 * (2 * sizes.tokens_shard + sizes.tokens * sizes.attention_heads)
-    return sizes.element * (residual + attention + 3 * sizes.tokens * sizes.ffn) + rows
-
-
-def _layer_backward(recipe: Recipe, sizes: Sizes) -> int:
-    """What the MLP's backward pass adds while nothing of its layer is freed: gradients of both matrices' sides."""
-    t, h, f = sizes.tokens, sizes.hidden, sizes.ffn
-    gathered = t * h if recipe.parallel.sequence_parallel else 0
-    second = gathered + 2 * sizes.tokens_shard * h + t * f + f * h
-    first = 2 * sizes.tokens_shard * h + t * h + 2 * t * f + 2 * f * h - 3 * t * f
-    return sizes.element * max(first, second)
 
 
 def logits_chunk(recipe: Recipe, sizes: Sizes) -> int:
@@ -213,11 +195,11 @@ def _heads(recipe: Recipe, sizes: Sizes, layer: int, stage: StageLayout) -> int:
     kept = layer * max(map(len, heads.chains)) if heads.kind == "transformer" else 3 * element * residual
     several = len(stage.heads) > 1 or not stage.last  # gradients of z to be added: of heads, and of later stages
     summed = 4 * table * copies + (4 * residual if several else 0)  # fp32: of the unembedding(s) and of z
-    features = element * 2 * residual
+    features = element * residual + norm_activations(recipe, sizes)
     hidden = element * sizes.tokens * sizes.hidden * (2 if recipe.parallel.sequence_parallel else 1)
     logits = logits_chunk(recipe, sizes) * sizes.rows * (element + (4 if element < 4 else 0))
     outer = element * table if element < 4 else 0
     loss = kept + summed + features + hidden + logits + outer
-    backward = kept + summed + element * residual + _layer_backward(recipe, sizes)
+    backward = kept + summed + element * residual + layer_backward(recipe, sizes)
     delivery = summed + element * (table * copies + residual)
     return max(loss, backward, delivery)
