@@ -176,7 +176,9 @@ def _peak(recipe: Recipe, sizes: Sizes, chunks: list[StageLayout], rank: int, mi
     gathered = element * sizes.tokens * sizes.hidden if recipe.parallel.sequence_parallel else 0
     exchange += max(gathered, scores_buffer(recipe, sizes))
     best = replace(best, exchange=exchange)
-    adam = 2 * 4 * min(shard, max(*sizes.matrices, sizes.rows * sizes.hidden))
+    # Torch's AdamW takes the roots of all second moments at once on a GPU. Transformer Engine's takes nothing, and
+    # neither does Apex's, of which a plan cannot know.
+    adam = 0 if recipe.train.transformer_engine else 4 * shard
     return best if best.total >= adam else Peak(best.in_flight, optimizer=adam)
 
 

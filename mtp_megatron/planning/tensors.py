@@ -102,7 +102,7 @@ def _activations(recipe: Recipe, sizes: Sizes, cost: RankCost) -> Iterator[Tenso
         logits = sizes.element + (4 if sizes.element < 4 else 0)
         yield Tensors("a chunk of logits", (chunk, rows), 1, logits * chunk * rows)
     if cost.peak.optimizer:
-        yield Tensors("the optimizer's intermediate results", (sizes.rows, h), 2, cost.peak.optimizer)
+        yield Tensors("roots of Adam's second moments", (cost.peak.optimizer // 4,), 1, cost.peak.optimizer)
 
 
 def _scores(recipe: Recipe, sizes: Sizes, count: int, flying: str) -> Tensors:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from mtp_megatron.compat.checkpoints import chained
 from mtp_megatron.compat.fake import fake_rank
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.planning.live_memory import LiveMemory
@@ -17,6 +19,9 @@ from mtp_megatron.planning.step_memory import StepMemory, step_memory
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.validate import num_microbatches
 from mtp_megatron.training.world import model_parallel_world
+
+if TYPE_CHECKING:
+    from mtp_megatron.training.build import Trainable
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,9 @@ class Trace:
     seconds: float
 
 
-def trace_rank(recipe: Recipe, rank: int, world_size: int, *, fused_kernels: bool | None = None) -> Trace:
+def trace_rank(
+    recipe: Recipe, rank: int, world_size: int, *, fused_kernels: bool | None = None, device: str = "cuda"
+) -> Trace:
     """Build rank ``rank`` of the job and take one training step, on fake tensors.
 
     Args:
@@ -53,6 +60,8 @@ def trace_rank(recipe: Recipe, rank: int, world_size: int, *, fused_kernels: boo
         fused_kernels: attention, norms and SwiGLU take the memory of fused kernels, as on GPUs, instead of
             megatron-core's own, which keep more (``[s, s]`` matrices); None: where the recipe asks for Transformer
             Engine.
+        device: ``cpu``: Adam goes from one parameter to the next, as torch's does there. Else it is a GPU's: fused
+            with fused kernels, and without them torch's, which works on all parameters at once.
 
     Raises:
         ConfigError: a recipe that cannot be traced: experts, DeepSpeed.
@@ -77,6 +86,8 @@ def trace_rank(recipe: Recipe, rank: int, world_size: int, *, fused_kernels: boo
         if fused:  # as transformer_config sets them on GPUs
             trainable.config.deallocate_pipeline_outputs = True
             trainable.config.bias_activation_fusion = True
+        if device != "cpu":
+            _as_on_gpus(trainable, "fused" if fused else "foreach")
         coordinates = _coordinates()
         enough = min(whole, _steady_state(recipe, coordinates["PP"]))
         measured = step_memory(recipe, trainable, memory, makers, enough)
@@ -94,6 +105,14 @@ def trace_rank(recipe: Recipe, rank: int, world_size: int, *, fused_kernels: boo
         memory=measured,
         seconds=time.perf_counter() - start,
     )
+
+
+def _as_on_gpus(trainable: Trainable, kind: str) -> None:
+    """Let torch's AdamW take the memory of a GPU's: ``fused`` of one without intermediate results, as Transformer
+    Engine's and Apex's; ``foreach`` of the one that torch chooses there."""
+    for part in chained(trainable.optimizer):
+        for group in part.optimizer.param_groups if part.optimizer is not None else ():
+            group[kind] = True
 
 
 def check_traceable(recipe: Recipe, rank: int, world_size: int) -> None:

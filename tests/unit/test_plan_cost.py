@@ -75,6 +75,8 @@ CASES: dict[str, tuple[list[int], int, list[str]]] = {
         4,
         ["model.num_trunk_layers=3", "heads.n=2", "model.num_query_groups=4", "train.recompute=full", OWN],
     ),
+    # few tokens: Adam, which takes all parameters at once, needs more than the heads
+    "1.3B own, Adam": ([0], 1, ["model.num_trunk_layers=4", "heads.n=1", "model.seq_length=128", OWN]),
     "7B own": ([0, 1], 8, [*TWO_STAGES, OWN]),
     "7B own, selective": (
         [0, 1],
@@ -116,6 +118,15 @@ def test_a_change_on_one_side_would_be_noticed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cost, "layer_activations", lambda *args: whole(*args) * 4 // 5)
     after = rank_costs(recipe, gpus)[0]
     assert after.activations != pytest.approx(before.activations, rel=0.15)
+
+
+def test_a_fused_adam_takes_nothing() -> None:
+    """And torch's 4 bytes for every parameter of the shard, where that outweighs the passes."""
+    few = ["model.num_trunk_layers=4", "heads.n=1", "model.seq_length=128"]
+    own, fused = (rank_costs(checked(read_plan("1.3B", [*few, *kernels]), 1), 1)[0] for kernels in ([OWN], []))
+    assert own.peak.optimizer == own.activations == 4 * own.parameters
+    assert fused.peak.optimizer == 0
+    assert fused.activations == fused.peak.kept + max(fused.peak.layer, fused.peak.heads) + fused.peak.exchange
 
 
 def test_the_300m_recipe_fits_a_gpu_without_transformer_engine() -> None:
