@@ -39,6 +39,7 @@ _UNITS = {
     "link": "GB/s between GPUs of a node",
     "network": "GB/s from a GPU to another stage or replica",
     "memory": "GB on a GPU",
+    "reserve": "GB of them to leave for the CUDA context, NCCL, cuBLAS and fragmentation",
     "gpus_per_node": "GPUs of a node; also the largest tensor parallel size tried",
 }
 
@@ -118,8 +119,10 @@ def _search(args: argparse.Namespace) -> int:
 def _hardware(args: argparse.Namespace) -> Hardware:
     figures = {field.name: getattr(args, field.name) for field in dataclasses.fields(Hardware)}
     for name, value in figures.items():
-        if not value > 0:
+        if not value > 0 and not (name == "reserve" and value == 0):
             raise ConfigError(_option(name), value, "not a positive number", f"Give {_UNITS[name]}.")
+    if figures["reserve"] >= figures["memory"]:
+        raise ConfigError("--reserve", figures["reserve"], "leaves nothing of --memory", "Give less of it, or 0.")
     return Hardware(**figures)
 
 

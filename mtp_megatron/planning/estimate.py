@@ -23,6 +23,7 @@ class Hardware:
         link: GB/s (1e9) from one GPU to another of its node, each way.
         network: GB/s from one GPU to one of another stage or replica.
         memory: GB (1e9) on one GPU.
+        reserve: GB of them that a plan leaves alone: for the CUDA context, NCCL's and cuBLAS's buffers, fragmentation.
         gpus_per_node: ranks that have a link to one another; a ring of more goes through the network.
     """
 
@@ -31,7 +32,16 @@ class Hardware:
     link: float = 450.0
     network: float = 50.0
     memory: float = 80.0
+    reserve: float = 4.0
     gpus_per_node: int = 8
+
+    @property
+    def room(self) -> float:
+        """Bytes of one GPU that a plan may take."""
+        return (self.memory - self.reserve) * 1e9
+
+    def room_in_words(self) -> str:
+        return f"{self.memory:g} GB" + (f" with {self.reserve:g} GB in reserve" if self.reserve else "")
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def table(recipe: Recipe, world_size: int, hardware: Hardware, plan: Estimate, a
     lines += [
         "(GiB on each GPU)",
         "",
-        f"stage {fullest.rank} is the fullest: {fullest.memory / 1e9:.1f} GB, {verdict} {hardware.memory:g} GB; "
+        f"stage {fullest.rank} is the fullest: {fullest.memory / 1e9:.1f} GB, {verdict} {hardware.room_in_words()}; "
         f"{CATEGORIES[category]} take {getattr(fullest, category) / 1e9:.1f} GB",
         *(_words(advice) if advice else ()),
         f"step {plan.step_seconds:.2f} s, bubble {plan.schedule.bubble:.1%}, MFU {plan.mfu:.1%}, "

@@ -233,6 +233,8 @@ def test_what_the_formulas_do_not_know_is_refused_by_name(setting: str, field: s
         (["14B"], "13B"),
         (["7B", "--tflops", "0"], "--tflops"),
         (["7B", "--gpus", "0"], "--gpus"),
+        (["7B", "--memory", "4"], "--reserve"),
+        (["7B", "--reserve", "-1"], "--reserve"),
         (["7B", "--gpus-per-node", "0"], "--gpus-per-node"),
         (["7B", "--trace", "2", "--gpus", "2"], "--trace"),
         (["1.3B", "--picture", "x.gif"], "--picture"),

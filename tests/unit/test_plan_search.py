@@ -83,7 +83,7 @@ def test_nothing_better_is_left_out() -> None:
                 except ConfigError:
                     continue
                 plan = estimate(one, 4, hardware)
-                if plan.fullest.memory <= 80e9:
+                if plan.fullest.memory <= hardware.room:
                     seconds[layout, cut["parallel.context"]] = plan.step_seconds
     assert [item.plan.step_seconds for item in found.best] == pytest.approx(sorted(seconds.values())[:3])
     assert found.simulated < found.fitting
@@ -190,6 +190,20 @@ def test_a_plan_that_nothing_makes_fit_gets_the_best_that_was_found() -> None:
     assert not advice.fits
     assert taken == advice.memory > 12e9
     assert advice.changes == {"train.recompute": "full"}  # and nothing that saves nothing beside it
+
+
+def test_a_gpu_keeps_some_memory_in_reserve() -> None:
+    """By plan, advice and search alike: what just fills a GPU does not fit it."""
+    recipe = checked(read_plan("7B"), 2)
+    full = rank_costs(recipe, 2)[0].memory / 1e9
+    for more, fits in ((3.9, False), (4.1, True)):
+        assert (advise(recipe, 2, Hardware(memory=full + more)) is None) == fits
+    assert advise(recipe, 2, Hardware(memory=full + 0.1, reserve=0)) is None
+    given = [SMALL_BATCH, "parallel.tensor=4", "parallel.pipeline=2", "train.recompute=null"]
+    best = searched("13B", 16, given, count=1).best[0].candidate.memory / 1e9
+    for more in (3.9, 4.1):
+        found = searched("13B", 16, given, count=1, hardware=Hardware(memory=best + more))
+        assert (found.best[0].candidate.memory / 1e9 == best) == (more > 4)
 
 
 def test_a_plan_that_fits_gets_no_advice() -> None:
