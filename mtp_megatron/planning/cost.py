@@ -101,7 +101,11 @@ def rank_costs(recipe: Recipe, world_size: int) -> list[RankCost]:
 
 
 def check_known(recipe: Recipe) -> None:
-    """Refuse by name what the formulas do not know; most of it can be traced."""
+    """Refuse by name what the formulas do not know; some of it can be traced.
+
+    Raises:
+        ConfigError: names ``--trace`` where it takes the recipe.
+    """
     model, heads = recipe.model, recipe.heads
     unknown: tuple[tuple[str, object, bool], ...] = (
         ("model.num_experts", model.num_experts, model.num_experts is not None),
@@ -116,7 +120,18 @@ def check_known(recipe: Recipe) -> None:
     )
     for field, value, refused in unknown:
         if refused:
-            raise ConfigError(field, value, "the cost model does not know it", "Leave it out, or try --trace RANK.")
+            remedy = "Leave it out, or try --trace RANK." if _traceable(recipe) else "Leave it out."
+            raise ConfigError(field, value, "the cost model does not know it", remedy)
+
+
+def _traceable(recipe: Recipe) -> bool:
+    from mtp_megatron.planning.trace import check_traceable
+
+    try:
+        check_traceable(recipe, 0, 1)
+    except ConfigError:
+        return False
+    return True
 
 
 def _rank(recipe: Recipe, sizes: Sizes, chunks: list[StageLayout], rank: int, world_size: int) -> RankCost:

@@ -163,7 +163,7 @@ def test_every_stage_with_heads_has_its_own_norm_and_unembedding() -> None:
     for layout in ("Etttt|L", "Ettttmm|mmL"):
         recipe = checked(read_plan("7B", [*cut, f"parallel.layout={layout}"]), 2)
         costs[layout] = rank_costs(recipe, 2)
-        reductions[layout] = estimate(recipe, 2, Hardware(network=50)).terms.reduction
+        reductions[layout] = estimate(recipe, 2, Hardware(network=50, gpus_per_node=1)).terms.reduction
     end, spread = costs.values()
     table = 32000 * 4096
     assert total(spread, 1) - total(end, 1) == table + 4096
@@ -225,6 +225,27 @@ def test_what_the_formulas_do_not_know_is_refused_by_name(setting: str, field: s
     with pytest.raises(ConfigError) as caught:
         rank_costs(checked(read_plan("1.3B", setting.split()), None), 2)
     assert caught.value.field == field
+
+
+def test_a_refusal_names_the_trace_where_that_takes_the_recipe() -> None:
+    from mtp_megatron.planning.trace import check_traceable
+
+    for settings, traced in (
+        (["heads.execution=joint"], True),
+        (["model.attention_dropout=0.1"], True),
+        (["train.fp8=hybrid"], False),
+        (["model.attention_dropout=0.1", "train.fp8=hybrid"], False),
+        (["model.num_experts=8"], False),
+    ):
+        recipe = read_plan("1.3B", settings)
+        with pytest.raises(ConfigError) as caught:
+            cost.check_known(recipe)
+        assert ("--trace" in caught.value.remedy) == traced, settings
+        if traced:
+            check_traceable(recipe, 0, 1)
+        else:
+            with pytest.raises(ConfigError):
+                check_traceable(recipe, 0, 1)
 
 
 @pytest.mark.parametrize(
