@@ -37,7 +37,7 @@ _UNITS = {
     "tflops": "1e12 matrix operations per second of a GPU at its peak",
     "efficiency": "share of them that a layer reaches",
     "link": "GB/s between GPUs of a node",
-    "network": "GB/s from a GPU to another stage or replica",
+    "network": "GB/s from a GPU to one of another node",
     "memory": "GB on a GPU",
     "reserve": "GB of them to leave for the CUDA context, NCCL, cuBLAS and fragmentation",
     "gpus_per_node": "GPUs of a node; also the largest tensor parallel size tried",

@@ -21,10 +21,10 @@ class Hardware:
         tflops: dense matrix multiplication at its peak, in the training precision, 1e12 operations per second.
         efficiency: share of it that a layer reaches.
         link: GB/s (1e9) from one GPU to another of its node, each way.
-        network: GB/s from one GPU to one of another stage or replica.
+        network: GB/s from one GPU to one of another node.
         memory: GB (1e9) on one GPU.
         reserve: GB of them that a plan leaves alone: for the CUDA context, NCCL's and cuBLAS's buffers, fragmentation.
-        gpus_per_node: ranks that have a link to one another; a ring of more goes through the network.
+        gpus_per_node: ranks that have a link to one another; a group that spans more goes through the network.
     """
 
     tflops: float = 989.0
@@ -39,6 +39,13 @@ class Hardware:
     def room(self) -> float:
         """Bytes of one GPU that a plan may take."""
         return (self.memory - self.reserve) * 1e9
+
+    def between(self, ranks: int) -> float:
+        """Bytes per second between members of a group that lies within so many ranks that follow one another.
+
+        Megatron counts tensor parallel ranks first, then context parallel ones, replicas and stages.
+        """
+        return 1e9 * (self.link if ranks <= self.gpus_per_node else self.network)
 
     def room_in_words(self) -> str:
         return f"{self.memory:g} GB" + (f" with {self.reserve:g} GB in reserve" if self.reserve else "")
@@ -123,7 +130,7 @@ def estimate(recipe: Recipe, world_size: int, hardware: Hardware) -> Estimate:
         ConfigError: a recipe that the cost model does not know.
     """
     costs = rank_costs(recipe, world_size)
-    times = stage_times(recipe, costs, hardware)
+    times = stage_times(recipe, costs, world_size, hardware)
     microbatches, ranks = num_microbatches(recipe, world_size), len(costs)
     schedule = simulate(times.forward, times.backward, ranks=ranks, microbatches=microbatches, latency=times.latency)
     reduction = reduction_seconds(recipe, costs, times, world_size, hardware)
@@ -148,7 +155,7 @@ def estimate(recipe: Recipe, world_size: int, hardware: Hardware) -> Estimate:
     )
 
 
-def stage_times(recipe: Recipe, costs: Sequence[RankCost], hardware: Hardware) -> StageTimes:
+def stage_times(recipe: Recipe, costs: Sequence[RankCost], world_size: int, hardware: Hardware) -> StageTimes:
     """Seconds of each global stage, from the operations of its rank's chunk."""
     rate = hardware.tflops * 1e12 * hardware.efficiency
     sizes = Sizes.of(recipe)
@@ -164,7 +171,7 @@ def stage_times(recipe: Recipe, costs: Sequence[RankCost], hardware: Hardware) -
         backward.append(trunk / rate + passes * stage.layers * layer + head)
         heads.append(head)
         exchange.append(((1 + passes) * stage.layers + 3 * len(stage.heads)) * layer)
-    message = sizes.element * sizes.tokens_shard * sizes.hidden / (hardware.network * 1e9)
+    message = sizes.element * sizes.tokens_shard * sizes.hidden / hardware.between(world_size)
     return StageTimes(tuple(forward), tuple(backward), tuple(heads), tuple(exchange), message)
 
 
@@ -182,7 +189,8 @@ def reduction_seconds(
     exposed. Overlapped with it can be no more than one microbatch's pass, the last backward or the first forward."""
     sizes, optimizer, ranks = Sizes.of(recipe), recipe.optimizer, len(costs)
     # Context parallel ranks hold the same parameters, and megatron-core reduces over them together with replicas.
-    copies, network = data_parallel_size(recipe, world_size) * recipe.parallel.context, hardware.network * 1e9
+    copies = data_parallel_size(recipe, world_size) * recipe.parallel.context
+    network = hardware.between(recipe.parallel.tensor * copies)
     share = (copies - 1) / copies
     slowest = 0.0
     for cost in costs:
@@ -196,7 +204,7 @@ def reduction_seconds(
     holders = sum(bool(stage.heads) or (stage.first and recipe.model.tied_embeddings) for stage in recipe.stages)
     if recipe.heads.unembedding == "replicated":
         holders = 1
-    summed = 8 * sizes.rows * sizes.hidden * (holders - 1) / holders / network
+    summed = 8 * sizes.rows * sizes.hidden * (holders - 1) / holders / hardware.between(world_size)
     return slowest + summed
 
 
@@ -211,5 +219,4 @@ def exchange_seconds(recipe: Recipe, sizes: Sizes, hardware: Hardware) -> float:
     tensor, context = recipe.parallel.tensor, recipe.parallel.context
     gathered = 4 * sizes.element * sizes.tokens * sizes.hidden * (tensor - 1) / tensor
     ring = 2 * sizes.element * sizes.tokens * sizes.keys * (context - 1)
-    between = hardware.link if tensor * context <= hardware.gpus_per_node else hardware.network
-    return gathered / (hardware.link * 1e9) + ring / (between * 1e9)
+    return gathered / hardware.between(tensor) + ring / hardware.between(tensor * context)

@@ -19,7 +19,7 @@ from mtp_megatron.planning.advice import Advice, advise
 from mtp_megatron.planning.candidates import choices, layouts
 from mtp_megatron.planning.cli import checked
 from mtp_megatron.planning.cost import rank_costs
-from mtp_megatron.planning.estimate import Hardware, estimate
+from mtp_megatron.planning.estimate import Hardware, estimate, stage_times
 from mtp_megatron.planning.lines import changed, recipe_lines, recipe_tree, settings
 from mtp_megatron.planning.presets import PRESETS, read_plan
 from mtp_megatron.planning.search import NothingFitsError, Search, search
@@ -133,6 +133,20 @@ def test_context_parallel_ranks_keep_enough_of_a_sequence() -> None:
     cut = ["parallel.context=2", "parallel.tensor=1", "train.global_batch_size=8", "parallel.pipeline=1"]
     small_nodes = estimate(checked(read_plan("7B", cut), 2), 2, Hardware(gpus_per_node=1))
     assert small_nodes.terms.exchange == pytest.approx(plans[1, 2].terms.exchange * 450 / 50)
+
+
+def test_groups_within_a_node_use_its_links() -> None:
+    """Replicas where a stage's ranks fit into a node, neighbouring stages only where the whole job does."""
+    cut = ["parallel.tensor=2", "parallel.pipeline=2", "model.num_trunk_layers=4", "parallel.layout=Etttt|L"]
+    cut += ["optimizer.overlap_grad_reduce=false", "optimizer.overlap_param_gather=false", "train.global_batch_size=4"]
+    recipe = checked(read_plan("7B", cut), 8)  # stages of 4 ranks: TP2, two replicas
+    message = 2 * 2048 * 4096
+    costs = rank_costs(recipe, 8)
+    gradients = max(cost.parameters for cost in costs) * (4 + 2) / 2
+    for node, replicas, stages in ((8, 450e9, 450e9), (4, 450e9, 50e9), (2, 50e9, 50e9)):
+        hardware = Hardware(gpus_per_node=node)
+        assert stage_times(recipe, costs, 8, hardware).latency == pytest.approx(message / stages)
+        assert estimate(recipe, 8, hardware).terms.reduction == pytest.approx(gradients / replicas)
 
 
 def test_memory_decides_where_the_fastest_does_not_fit() -> None:
