@@ -159,18 +159,17 @@ def stage_times(recipe: Recipe, costs: Sequence[RankCost], world_size: int, hard
     """Seconds of each global stage, from the operations of its rank's chunk."""
     rate = hardware.tflops * 1e12 * hardware.efficiency
     sizes = Sizes.of(recipe)
-    layer = exchange_seconds(recipe, sizes, hardware)
-    passes = 3 if recipe.train.recompute == "full" else 2  # of which the backward pass of a layer consists
+    times = exchange_seconds(recipe, sizes, hardware)
     forward, backward, heads, exchange = [], [], [], []
     for index, stage in enumerate(recipe.stages):
         chunk, rank = divmod(index, len(costs))
         cost = costs[rank]
-        forward.append(cost.forward_flops[chunk] / rate + stage.layers * layer)
-        head = cost.head_flops[chunk] / rate + 3 * len(stage.heads) * layer
+        forward.append(cost.forward_flops[chunk] / rate + stage.layers * times.forward)
+        head = cost.head_flops[chunk] / rate + len(stage.heads) * times.head
         trunk = cost.backward_flops[chunk] - cost.head_flops[chunk]
-        backward.append(trunk / rate + passes * stage.layers * layer + head)
+        backward.append(trunk / rate + stage.layers * times.backward + head)
         heads.append(head)
-        exchange.append(((1 + passes) * stage.layers + 3 * len(stage.heads)) * layer)
+        exchange.append(stage.layers * (times.forward + times.backward) + len(stage.heads) * times.head)
     message = sizes.element * sizes.tokens_shard * sizes.hidden / hardware.between(world_size)
     return StageTimes(tuple(forward), tuple(backward), tuple(heads), tuple(exchange), message)
 
@@ -213,10 +212,33 @@ def _model_flops(costs: Sequence[RankCost]) -> float:
     return sum(3 * sum(cost.forward_flops) + sum(cost.head_flops) for cost in costs)
 
 
-def exchange_seconds(recipe: Recipe, sizes: Sizes, hardware: Hardware) -> float:
-    """Of one layer's forward pass, not overlapped: two exchanges of ``[tokens, h]`` between tensor parallel ranks, each
-    there and back, and the keys and values of the other context parallel ranks, which come round in a ring."""
-    tensor, context = recipe.parallel.tensor, recipe.parallel.context
-    gathered = 4 * sizes.element * sizes.tokens * sizes.hidden * (tensor - 1) / tensor
-    ring = 2 * sizes.element * sizes.tokens * sizes.keys * (context - 1)
-    return gathered / hardware.between(tensor) + ring / hardware.between(tensor * context)
+@dataclass(frozen=True)
+class ExchangeSeconds:
+    """Between tensor and context parallel ranks, of one microbatch; nothing overlaps it.
+
+    Attributes:
+        forward, backward: of a trunk layer; what its recomputation exchanges again belongs to its backward pass.
+        head: of a head's forward pass, loss and backward pass.
+    """
+
+    forward: float
+    backward: float
+    head: float
+
+
+def exchange_seconds(recipe: Recipe, sizes: Sizes, hardware: Hardware) -> ExchangeSeconds:
+    """A gather or a scatter of ``[tokens, h]`` counts one, an all-reduce two.
+
+    A layer's forward pass takes four, its backward pass as many, and two more under sequence parallelism, which gathers
+    the inputs of two matrices again for their gradients. A loss takes two: its input is gathered and the gradient of
+    that scattered, or summed. Keys and values of the other context parallel ranks come round in a ring, and go round
+    again with their gradients.
+    """
+    parallel, recompute = recipe.parallel, recipe.train.recompute
+    tensor, context = parallel.tensor, parallel.context
+    one = sizes.element * sizes.tokens * sizes.hidden * (tensor - 1) / tensor / hardware.between(tensor)
+    ring = 2 * sizes.element * sizes.tokens * sizes.keys * (context - 1) / hardware.between(tensor * context)
+    forward, backward = 4 * one + ring, (6 if parallel.sequence_parallel else 4) * one + 2 * ring
+    again = {"full": forward, "selective": ring, None: 0.0}[recompute]
+    layer = forward + backward if recipe.heads.kind == "transformer" else 0.0
+    return ExchangeSeconds(forward, backward + again, layer + 2 * one)

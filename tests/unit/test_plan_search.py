@@ -135,6 +135,21 @@ def test_context_parallel_ranks_keep_enough_of_a_sequence() -> None:
     assert small_nodes.terms.exchange == pytest.approx(plans[1, 2].terms.exchange * 450 / 50)
 
 
+def test_what_a_layer_exchanges_between_tensor_parallel_ranks() -> None:
+    """Counted in gathers or scatters of [tokens, h]: forward 4, backward 6 with sequence parallelism and else 4."""
+    one = 2 * 4096 * 4096 / 2 / 450e9  # bf16, half of it from the other rank
+    for given, forward, backward in (
+        ([], 4, 6),
+        (["parallel.sequence_parallel=false"], 4, 4),
+        (["train.recompute=full"], 4, 6 + 4),
+        (["train.recompute=selective"], 4, 6),
+    ):
+        recipe = checked(read_plan("7B", given), 2)
+        times = stage_times(recipe, rank_costs(recipe, 2), 2, Hardware())
+        head = 4 + (6 if recipe.parallel.sequence_parallel else 4) + 2  # and its loss
+        assert times.exchange == (pytest.approx((28 * (forward + backward) + 4 * head) * one),)
+
+
 def test_groups_within_a_node_use_its_links() -> None:
     """Replicas where a stage's ranks fit into a node, neighbouring stages only where the whole job does."""
     cut = ["parallel.tensor=2", "parallel.pipeline=2", "model.num_trunk_layers=4", "parallel.layout=Etttt|L"]
