@@ -44,7 +44,9 @@ def _fused(recipe: Recipe, sizes: Sizes) -> int:
     """Inputs of both norms and of the four matrices, queries, keys and values, SwiGLU's input, and a number per row of
     norms and attention."""
     a, g = sizes.queries, sizes.keys
-    attention = sizes.tokens * (3 * a + 3 * g)  # rotated q and k; the value holds qkv whole; the output
+    attention = sizes.tokens * (2 * a + 2 * g)  # rotated q and k, the value, the output
+    if recipe.train.recompute == "selective":  # keeps the value as the view that it is, and with it qkv whole
+        attention += sizes.tokens * (a + g)
     if recipe.model.qk_norm:
         attention += sizes.tokens * (a + g)
     attention = sizes.element * attention + 4 * sizes.tokens * sizes.attention_heads

@@ -89,7 +89,7 @@ def _activations(recipe: Recipe, sizes: Sizes, cost: RankCost) -> Iterator[Tenso
             (f"inputs of norms and matrices {flying}", (shard, h), 4 * count),
             (f"SwiGLU's inputs {flying}", (t, 2 * f), count),
             (f"SwiGLU's outputs {flying}", (t, f), count),
-            (f"queries, keys and values {flying}", (t, 2 * sizes.queries + 3 * sizes.keys), count),
+            (f"queries, keys and values {flying}", (t, sizes.queries + 2 * sizes.keys), count),
         )
     for what, shape, number in kept:
         yield Tensors(what, shape, number, sizes.element * number * shape[0] * shape[1])

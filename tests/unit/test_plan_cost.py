@@ -19,6 +19,7 @@ from mtp_megatron.planning.cli import checked
 from mtp_megatron.planning.cost import RankCost, rank_costs
 from mtp_megatron.planning.estimate import Hardware, estimate
 from mtp_megatron.planning.presets import PRESETS, balanced_layout, read_plan
+from mtp_megatron.planning.shapes import Sizes
 from mtp_megatron.training.recipe import Recipe
 
 OWN = "train.transformer_engine=false"
@@ -45,6 +46,7 @@ CASES: dict[str, tuple[list[int], int, list[str]]] = {
             "parallel.layout=Ett|t|tt|L",
         ],
     ),
+    "1.3B norms of queries": ([0], 4, ["model.num_trunk_layers=4", "model.qk_norm=true"]),
     "13B selective": ([0], 16, ["model.num_trunk_layers=4", "parallel.layout=Ettt|tL", "train.recompute=selective"]),
     "13B context": ([1], 32, ["model.num_trunk_layers=4", "parallel.layout=Ettt|tL", "parallel.context=2"]),
     "7B spread": (
@@ -127,6 +129,18 @@ def test_a_fused_adam_takes_nothing() -> None:
     assert own.peak.optimizer == own.activations == 4 * own.parameters
     assert fused.peak.optimizer == 0
     assert fused.activations == fused.peak.kept + max(fused.peak.layer, fused.peak.heads) + fused.peak.exchange
+
+
+def test_the_value_is_kept_without_the_queries_and_keys_beside_it() -> None:
+    """As Transformer Engine keeps it. A layer of Llama 2 7B without tensor parallelism, in channels of a token."""
+    widths = {}
+    for settings in ("train.recompute=null", "train.recompute=selective"):
+        recipe = checked(read_plan("7B", ["parallel.tensor=1", settings]), 1)
+        tokens = 4096
+        widths[settings] = cost.layer_activations(recipe, Sizes.of(recipe)) / (2 * tokens) - 2 * 32  # numbers per row
+    h, f, rows = 4096, 11008, 2 * 2
+    assert widths["train.recompute=null"] == 4 * h + 3 * f + 4 * h + rows
+    assert widths["train.recompute=selective"] == 4 * h + 3 * f + 6 * h + rows
 
 
 def test_the_300m_recipe_fits_a_gpu_without_transformer_engine() -> None:
