@@ -61,7 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         meaning = f"{_UNITS[field.name]} (default: {field.default})"
         kind = type(field.default)
         parser.add_argument(_option(field.name), type=kind, default=field.default, metavar="X", help=meaning)
-    parser.add_argument("--trace", type=int, metavar="RANK", help="the exact memory of this rank instead")
+    parser.add_argument(
+        "--trace", type=int, metavar="RANK", help="the memory of this rank, from the code that trains, instead"
+    )
     parser.add_argument(
         "--kernels",
         choices=("own", "fused"),

@@ -25,6 +25,9 @@ from mtp_megatron.planning.simulate import in_flight
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.validate import data_parallel_size, num_microbatches
 
+_USERBUFFERS = 12
+"""Buffers of ``[tokens, h]`` that Transformer Engine's ``initialize_ub`` makes outside torch's allocator."""
+
 
 @dataclass(frozen=True)
 class Peak:
@@ -187,12 +190,15 @@ def _peak(recipe: Recipe, sizes: Sizes, chunks: list[StageLayout], rank: int, mi
         if held + max(back, heads[chunk]) > best.total:
             best = Peak(counts, held, **({"heads": heads[chunk]} if heads[chunk] > back else {"layer": back}))
     exchange = 2 * element * shared if recipe.parallel.pipeline > 1 else 0  # received, and received next
+    if recipe.parallel.tp_comm_overlap:
+        exchange += _USERBUFFERS * element * sizes.tokens * sizes.hidden
     # Megatron's one buffer, for gathering under sequence parallelism and for scores of its own attention.
     gathered = element * sizes.tokens * sizes.hidden if recipe.parallel.sequence_parallel else 0
     exchange += max(gathered, scores_buffer(recipe, sizes))
     best = replace(best, exchange=exchange)
     # Torch's AdamW takes the roots of all second moments at once on a GPU. Transformer Engine's takes nothing, and
     # neither does Apex's, of which a plan cannot know.
+    # (A recipe with userbuffers has Transformer Engine, so they are never left out here.)
     adam = 0 if recipe.train.transformer_engine else 4 * shard
     return best if best.total >= adam else Peak(best.in_flight, optimizer=adam)
 

@@ -35,6 +35,7 @@ class Trace:
         parameters: of this rank.
         num_microbatches: of a step; ``traced_microbatches`` of them were run, enough to reach the steady state.
         fused_kernels: attention, norms and SwiGLU took the memory of a GPU's fused kernels.
+        overlap_left_out: the job has ``parallel.tp_comm_overlap``, whose buffers are none of torch's; traced without.
         seconds: that the trace took.
     """
 
@@ -46,6 +47,7 @@ class Trace:
     num_microbatches: int
     traced_microbatches: int
     fused_kernels: bool
+    overlap_left_out: bool
     memory: StepMemory
     seconds: float
 
@@ -69,6 +71,7 @@ def trace_rank(
     check_traceable(recipe, rank, world_size)
     start = time.perf_counter()
     fused = recipe.train.transformer_engine if fused_kernels is None else fused_kernels
+    overlap = recipe.parallel.tp_comm_overlap
     # Transformer Engine needs a GPU: megatron-core's own layers stand for its.
     recipe = recipe.model_copy(
         update={
@@ -102,6 +105,7 @@ def trace_rank(
         num_microbatches=whole,
         traced_microbatches=enough,
         fused_kernels=fused,
+        overlap_left_out=overlap,
         memory=measured,
         seconds=time.perf_counter() - start,
     )

@@ -284,6 +284,30 @@ def test_mistakes_are_named(
     assert words in capsys.readouterr().err
 
 
+def output(capsys: Any, *arguments: str) -> str:
+    assert cli.main(["plan", *arguments]) == 0
+    return str(capsys.readouterr().out)
+
+
+def test_the_overlaps_buffers_count_and_a_trace_says_that_it_has_none(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    cut, overlap = ["7B", "model.num_trunk_layers=1", "heads.n=1"], "parallel.tp_comm_overlap=true"
+    plain, with_it = (rank_costs(checked(read_plan("7B", [*cut[1:], *more]), 2), 2)[0] for more in ([], [overlap]))
+    assert with_it.memory - plain.memory == 12 * 2 * 4096 * 4096  # bf16, [tokens, h]
+    assert "tp_comm_overlap=false" in output(capsys, *cut, overlap, "--trace", "0")
+    assert "tp_comm_overlap" not in output(capsys, *cut, "--trace", "0")
+
+
+def test_what_a_plan_takes_for_granted_is_said(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    text = output(capsys, "1.3B")
+    assert "sequences of 4096 tokens (train.seq_length=" in text
+    assert "in fp32" not in text
+    assert "--tflops 989 should be the GPU's in fp32" in output(capsys, "1.3B", "train.precision=fp32")
+
+
 def test_more_microbatches_make_the_bubble_smaller(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     plans = []
