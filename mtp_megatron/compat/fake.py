@@ -97,11 +97,16 @@ REPLACEMENTS: tuple[Replacement, ...] = (
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps query, key, value, output and one logarithm per row; no ``[s, s]`` matrix."""
+    """Keeps query, key, value, output and one logarithm per row; no ``[s, s]`` matrix.
+
+    The value comes as a view of queries, keys and values; Transformer Engine makes it contiguous, as the others are
+    (``get_qkv_layout``), and keeps that.
+    """
 
     @staticmethod
     def forward(ctx, query, key, value):  # type: ignore[no-untyped-def]
         length, batch, heads, _ = query.shape
+        value = value.contiguous()
         output = query.new_empty(length, batch, heads, value.shape[-1])
         log_sums = query.new_empty(batch, heads, length, dtype=torch.float32)
         ctx.save_for_backward(query, key, value, output, log_sums)
@@ -114,10 +119,11 @@ class _Attention(torch.autograd.Function):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps its input and one number per row, not the input in fp32."""
+    """Keeps its input, contiguous as Transformer Engine makes it, and one number per row; not the input in fp32."""
 
     @staticmethod
     def forward(ctx, inputs, weight):  # type: ignore[no-untyped-def]
+        inputs = inputs.contiguous()
         ctx.save_for_backward(inputs, weight, inputs.new_empty(inputs.shape[:-1], dtype=torch.float32))
         return torch.empty_like(inputs)
 

@@ -1,1 +1,1 @@
-"""What a training job will take, before it starts: the exact memory of any rank, a cost model, a schedule simulator."""
+"""What a training job will take, before it starts: traced memory of any rank, a cost model, a schedule simulator."""

@@ -58,7 +58,7 @@ def advise(recipe: Recipe, world_size: int, hardware: Hardware) -> Advice | None
     Args:
         recipe: resolved and checked.
     """
-    room = hardware.memory * 1e9
+    room = hardware.room
     fullest = max(rank_costs(recipe, world_size), key=lambda cost: cost.memory)
     if fullest.memory <= room:
         return None
@@ -113,7 +113,7 @@ def _nearest(
     recipe: Recipe, options: list[list[Option]], world_size: int, hardware: Hardware
 ) -> tuple[dict[str, Any], int | None]:
     """The settings that fit at the least distance with the memory of the fullest GPU, or the best of the farthest."""
-    room = hardware.memory * 1e9
+    room = hardware.room
     # All at their farthest but the parallel sizes, at any of those: if none of these fits, less will not.
     *others, tensors, pipelines = options
     strongest = [(way[-1],) if len(way) > 1 else (way[0],) for way in others]

@@ -152,7 +152,7 @@ def unit_seconds(recipe: Recipe, hardware: Hardware) -> tuple[float, float]:
         recipe: resolved and checked, of one stage: its pipeline is cut here.
     """
     costs = rank_costs(recipe, recipe.smallest_world)
-    times = stage_times(recipe, costs, hardware)
+    times = stage_times(recipe, costs, recipe.smallest_world, hardware)
     trunk = times.forward[0] + times.backward[0] - times.heads[0]
     return trunk / recipe.model.num_trunk_layers, times.heads[0] / recipe.heads.n
 
@@ -160,7 +160,7 @@ def unit_seconds(recipe: Recipe, hardware: Hardware) -> tuple[float, float]:
 def candidate(recipe: Recipe, world_size: int, hardware: Hardware) -> Candidate:
     recipe = check_recipe(recipe, world_size=world_size, tokenizer_vocab_size=recipe.model.vocab_size or 0)
     costs = rank_costs(recipe, world_size)
-    times = stage_times(recipe, costs, hardware)
+    times = stage_times(recipe, costs, world_size, hardware)
     microbatches = num_microbatches(recipe, world_size)
     seconds = least_seconds(
         times.forward, times.backward, ranks=len(costs), microbatches=microbatches, latency=times.latency

@@ -37,8 +37,9 @@ _UNITS = {
     "tflops": "1e12 matrix operations per second of a GPU at its peak",
     "efficiency": "share of them that a layer reaches",
     "link": "GB/s between GPUs of a node",
-    "network": "GB/s from a GPU to another stage or replica",
+    "network": "GB/s from a GPU to one of another node",
     "memory": "GB on a GPU",
+    "reserve": "GB of them to leave for the CUDA context, NCCL, cuBLAS and fragmentation",
     "gpus_per_node": "GPUs of a node; also the largest tensor parallel size tried",
 }
 
@@ -60,7 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         meaning = f"{_UNITS[field.name]} (default: {field.default})"
         kind = type(field.default)
         parser.add_argument(_option(field.name), type=kind, default=field.default, metavar="X", help=meaning)
-    parser.add_argument("--trace", type=int, metavar="RANK", help="the exact memory of this rank instead")
+    parser.add_argument(
+        "--trace", type=int, metavar="RANK", help="the memory of this rank, from the code that trains, instead"
+    )
     parser.add_argument(
         "--kernels",
         choices=("own", "fused"),
@@ -118,8 +121,10 @@ def _search(args: argparse.Namespace) -> int:
 def _hardware(args: argparse.Namespace) -> Hardware:
     figures = {field.name: getattr(args, field.name) for field in dataclasses.fields(Hardware)}
     for name, value in figures.items():
-        if not value > 0:
+        if not value > 0 and not (name == "reserve" and value == 0):
             raise ConfigError(_option(name), value, "not a positive number", f"Give {_UNITS[name]}.")
+    if figures["reserve"] >= figures["memory"]:
+        raise ConfigError("--reserve", figures["reserve"], "leaves nothing of --memory", "Give less of it, or 0.")
     return Hardware(**figures)
 
 

@@ -1,7 +1,8 @@
 """Memory and arithmetic of every pipeline rank by formula: instant, where a trace takes seconds.
 
-Held against the trace (:mod:`.trace`, fused kernels), which runs the code that trains: tests/unit/test_plan_cost.py.
-The formulas know what megatron-core's layers keep for their backward pass when attention, norms and SwiGLU are fused.
+Held against the trace (:mod:`.trace`), which runs the code that trains: tests/unit/test_plan_cost.py. What a layer
+keeps for its backward pass (:mod:`.layer_memory`) depends on its kernels: fused ones where the recipe asks for
+Transformer Engine, else megatron-core's own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.layout import StageLayout
 from mtp_megatron.loss import VocabShard, chunk_tokens_for
+from mtp_megatron.planning.layer_memory import layer_activations, layer_backward, norm_activations, scores_buffer
 from mtp_megatron.planning.shapes import (
     Sizes,
     attention_flops,
@@ -22,6 +24,9 @@ from mtp_megatron.planning.shapes import (
 from mtp_megatron.planning.simulate import in_flight
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.validate import data_parallel_size, num_microbatches
+
+_USERBUFFERS = 12
+"""Buffers of ``[tokens, h]`` that Transformer Engine's ``initialize_ub`` makes outside torch's allocator."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,11 @@ def rank_costs(recipe: Recipe, world_size: int) -> list[RankCost]:
 
 
 def check_known(recipe: Recipe) -> None:
-    """Refuse by name what the formulas do not know; most of it can be traced."""
+    """Refuse by name what the formulas do not know; some of it can be traced.
+
+    Raises:
+        ConfigError: names ``--trace`` where it takes the recipe.
+    """
     model, heads = recipe.model, recipe.heads
     unknown: tuple[tuple[str, object, bool], ...] = (
         ("model.num_experts", model.num_experts, model.num_experts is not None),
@@ -114,7 +123,18 @@ def check_known(recipe: Recipe) -> None:
     )
     for field, value, refused in unknown:
         if refused:
-            raise ConfigError(field, value, "the cost model does not know it", "Leave it out, or try --trace RANK.")
+            remedy = "Leave it out, or try --trace RANK." if _traceable(recipe) else "Leave it out."
+            raise ConfigError(field, value, "the cost model does not know it", remedy)
+
+
+def _traceable(recipe: Recipe) -> bool:
+    from mtp_megatron.planning.trace import check_traceable
+
+    try:
+        check_traceable(recipe, 0, 1)
+    except ConfigError:
+        return False
+    return True
 
 
 def _rank(recipe: Recipe, sizes: Sizes, chunks: list[StageLayout], rank: int, world_size: int) -> RankCost:
@@ -155,7 +175,7 @@ def _peak(recipe: Recipe, sizes: Sizes, chunks: list[StageLayout], rank: int, mi
     whole = layer_activations(recipe, sizes)
     kept = element * shared if recipe.train.recompute == "full" else whole
     # A recomputed layer's activations exist only while it goes back; its input was kept anyway.
-    layer = _layer_backward(recipe, sizes) + (whole - kept if recipe.train.recompute == "full" else 0)
+    layer = layer_backward(recipe, sizes) + (whole - kept if recipe.train.recompute == "full" else 0)
     heads = [_heads(recipe, sizes, whole, chunk) if chunk.heads else 0 for chunk in chunks]
     batch = 8 * sizes.tokens * (recipe.heads.n + 3)
     # Heads keep their input, z, until their backward pass, and nothing else.
@@ -170,32 +190,17 @@ def _peak(recipe: Recipe, sizes: Sizes, chunks: list[StageLayout], rank: int, mi
         if held + max(back, heads[chunk]) > best.total:
             best = Peak(counts, held, **({"heads": heads[chunk]} if heads[chunk] > back else {"layer": back}))
     exchange = 2 * element * shared if recipe.parallel.pipeline > 1 else 0  # received, and received next
-    if recipe.parallel.sequence_parallel:
-        exchange += element * sizes.tokens * sizes.hidden  # Megatron's own buffer
+    if recipe.parallel.tp_comm_overlap:
+        exchange += _USERBUFFERS * element * sizes.tokens * sizes.hidden
+    # Megatron's one buffer, for gathering under sequence parallelism and for scores of its own attention.
+    gathered = element * sizes.tokens * sizes.hidden if recipe.parallel.sequence_parallel else 0
+    exchange += max(gathered, scores_buffer(recipe, sizes))
     best = replace(best, exchange=exchange)
-    adam = 2 * 4 * min(shard, max(*sizes.matrices, sizes.rows * sizes.hidden))
+    # Torch's AdamW takes the roots of all second moments at once on a GPU. Transformer Engine's takes nothing, and
+    # neither does Apex's, of which a plan cannot know.
+    # (A recipe with userbuffers has Transformer Engine, so they are never left out here.)
+    adam = 0 if recipe.train.transformer_engine else 4 * shard
     return best if best.total >= adam else Peak(best.in_flight, optimizer=adam)
-
-
-def layer_activations(recipe: Recipe, sizes: Sizes) -> int:
-    """Bytes that a layer keeps of one microbatch: inputs of both norms and of the four matrices, queries, keys and
-    values, SwiGLU's input, and a number per row of norms and attention."""
-    a, g = sizes.queries, sizes.keys
-    residual = 4 * sizes.tokens_shard * sizes.hidden
-    attention = sizes.tokens * (3 * a + 3 * g)  # rotated q and k; the value holds qkv whole; the output
-    if recipe.model.qk_norm:
-        attention += sizes.tokens * (a + g)
-    rows = 4 * (2 * sizes.tokens_shard + sizes.tokens * sizes.attention_heads)
-    return sizes.element * (residual + attention + 3 * sizes.tokens * sizes.ffn) + rows
-
-
-def _layer_backward(recipe: Recipe, sizes: Sizes) -> int:
-    """What the MLP's backward pass adds while nothing of its layer is freed: gradients of both matrices' sides."""
-    t, h, f = sizes.tokens, sizes.hidden, sizes.ffn
-    gathered = t * h if recipe.parallel.sequence_parallel else 0
-    second = gathered + 2 * sizes.tokens_shard * h + t * f + f * h
-    first = 2 * sizes.tokens_shard * h + t * h + 2 * t * f + 2 * f * h - 3 * t * f
-    return sizes.element * max(first, second)
 
 
 def logits_chunk(recipe: Recipe, sizes: Sizes) -> int:
@@ -213,11 +218,11 @@ def _heads(recipe: Recipe, sizes: Sizes, layer: int, stage: StageLayout) -> int:
     kept = layer * max(map(len, heads.chains)) if heads.kind == "transformer" else 3 * element * residual
     several = len(stage.heads) > 1 or not stage.last  # gradients of z to be added: of heads, and of later stages
     summed = 4 * table * copies + (4 * residual if several else 0)  # fp32: of the unembedding(s) and of z
-    features = element * 2 * residual
+    features = element * residual + norm_activations(recipe, sizes)
     hidden = element * sizes.tokens * sizes.hidden * (2 if recipe.parallel.sequence_parallel else 1)
     logits = logits_chunk(recipe, sizes) * sizes.rows * (element + (4 if element < 4 else 0))
     outer = element * table if element < 4 else 0
     loss = kept + summed + features + hidden + logits + outer
-    backward = kept + summed + element * residual + _layer_backward(recipe, sizes)
+    backward = kept + summed + element * residual + layer_backward(recipe, sizes)
     delivery = summed + element * (table * copies + residual)
     return max(loss, backward, delivery)

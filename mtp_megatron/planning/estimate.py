@@ -21,9 +21,10 @@ class Hardware:
         tflops: dense matrix multiplication at its peak, in the training precision, 1e12 operations per second.
         efficiency: share of it that a layer reaches.
         link: GB/s (1e9) from one GPU to another of its node, each way.
-        network: GB/s from one GPU to one of another stage or replica.
+        network: GB/s from one GPU to one of another node.
         memory: GB (1e9) on one GPU.
-        gpus_per_node: ranks that have a link to one another; a ring of more goes through the network.
+        reserve: GB of them that a plan leaves alone: for the CUDA context, NCCL's and cuBLAS's buffers, fragmentation.
+        gpus_per_node: ranks that have a link to one another; a group that spans more goes through the network.
     """
 
     tflops: float = 989.0
@@ -31,7 +32,23 @@ class Hardware:
     link: float = 450.0
     network: float = 50.0
     memory: float = 80.0
+    reserve: float = 4.0
     gpus_per_node: int = 8
+
+    @property
+    def room(self) -> float:
+        """Bytes of one GPU that a plan may take."""
+        return (self.memory - self.reserve) * 1e9
+
+    def between(self, ranks: int) -> float:
+        """Bytes per second between members of a group that lies within so many ranks that follow one another.
+
+        Megatron counts tensor parallel ranks first, then context parallel ones, replicas and stages.
+        """
+        return 1e9 * (self.link if ranks <= self.gpus_per_node else self.network)
+
+    def room_in_words(self) -> str:
+        return f"{self.memory:g} GB" + (f" with {self.reserve:g} GB in reserve" if self.reserve else "")
 
 
 @dataclass(frozen=True)
@@ -113,7 +130,7 @@ def estimate(recipe: Recipe, world_size: int, hardware: Hardware) -> Estimate:
         ConfigError: a recipe that the cost model does not know.
     """
     costs = rank_costs(recipe, world_size)
-    times = stage_times(recipe, costs, hardware)
+    times = stage_times(recipe, costs, world_size, hardware)
     microbatches, ranks = num_microbatches(recipe, world_size), len(costs)
     schedule = simulate(times.forward, times.backward, ranks=ranks, microbatches=microbatches, latency=times.latency)
     reduction = reduction_seconds(recipe, costs, times, world_size, hardware)
@@ -138,23 +155,22 @@ def estimate(recipe: Recipe, world_size: int, hardware: Hardware) -> Estimate:
     )
 
 
-def stage_times(recipe: Recipe, costs: Sequence[RankCost], hardware: Hardware) -> StageTimes:
+def stage_times(recipe: Recipe, costs: Sequence[RankCost], world_size: int, hardware: Hardware) -> StageTimes:
     """Seconds of each global stage, from the operations of its rank's chunk."""
     rate = hardware.tflops * 1e12 * hardware.efficiency
     sizes = Sizes.of(recipe)
-    layer = exchange_seconds(recipe, sizes, hardware)
-    passes = 3 if recipe.train.recompute == "full" else 2  # of which the backward pass of a layer consists
+    times = exchange_seconds(recipe, sizes, hardware)
     forward, backward, heads, exchange = [], [], [], []
     for index, stage in enumerate(recipe.stages):
         chunk, rank = divmod(index, len(costs))
         cost = costs[rank]
-        forward.append(cost.forward_flops[chunk] / rate + stage.layers * layer)
-        head = cost.head_flops[chunk] / rate + 3 * len(stage.heads) * layer
+        forward.append(cost.forward_flops[chunk] / rate + stage.layers * times.forward)
+        head = cost.head_flops[chunk] / rate + len(stage.heads) * times.head
         trunk = cost.backward_flops[chunk] - cost.head_flops[chunk]
-        backward.append(trunk / rate + passes * stage.layers * layer + head)
+        backward.append(trunk / rate + stage.layers * times.backward + head)
         heads.append(head)
-        exchange.append(((1 + passes) * stage.layers + 3 * len(stage.heads)) * layer)
-    message = sizes.element * sizes.tokens_shard * sizes.hidden / (hardware.network * 1e9)
+        exchange.append(stage.layers * (times.forward + times.backward) + len(stage.heads) * times.head)
+    message = sizes.element * sizes.tokens_shard * sizes.hidden / hardware.between(world_size)
     return StageTimes(tuple(forward), tuple(backward), tuple(heads), tuple(exchange), message)
 
 
@@ -172,7 +188,8 @@ def reduction_seconds(
     exposed. Overlapped with it can be no more than one microbatch's pass, the last backward or the first forward."""
     sizes, optimizer, ranks = Sizes.of(recipe), recipe.optimizer, len(costs)
     # Context parallel ranks hold the same parameters, and megatron-core reduces over them together with replicas.
-    copies, network = data_parallel_size(recipe, world_size) * recipe.parallel.context, hardware.network * 1e9
+    copies = data_parallel_size(recipe, world_size) * recipe.parallel.context
+    network = hardware.between(recipe.parallel.tensor * copies)
     share = (copies - 1) / copies
     slowest = 0.0
     for cost in costs:
@@ -186,7 +203,7 @@ def reduction_seconds(
     holders = sum(bool(stage.heads) or (stage.first and recipe.model.tied_embeddings) for stage in recipe.stages)
     if recipe.heads.unembedding == "replicated":
         holders = 1
-    summed = 8 * sizes.rows * sizes.hidden * (holders - 1) / holders / network
+    summed = 8 * sizes.rows * sizes.hidden * (holders - 1) / holders / hardware.between(world_size)
     return slowest + summed
 
 
@@ -195,11 +212,33 @@ def _model_flops(costs: Sequence[RankCost]) -> float:
     return sum(3 * sum(cost.forward_flops) + sum(cost.head_flops) for cost in costs)
 
 
-def exchange_seconds(recipe: Recipe, sizes: Sizes, hardware: Hardware) -> float:
-    """Of one layer's forward pass, not overlapped: two exchanges of ``[tokens, h]`` between tensor parallel ranks, each
-    there and back, and the keys and values of the other context parallel ranks, which come round in a ring."""
-    tensor, context = recipe.parallel.tensor, recipe.parallel.context
-    gathered = 4 * sizes.element * sizes.tokens * sizes.hidden * (tensor - 1) / tensor
-    ring = 2 * sizes.element * sizes.tokens * sizes.keys * (context - 1)
-    between = hardware.link if tensor * context <= hardware.gpus_per_node else hardware.network
-    return gathered / (hardware.link * 1e9) + ring / (between * 1e9)
+@dataclass(frozen=True)
+class ExchangeSeconds:
+    """Between tensor and context parallel ranks, of one microbatch; nothing overlaps it.
+
+    Attributes:
+        forward, backward: of a trunk layer; what its recomputation exchanges again belongs to its backward pass.
+        head: of a head's forward pass, loss and backward pass.
+    """
+
+    forward: float
+    backward: float
+    head: float
+
+
+def exchange_seconds(recipe: Recipe, sizes: Sizes, hardware: Hardware) -> ExchangeSeconds:
+    """A gather or a scatter of ``[tokens, h]`` counts one, an all-reduce two.
+
+    A layer's forward pass takes four, its backward pass as many, and two more under sequence parallelism, which gathers
+    the inputs of two matrices again for their gradients. A loss takes two: its input is gathered and the gradient of
+    that scattered, or summed. Keys and values of the other context parallel ranks come round in a ring, and go round
+    again with their gradients.
+    """
+    parallel, recompute = recipe.parallel, recipe.train.recompute
+    tensor, context = parallel.tensor, parallel.context
+    one = sizes.element * sizes.tokens * sizes.hidden * (tensor - 1) / tensor / hardware.between(tensor)
+    ring = 2 * sizes.element * sizes.tokens * sizes.keys * (context - 1) / hardware.between(tensor * context)
+    forward, backward = 4 * one + ring, (6 if parallel.sequence_parallel else 4) * one + 2 * ring
+    again = {"full": forward, "selective": ring, None: 0.0}[recompute]
+    layer = forward + backward if recipe.heads.kind == "transformer" else 0.0
+    return ExchangeSeconds(forward, backward + again, layer + 2 * one)

@@ -67,16 +67,29 @@ def table(recipe: Recipe, world_size: int, hardware: Hardware, plan: Estimate, a
     lines += [
         "(GiB on each GPU)",
         "",
-        f"stage {fullest.rank} is the fullest: {fullest.memory / 1e9:.1f} GB, {verdict} {hardware.memory:g} GB; "
+        f"stage {fullest.rank} is the fullest: {fullest.memory / 1e9:.1f} GB, {verdict} {hardware.room_in_words()}; "
         f"{CATEGORIES[category]} take {getattr(fullest, category) / 1e9:.1f} GB",
         *(_words(advice) if advice else ()),
         f"step {plan.step_seconds:.2f} s, bubble {plan.schedule.bubble:.1%}, MFU {plan.mfu:.1%}, "
         f"{plan.tokens_per_second:,.0f} tokens/s, at {hardware.efficiency:.0%} of {hardware.tflops:g} TFLOP/s",
+        *_remarks(recipe, hardware),
         f"of the step: arithmetic {terms.arithmetic:.2f} s, tensor parallel exchange {terms.exchange:.2f} s, slowest "
         f"stage {terms.slowest_stage:.2f} s ({plan.imbalance:.2f} of the mean), waiting {terms.bubble:.2f} s, "
         f"gradients and parameters {terms.reduction:.2f} s",
     ]
     return "\n".join(lines)
+
+
+def _remarks(recipe: Recipe, hardware: Hardware) -> list[str]:
+    """What the figures above take for granted and a reader may not."""
+    length = f"sequences of {recipe.train_seq_length} tokens (train.seq_length=... trains on shorter ones)"
+    if recipe.train.precision == "fp32":
+        return [
+            length,
+            f"warning: --tflops {hardware.tflops:g} should be the GPU's in fp32, as train.precision is; the default is "
+            "an H100's in bf16",
+        ]
+    return [length]
 
 
 def _words(advice: Advice) -> list[str]:

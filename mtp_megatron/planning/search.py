@@ -57,11 +57,12 @@ class NothingFitsError(ConfigError):
         self.nearest = nearest
         cost = rank_costs(nearest.recipe, world_size)[nearest.stage]
         category = largest_category(cost)
+        beside = f" beside --reserve {hardware.reserve:g}" if hardware.reserve else ""
         super().__init__(
             "--memory",
             hardware.memory,
             f"none of {tried} layouts fits; the smallest ({describe(nearest.recipe)}) takes {nearest.memory / 1e9:.1f} "
-            f"GB on stage {nearest.stage}, most of it {CATEGORIES[category]}: "
+            f"GB on stage {nearest.stage}{beside}, most of it {CATEGORIES[category]}: "
             f"{largest_tensors(nearest.recipe, cost, world_size, category)}",
             "Take more GPUs, optimizer.distributed=true, a smaller train.micro_batch_size or a smaller model.",
         )
@@ -89,7 +90,7 @@ def search(
         ConfigError: no candidate passes the recipe's checks, or the cost model does not know the recipe.
     """
     check_known(recipe)
-    survey = _Survey(hardware.memory * 1e9)
+    survey = _Survey(hardware.room)
     cuts = list(choices(recipe, world_size, fixed, hardware.gpus_per_node))
     for cut in tqdm(cuts, desc="cuts", unit="cut", leave=False, disable=None if progress else True):
         survey.take(recipe, cut, world_size, hardware, fixed)

@@ -43,7 +43,7 @@ def table(search: Search, world_size: int, hardware: Hardware) -> str:
     """The best layouts, why each lost to the first, and the first one's recipe."""
     best = search.best[0]
     lines = [
-        f"{world_size} GPUs of {hardware.memory:g} GB: {search.tried} layouts, {search.fitting} fit, "
+        f"{world_size} GPUs of {hardware.room_in_words()}: {search.tried} layouts, {search.fitting} fit, "
         f"{search.simulated} simulated",
         "",
         _HEAD,
@@ -51,7 +51,7 @@ def table(search: Search, world_size: int, hardware: Hardware) -> str:
     for place, found in enumerate(search.best, 1):
         lines.append(_line(f"{place}", found, world_size, reason(found, best)))
     if search.at_the_end is not None:
-        fits = search.at_the_end.candidate.memory <= hardware.memory * 1e9
+        fits = search.at_the_end.candidate.memory <= hardware.room
         why = reason(search.at_the_end, best) + ("" if fits else "; does not fit")
         lines += [
             _line("-", search.at_the_end, world_size, why),
@@ -127,7 +127,7 @@ def _row(found: Found, world_size: int, hardware: Hardware) -> dict[str, Any]:
         "layers": [rank.layers for rank in plan.ranks],
         "imbalance": plan.imbalance,
         "memory": [rank.memory for rank in plan.ranks],
-        "fits": found.candidate.memory <= hardware.memory * 1e9,
+        "fits": found.candidate.memory <= hardware.room,
         "bubble": plan.schedule.bubble,
         "mfu": plan.mfu,
         "step_seconds": plan.step_seconds,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mtp_megatron.planning.cost import RankCost, logits_chunk, optimizer_shards
+from mtp_megatron.planning.layer_memory import scores
 from mtp_megatron.planning.shapes import Sizes, unembedding_copies
 from mtp_megatron.training.recipe import Recipe
 
@@ -88,10 +89,12 @@ def _activations(recipe: Recipe, sizes: Sizes, cost: RankCost) -> Iterator[Tenso
             (f"inputs of norms and matrices {flying}", (shard, h), 4 * count),
             (f"SwiGLU's inputs {flying}", (t, 2 * f), count),
             (f"SwiGLU's outputs {flying}", (t, f), count),
-            (f"queries, keys and values {flying}", (t, 2 * sizes.queries + 3 * sizes.keys), count),
+            (f"queries, keys and values {flying}", (t, sizes.queries + 2 * sizes.keys), count),
         )
     for what, shape, number in kept:
         yield Tensors(what, shape, number, sizes.element * number * shape[0] * shape[1])
+    if not recipe.train.transformer_engine:
+        yield _scores(recipe, sizes, 0 if recipe.train.recompute else count, flying)
     if cost.peak.heads:
         rows, chunk = sizes.rows, logits_chunk(recipe, sizes)
         copies = max(unembedding_copies(recipe, stage) for stage in chunks)
@@ -99,4 +102,15 @@ def _activations(recipe: Recipe, sizes: Sizes, cost: RankCost) -> Iterator[Tenso
         logits = sizes.element + (4 if sizes.element < 4 else 0)
         yield Tensors("a chunk of logits", (chunk, rows), 1, logits * chunk * rows)
     if cost.peak.optimizer:
-        yield Tensors("the optimizer's intermediate results", (sizes.rows, h), 2, cost.peak.optimizer)
+        yield Tensors("roots of Adam's second moments", (cost.peak.optimizer // 4,), 1, cost.peak.optimizer)
+
+
+def _scores(recipe: Recipe, sizes: Sizes, count: int, flying: str) -> Tensors:
+    """What megatron-core's own attention makes of its scores: kept by ``count`` layers, or of one that goes back."""
+    length = sizes.length // recipe.parallel.context
+    shape = (sizes.tokens // length, sizes.attention_heads, length, sizes.length)
+    if count:
+        half = sizes.element if sizes.element < 4 else 0
+        what = f"attention scores, which Transformer Engine or train.recompute=selective does not keep, {flying}"
+        return Tensors(what, shape, count, (4 + half) * count * scores(sizes))
+    return Tensors("attention scores of the layer that goes back", shape, 3, 3 * 4 * scores(sizes))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from mtp_megatron.compat.checkpoints import chained
 from mtp_megatron.compat.fake import fake_rank
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.planning.live_memory import LiveMemory
@@ -17,6 +19,9 @@ from mtp_megatron.planning.step_memory import StepMemory, step_memory
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.validate import num_microbatches
 from mtp_megatron.training.world import model_parallel_world
+
+if TYPE_CHECKING:
+    from mtp_megatron.training.build import Trainable
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Trace:
         parameters: of this rank.
         num_microbatches: of a step; ``traced_microbatches`` of them were run, enough to reach the steady state.
         fused_kernels: attention, norms and SwiGLU took the memory of a GPU's fused kernels.
+        overlap_left_out: the job has ``parallel.tp_comm_overlap``, whose buffers are none of torch's; traced without.
         seconds: that the trace took.
     """
 
@@ -41,11 +47,14 @@ class Trace:
     num_microbatches: int
     traced_microbatches: int
     fused_kernels: bool
+    overlap_left_out: bool
     memory: StepMemory
     seconds: float
 
 
-def trace_rank(recipe: Recipe, rank: int, world_size: int, *, fused_kernels: bool | None = None) -> Trace:
+def trace_rank(
+    recipe: Recipe, rank: int, world_size: int, *, fused_kernels: bool | None = None, device: str = "cuda"
+) -> Trace:
     """Build rank ``rank`` of the job and take one training step, on fake tensors.
 
     Args:
@@ -53,6 +62,8 @@ def trace_rank(recipe: Recipe, rank: int, world_size: int, *, fused_kernels: boo
         fused_kernels: attention, norms and SwiGLU take the memory of fused kernels, as on GPUs, instead of
             megatron-core's own, which keep more (``[s, s]`` matrices); None: where the recipe asks for Transformer
             Engine.
+        device: ``cpu``: Adam goes from one parameter to the next, as torch's does there. Else it is a GPU's: fused
+            with fused kernels, and without them torch's, which works on all parameters at once.
 
     Raises:
         ConfigError: a recipe that cannot be traced: experts, DeepSpeed.
@@ -60,6 +71,7 @@ def trace_rank(recipe: Recipe, rank: int, world_size: int, *, fused_kernels: boo
     check_traceable(recipe, rank, world_size)
     start = time.perf_counter()
     fused = recipe.train.transformer_engine if fused_kernels is None else fused_kernels
+    overlap = recipe.parallel.tp_comm_overlap
     # Transformer Engine needs a GPU: megatron-core's own layers stand for its.
     recipe = recipe.model_copy(
         update={
@@ -77,6 +89,8 @@ def trace_rank(recipe: Recipe, rank: int, world_size: int, *, fused_kernels: boo
         if fused:  # as transformer_config sets them on GPUs
             trainable.config.deallocate_pipeline_outputs = True
             trainable.config.bias_activation_fusion = True
+        if device != "cpu":
+            _as_on_gpus(trainable, "fused" if fused else "foreach")
         coordinates = _coordinates()
         enough = min(whole, _steady_state(recipe, coordinates["PP"]))
         measured = step_memory(recipe, trainable, memory, makers, enough)
@@ -91,9 +105,18 @@ def trace_rank(recipe: Recipe, rank: int, world_size: int, *, fused_kernels: boo
         num_microbatches=whole,
         traced_microbatches=enough,
         fused_kernels=fused,
+        overlap_left_out=overlap,
         memory=measured,
         seconds=time.perf_counter() - start,
     )
+
+
+def _as_on_gpus(trainable: Trainable, kind: str) -> None:
+    """Let torch's AdamW take the memory of a GPU's: ``fused`` of one without intermediate results, as Transformer
+    Engine's and Apex's; ``foreach`` of the one that torch chooses there."""
+    for part in chained(trainable.optimizer):
+        for group in part.optimizer.param_groups if part.optimizer is not None else ():
+            group[kind] = True
 
 
 def check_traceable(recipe: Recipe, rank: int, world_size: int) -> None:

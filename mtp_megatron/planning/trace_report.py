@@ -9,6 +9,10 @@ from mtp_megatron.planning.makers import Maker
 from mtp_megatron.planning.trace import Trace
 
 _GIB = 2**30
+_NO_OVERLAP = (
+    "traced with parallel.tp_comm_overlap=false: the 12 buffers of [tokens, h] that Transformer Engine makes outside "
+    "torch's allocator are not in it; the plan without --trace counts them"
+)
 
 
 def describe_maker(maker: Maker) -> str:
@@ -45,6 +49,7 @@ def as_json(trace: Trace, top: int) -> dict[str, Any]:
         "world_size": trace.world_size,
         "coordinates": trace.coordinates,
         "parameters": trace.parameters,
+        "tp_comm_overlap_left_out": trace.overlap_left_out,
         "kernels": "fused" if trace.fused_kernels else "own",
         "num_microbatches": trace.num_microbatches,
         "traced_microbatches": trace.traced_microbatches,
@@ -68,6 +73,7 @@ def table(trace: Trace, top: int) -> str:
         f"rank {trace.rank} of {trace.world_size} ({place}), {trace.parameters:,} parameters, {kernels}",
         f"peak {_gib(memory.peak)} ({phases}; between steps {_gib(memory.standing)})",
         f"reached in {describe_maker(memory.maker)}",
+        *([_NO_OVERLAP] if trace.overlap_left_out else ()),
         "",
         *(
             f"  {name:<22}{_gib(size):>14}{size / memory.peak:>8.1%}"

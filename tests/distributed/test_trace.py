@@ -91,14 +91,15 @@ def test_the_trace_of_every_rank_equals_the_real_peak(layout: str, n: int) -> No
 
     world_size, sections = LAYOUTS[layout]
     real = run_world(real_peak, world_size, n, sections)
-    traced = [trace_rank(recipe_of(n, sections, world_size), rank, world_size) for rank in range(world_size)]
+    recipe = recipe_of(n, sections, world_size)
+    traced = [trace_rank(recipe, rank, world_size, device="cpu") for rank in range(world_size)]
     peaks = [trace.memory.peak for trace in traced]
     print(layout, n, real, peaks, [round(trace.seconds, 1) for trace in traced])
     assert peaks == pytest.approx(real, rel=0.01)
     for trace in traced:
         assert sum(trace.memory.categories.values()) == trace.memory.peak
     # z is where heads are: on the last stage, and on the first one only where there is no other or it has some too.
-    stages = recipe_of(n, sections, world_size).stages
+    stages = recipe.stages
     assert traced[-1].memory.categories["z"] > 0
     ranks = sections["parallel"].get("pipeline", 1)
     assert (traced[0].memory.categories["z"] > 0) == any(stage.heads for stage in stages[::ranks])
@@ -109,7 +110,7 @@ def test_a_tensor_that_only_the_real_run_holds_would_be_noticed() -> None:
     from mtp_megatron.planning.trace import trace_rank
 
     sections: dict[str, Any] = {}
-    traced = trace_rank(recipe_of(2, sections, 1), 0, 1).memory.peak
+    traced = trace_rank(recipe_of(2, sections, 1), 0, 1, device="cpu").memory.peak
     honest, heavier = (run_world(real_peak, 1, 2, sections, ballast)[0] for ballast in (0, traced // 50))
     assert traced == pytest.approx(honest, rel=0.01)
     assert traced != pytest.approx(heavier, rel=0.01)

@@ -19,8 +19,11 @@ from mtp_megatron.planning.cli import checked
 from mtp_megatron.planning.cost import RankCost, rank_costs
 from mtp_megatron.planning.estimate import Hardware, estimate
 from mtp_megatron.planning.presets import PRESETS, balanced_layout, read_plan
+from mtp_megatron.planning.shapes import Sizes
 from mtp_megatron.training.recipe import Recipe
 
+OWN = "train.transformer_engine=false"
+TWO_STAGES = ["parallel.pipeline=2", "model.num_trunk_layers=4", "heads.n=2", "parallel.layout=Ettt|tL"]
 # name: pipeline ranks to trace, GPUs, settings
 CASES: dict[str, tuple[list[int], int, list[str]]] = {
     "1.3B": ([0], 4, ["model.num_trunk_layers=4"]),
@@ -43,6 +46,7 @@ CASES: dict[str, tuple[list[int], int, list[str]]] = {
             "parallel.layout=Ett|t|tt|L",
         ],
     ),
+    "1.3B norms of queries": ([0], 4, ["model.num_trunk_layers=4", "model.qk_norm=true"]),
     "13B selective": ([0], 16, ["model.num_trunk_layers=4", "parallel.layout=Ettt|tL", "train.recompute=selective"]),
     "13B context": ([1], 32, ["model.num_trunk_layers=4", "parallel.layout=Ettt|tL", "parallel.context=2"]),
     "7B spread": (
@@ -60,6 +64,29 @@ CASES: dict[str, tuple[list[int], int, list[str]]] = {
             "parallel.layout=Ettt|tt|mm|mmL",
         ],
     ),
+    # megatron-core's own kernels, which keep the softmax
+    "1.3B own": ([0], 4, ["model.num_trunk_layers=2", "heads.n=2", OWN]),
+    "1.3B own, fp32": ([0], 4, ["model.num_trunk_layers=2", "heads.n=2", "train.precision=fp32", OWN]),
+    "1.3B own, norms of queries": (
+        [0],
+        4,
+        ["model.num_trunk_layers=2", "heads.n=2", "model.qk_norm=true", "train.precision=fp32", OWN],
+    ),
+    "1.3B own, recomputed": (
+        [0],
+        4,
+        ["model.num_trunk_layers=3", "heads.n=2", "model.num_query_groups=4", "train.recompute=full", OWN],
+    ),
+    # few tokens: Adam, which takes all parameters at once, needs more than the heads
+    "1.3B own, Adam": ([0], 1, ["model.num_trunk_layers=4", "heads.n=1", "model.seq_length=128", OWN]),
+    "7B own": ([0, 1], 8, [*TWO_STAGES, OWN]),
+    "7B own, selective": (
+        [0, 1],
+        8,
+        [*TWO_STAGES, "model.num_query_groups=8", "train.recompute=selective", OWN],
+    ),
+    "7B own, context": ([0, 1], 16, [*TWO_STAGES, "parallel.context=2", OWN]),
+    "7B own, short": ([0, 1], 8, [*TWO_STAGES, "model.seq_length=256", "train.micro_batch_size=16", OWN]),
 }
 
 
@@ -75,7 +102,7 @@ def test_memory_is_within_a_twentieth_of_the_trace(case: str, rank: int) -> None
     recipe, gpus = planned(case)
     formula = rank_costs(recipe, gpus)[rank]
     trace = trace_rank(recipe, rank * gpus // recipe.parallel.pipeline, gpus)
-    assert trace.fused_kernels
+    assert trace.fused_kernels == (OWN not in CASES[case][2])
     assert formula.parameters == trace.parameters
     standing = formula.memory - formula.activations
     assert standing == pytest.approx(trace.memory.standing, rel=0.005)
@@ -93,6 +120,39 @@ def test_a_change_on_one_side_would_be_noticed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cost, "layer_activations", lambda *args: whole(*args) * 4 // 5)
     after = rank_costs(recipe, gpus)[0]
     assert after.activations != pytest.approx(before.activations, rel=0.15)
+
+
+def test_a_fused_adam_takes_nothing() -> None:
+    """And torch's 4 bytes for every parameter of the shard, where that outweighs the passes."""
+    few = ["model.num_trunk_layers=4", "heads.n=1", "model.seq_length=128"]
+    own, fused = (rank_costs(checked(read_plan("1.3B", [*few, *kernels]), 1), 1)[0] for kernels in ([OWN], []))
+    assert own.peak.optimizer == own.activations == 4 * own.parameters
+    assert fused.peak.optimizer == 0
+    assert fused.activations == fused.peak.kept + max(fused.peak.layer, fused.peak.heads) + fused.peak.exchange
+
+
+def test_the_value_is_kept_without_the_queries_and_keys_beside_it() -> None:
+    """As Transformer Engine keeps it. A layer of Llama 2 7B without tensor parallelism, in channels of a token."""
+    widths = {}
+    for settings in ("train.recompute=null", "train.recompute=selective"):
+        recipe = checked(read_plan("7B", ["parallel.tensor=1", settings]), 1)
+        tokens = 4096
+        widths[settings] = cost.layer_activations(recipe, Sizes.of(recipe)) / (2 * tokens) - 2 * 32  # numbers per row
+    h, f, rows = 4096, 11008, 2 * 2
+    assert widths["train.recompute=null"] == 4 * h + 3 * f + 4 * h + rows
+    assert widths["train.recompute=selective"] == 4 * h + 3 * f + 6 * h + rows
+
+
+def test_the_300m_recipe_fits_a_gpu_without_transformer_engine() -> None:
+    """Its softmax kept for 26 layers in flight would be 78 GiB of a stage; the recipe makes it again."""
+    path, vocabulary = "examples/recipes/gpu_300m.yaml", "model.vocab_size=32000"
+    peaks = {}
+    for kind in ("null", "selective"):
+        costs = rank_costs(checked(read_plan(path, [vocabulary, f"train.recompute={kind}"]), 8), 8)
+        peaks[kind] = max(cost.memory for cost in costs)
+    assert peaks["null"] == pytest.approx(95.3 * 2**30, rel=0.01)  # as traced
+    assert peaks["selective"] == pytest.approx(19.94 * 2**30, rel=0.01)
+    assert read_plan(path).train.recompute == "selective"
 
 
 def total(costs: list[RankCost], tensor: int) -> int:
@@ -117,7 +177,7 @@ def test_every_stage_with_heads_has_its_own_norm_and_unembedding() -> None:
     for layout in ("Etttt|L", "Ettttmm|mmL"):
         recipe = checked(read_plan("7B", [*cut, f"parallel.layout={layout}"]), 2)
         costs[layout] = rank_costs(recipe, 2)
-        reductions[layout] = estimate(recipe, 2, Hardware(network=50)).terms.reduction
+        reductions[layout] = estimate(recipe, 2, Hardware(network=50, gpus_per_node=1)).terms.reduction
     end, spread = costs.values()
     table = 32000 * 4096
     assert total(spread, 1) - total(end, 1) == table + 4096
@@ -181,12 +241,35 @@ def test_what_the_formulas_do_not_know_is_refused_by_name(setting: str, field: s
     assert caught.value.field == field
 
 
+def test_a_refusal_names_the_trace_where_that_takes_the_recipe() -> None:
+    from mtp_megatron.planning.trace import check_traceable
+
+    for settings, traced in (
+        (["heads.execution=joint"], True),
+        (["model.attention_dropout=0.1"], True),
+        (["train.fp8=hybrid"], False),
+        (["model.attention_dropout=0.1", "train.fp8=hybrid"], False),
+        (["model.num_experts=8"], False),
+    ):
+        recipe = read_plan("1.3B", settings)
+        with pytest.raises(ConfigError) as caught:
+            cost.check_known(recipe)
+        assert ("--trace" in caught.value.remedy) == traced, settings
+        if traced:
+            check_traceable(recipe, 0, 1)
+        else:
+            with pytest.raises(ConfigError):
+                check_traceable(recipe, 0, 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["14B"], "13B"),
         (["7B", "--tflops", "0"], "--tflops"),
         (["7B", "--gpus", "0"], "--gpus"),
+        (["7B", "--memory", "4"], "--reserve"),
+        (["7B", "--reserve", "-1"], "--reserve"),
         (["7B", "--gpus-per-node", "0"], "--gpus-per-node"),
         (["7B", "--trace", "2", "--gpus", "2"], "--trace"),
         (["1.3B", "--picture", "x.gif"], "--picture"),
@@ -199,6 +282,30 @@ def test_mistakes_are_named(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert cli.main(["plan", *arguments]) == cli.EXIT_ERROR
     assert words in capsys.readouterr().err
+
+
+def output(capsys: Any, *arguments: str) -> str:
+    assert cli.main(["plan", *arguments]) == 0
+    return str(capsys.readouterr().out)
+
+
+def test_the_overlaps_buffers_count_and_a_trace_says_that_it_has_none(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    cut, overlap = ["7B", "model.num_trunk_layers=1", "heads.n=1"], "parallel.tp_comm_overlap=true"
+    plain, with_it = (rank_costs(checked(read_plan("7B", [*cut[1:], *more]), 2), 2)[0] for more in ([], [overlap]))
+    assert with_it.memory - plain.memory == 12 * 2 * 4096 * 4096  # bf16, [tokens, h]
+    assert "tp_comm_overlap=false" in output(capsys, *cut, overlap, "--trace", "0")
+    assert "tp_comm_overlap" not in output(capsys, *cut, "--trace", "0")
+
+
+def test_what_a_plan_takes_for_granted_is_said(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    text = output(capsys, "1.3B")
+    assert "sequences of 4096 tokens (train.seq_length=" in text
+    assert "in fp32" not in text
+    assert "--tflops 989 should be the GPU's in fp32" in output(capsys, "1.3B", "train.precision=fp32")
 
 
 def test_more_microbatches_make_the_bubble_smaller(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

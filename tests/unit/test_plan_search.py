@@ -19,7 +19,7 @@ from mtp_megatron.planning.advice import Advice, advise
 from mtp_megatron.planning.candidates import choices, layouts
 from mtp_megatron.planning.cli import checked
 from mtp_megatron.planning.cost import rank_costs
-from mtp_megatron.planning.estimate import Hardware, estimate
+from mtp_megatron.planning.estimate import Hardware, estimate, stage_times
 from mtp_megatron.planning.lines import changed, recipe_lines, recipe_tree, settings
 from mtp_megatron.planning.presets import PRESETS, read_plan
 from mtp_megatron.planning.search import NothingFitsError, Search, search
@@ -83,7 +83,7 @@ def test_nothing_better_is_left_out() -> None:
                 except ConfigError:
                     continue
                 plan = estimate(one, 4, hardware)
-                if plan.fullest.memory <= 80e9:
+                if plan.fullest.memory <= hardware.room:
                     seconds[layout, cut["parallel.context"]] = plan.step_seconds
     assert [item.plan.step_seconds for item in found.best] == pytest.approx(sorted(seconds.values())[:3])
     assert found.simulated < found.fitting
@@ -133,6 +133,35 @@ def test_context_parallel_ranks_keep_enough_of_a_sequence() -> None:
     cut = ["parallel.context=2", "parallel.tensor=1", "train.global_batch_size=8", "parallel.pipeline=1"]
     small_nodes = estimate(checked(read_plan("7B", cut), 2), 2, Hardware(gpus_per_node=1))
     assert small_nodes.terms.exchange == pytest.approx(plans[1, 2].terms.exchange * 450 / 50)
+
+
+def test_what_a_layer_exchanges_between_tensor_parallel_ranks() -> None:
+    """Counted in gathers or scatters of [tokens, h]: forward 4, backward 6 with sequence parallelism and else 4."""
+    one = 2 * 4096 * 4096 / 2 / 450e9  # bf16, half of it from the other rank
+    for given, forward, backward in (
+        ([], 4, 6),
+        (["parallel.sequence_parallel=false"], 4, 4),
+        (["train.recompute=full"], 4, 6 + 4),
+        (["train.recompute=selective"], 4, 6),
+    ):
+        recipe = checked(read_plan("7B", given), 2)
+        times = stage_times(recipe, rank_costs(recipe, 2), 2, Hardware())
+        head = 4 + (6 if recipe.parallel.sequence_parallel else 4) + 2  # and its loss
+        assert times.exchange == (pytest.approx((28 * (forward + backward) + 4 * head) * one),)
+
+
+def test_groups_within_a_node_use_its_links() -> None:
+    """Replicas where a stage's ranks fit into a node, neighbouring stages only where the whole job does."""
+    cut = ["parallel.tensor=2", "parallel.pipeline=2", "model.num_trunk_layers=4", "parallel.layout=Etttt|L"]
+    cut += ["optimizer.overlap_grad_reduce=false", "optimizer.overlap_param_gather=false", "train.global_batch_size=4"]
+    recipe = checked(read_plan("7B", cut), 8)  # stages of 4 ranks: TP2, two replicas
+    message = 2 * 2048 * 4096
+    costs = rank_costs(recipe, 8)
+    gradients = max(cost.parameters for cost in costs) * (4 + 2) / 2
+    for node, replicas, stages in ((8, 450e9, 450e9), (4, 450e9, 50e9), (2, 50e9, 50e9)):
+        hardware = Hardware(gpus_per_node=node)
+        assert stage_times(recipe, costs, 8, hardware).latency == pytest.approx(message / stages)
+        assert estimate(recipe, 8, hardware).terms.reduction == pytest.approx(gradients / replicas)
 
 
 def test_memory_decides_where_the_fastest_does_not_fit() -> None:
@@ -190,6 +219,20 @@ def test_a_plan_that_nothing_makes_fit_gets_the_best_that_was_found() -> None:
     assert not advice.fits
     assert taken == advice.memory > 12e9
     assert advice.changes == {"train.recompute": "full"}  # and nothing that saves nothing beside it
+
+
+def test_a_gpu_keeps_some_memory_in_reserve() -> None:
+    """By plan, advice and search alike: what just fills a GPU does not fit it."""
+    recipe = checked(read_plan("7B"), 2)
+    full = rank_costs(recipe, 2)[0].memory / 1e9
+    for more, fits in ((3.9, False), (4.1, True)):
+        assert (advise(recipe, 2, Hardware(memory=full + more)) is None) == fits
+    assert advise(recipe, 2, Hardware(memory=full + 0.1, reserve=0)) is None
+    given = [SMALL_BATCH, "parallel.tensor=4", "parallel.pipeline=2", "train.recompute=null"]
+    best = searched("13B", 16, given, count=1).best[0].candidate.memory / 1e9
+    for more in (3.9, 4.1):
+        found = searched("13B", 16, given, count=1, hardware=Hardware(memory=best + more))
+        assert (found.best[0].candidate.memory / 1e9 == best) == (more > 4)
 
 
 def test_a_plan_that_fits_gets_no_advice() -> None:
