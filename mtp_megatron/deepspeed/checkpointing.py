@@ -26,7 +26,6 @@ from mtp_megatron.training import checkpoint_files as files
 from mtp_megatron.training.architecture import check_architecture, model_description
 from mtp_megatron.training.recipe import Recipe
 
-LATEST = "latest"  # where DeepSpeed's own tools look for the newest tag
 logger = logging.getLogger(__name__)
 
 
@@ -58,7 +57,7 @@ def save_checkpoint(
         if manifest.tokenizer.kind == "sentencepiece":
             shutil.copyfile(manifest.path / MODEL_FILE, temporary / MODEL_FILE)
         final = files.publish(checkpoints, step)
-        files.write_atomically(checkpoints / LATEST, final.name)
+        files.write_atomically(checkpoints / files.DEEPSPEED_LATEST, final.name)
         files.prune(checkpoints, recipe.run.keep_last, step)
     dist.barrier()  # nobody goes on, and perhaps fails, before the checkpoint is the latest
     return files.iteration_folder(checkpoints, step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
@@ -15,10 +16,13 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from mtp_megatron.training.checkpoint_files import write_atomically
 from mtp_megatron.training.evaluation import Evaluation
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.run_folder import RunFolder
 from mtp_megatron.training.step import StepFigures
+
+logger = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -144,15 +148,20 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl in order; a last line that a crash cut short is left out."""
+    """The records of a metrics.jsonl in order; what is no record is left out, with a warning unless it is the last
+    line, which a crash may have cut short."""
     records = []
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    for number, line in enumerate(lines):
+    # Bytes of a damaged disk need not be text.
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number != len(lines) - 1:
-                raise
+            record = json.loads(line)
+            int(record["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            if number != len(lines):
+                logger.warning("%s, line %d is no record and is left out (%s)", path, number, error)
+            continue
+        records.append(record)
     return records
 
 
@@ -160,9 +169,7 @@ def drop_later_lines(path: Path, step: int) -> None:
     """Keep only records up to ``step``, so that a resumed run has each step once."""
     kept = [record for record in read_metrics(path) if record["step"] <= step]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _without_nan(value: Any) -> Any:

@@ -174,6 +174,28 @@ def test_metrics_after_the_resumed_step_are_dropped_and_a_cut_line_is_survived(t
     assert read_metrics(tmp_path / "new" / "metrics.jsonl") == []
 
 
+def test_a_bad_line_in_the_middle_of_the_metrics_is_left_out_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full disk or two writers leave such lines; a run must resume all the same."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"kind": "tr{"step": 2}\n\xff\x00\n[]\n{"kind": "train"}\n{"step": 3}\n')
+    drop_later_lines(path, 9)
+    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
+    for number in (2, 3, 4, 5):
+        assert f"{path}, line {number} is no record" in caplog.text
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_metrics_are_on_disk_before_they_replace_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without fsync a power cut may leave an empty file under the name."""
+    synced: list[str] = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")) or fsync(file))
+    drop_later_lines(tmp_path / "metrics.jsonl", 0)
+    assert [Path(name).name.startswith(".metrics.jsonl") for name in synced] == [True, False]
+
+
 def figures(loss: float) -> StepFigures:
     return StepFigures(loss, [loss, 2 * loss], [0.5, 0.25], tokens=32, grad_norm=1.5, lr=1e-3)
 
