@@ -16,7 +16,7 @@ from mtp_megatron.data.dataset import build_datasets
 from mtp_megatron.data.loader import build_train_iterator, build_valid_batches, count_valid_batches
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.training.agreement import job_store, preflight_together, require_shared
-from mtp_megatron.training.batches import chunk_iterators
+from mtp_megatron.training.batches import Microbatch, chunk_iterators
 from mtp_megatron.training.build import overlapped_communication
 from mtp_megatron.training.checkpoint_files import latest_complete
 from mtp_megatron.training.checkpointing import count_parameters, latest_checkpoint
@@ -97,14 +97,17 @@ class _Session:
     def run(self) -> Outcome:
         recipe, steps = self.recipe, self.recipe.train.steps
         evaluation = None
-        batch = recipe.train.global_batch_size
-        loader = partial(
-            build_train_iterator, self.train_data, consumed_samples=self.step * batch, workers=recipe.data.workers
-        )
-        iterators = chunk_iterators(recipe, self.plan.manifest.eod, loader)
+        iterators = self._train_iterators()
         with RunLog(self.folder, recipe, start_step=self.step, enabled=dist.get_rank() == 0) as log:
             self._announce(log)
             while self.step < steps:
+                if self._pass_over(log):
+                    iterators = self._train_iterators()
+                    if self.step == steps:
+                        with log.paused():
+                            evaluation = self._evaluate(log) if recipe.train.eval_batches else None
+                            self._save()
+                    continue
                 try:
                     figures = train_step(recipe, self.trainable, iterators, self.num_microbatches, bool(self.stop))
                 except TrainingDiverged as error:
@@ -123,6 +126,26 @@ class _Session:
                     )
                     return Outcome(self.step, False, evaluation)
             return Outcome(self.step, True, evaluation)
+
+    def _train_iterators(self) -> list[Iterator[Microbatch] | None]:
+        """This rank's microbatches from the step on that comes next."""
+        consumed, workers = self.step * self.recipe.train.global_batch_size, self.recipe.data.workers
+        loader = partial(build_train_iterator, self.train_data, consumed_samples=consumed, workers=workers)
+        return chunk_iterators(self.recipe, self.plan.manifest.eod, loader)
+
+    def _pass_over(self, log: RunLog) -> bool:
+        """Where ``train.skip_steps`` has the next step, go to the end of its range; whether it did.
+
+        The schedule and the position in the data go on as if these steps had been trained, so that every later step has
+        the learning rate and the data that it would have had; weights and Adam's moments stay.
+        """
+        skipped = self.recipe.train.skipped_to(self.step) - self.step
+        if not skipped:
+            return False
+        self.trainable.scheduler.step(increment=skipped)
+        self.step += skipped
+        log.passed_over(self.step, skipped)
+        return True
 
     def _announce(self, log: RunLog) -> None:
         parallel, model = self.recipe.parallel, self.recipe.model

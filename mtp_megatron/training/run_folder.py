@@ -19,7 +19,10 @@ FREE_KEYS = frozenset(
         *("heads.execution", "heads.loss_chunk_tokens", "heads.new_heads", "data.path", "data.workers"),
         *("optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather"),
         *(f"train.{key}" for key in ("steps", "micro_batch_size", "eval_interval", "eval_batches", "save_interval")),
-        *(f"train.{key}" for key in ("log_interval", "recompute", "timeout_minutes", "transformer_engine")),
+        *(
+            f"train.{key}"
+            for key in ("log_interval", "recompute", "timeout_minutes", "transformer_engine", "skip_steps")
+        ),
     }
 )
 

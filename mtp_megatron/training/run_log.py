@@ -103,6 +103,16 @@ class RunLog:
                 f"grad norm {figures.grad_norm:.3f}  lr {figures.lr:.2e}  {speed:.0f} tokens/s"
             )
 
+    def passed_over(self, step: int, skipped: int) -> None:
+        """Called instead of :meth:`step` for the ``skipped`` steps up to ``step``: there are no figures of them."""
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.update(skipped)
+        self._last_step += skipped  # no work, so no speed
+        steps = f"step {step}" if skipped == 1 else f"steps {step - skipped + 1} to {step}"
+        self.message(f"train.skip_steps: the data of {steps} is passed over, and nothing is trained in its place")
+
     def evaluation(self, step: int, result: Evaluation) -> None:
         """Figures of the held-out split after ``step``."""
         if not self._enabled:
