@@ -138,6 +138,19 @@ def fit_adam(optimizer: Any, loaded: dict[str, Any]) -> None:
                 group["step"] = int(group["step"] if step is None else step)
 
 
+def set_learning_rates(loaded: dict[str, Any], lr: float, min_lr: float | None) -> None:
+    """Put the run's own bounds into the groups that a checkpoint has of the optimizer, in place.
+
+    The schedule reads them there before it looks at its own, and 0.19 finds the group to load by them: a changed
+    learning rate would not be used, or not be found.
+    """
+    for part in map(_adam, _parts(loaded)):
+        for group in part["param_groups"]:
+            for key, value in (("max_lr", lr), ("min_lr", min_lr)):
+                if key in group:
+                    group[key] = value
+
+
 def chained(optimizer: Any) -> list[Any]:
     """The optimizers that one of megatron-core's is made of; itself, if it is one."""
     found: list[Any] = getattr(optimizer, "chained_optimizers", [optimizer])

@@ -83,6 +83,8 @@ def load_checkpoint(recipe: Recipe, trainer: DeepSpeedTrainer, folder: Path) -> 
         with universal.converted(folder) as converted, universal.loading(trainer.engine):
             state = _load(trainer, converted)
     trainer.scheduler.load_state_dict(state["opt_param_scheduler"])
+    if hasattr(trainer.engine.optimizer, "clip_grad"):  # the checkpoint's, which the engine puts in place of its own
+        trainer.engine.optimizer.clip_grad = recipe.optimizer.clip_grad
     if saved["tensor"] == here["tensor"]:
         restore_generators(state["generators"])
     elif dist.get_rank() == 0 and max(recipe.model.hidden_dropout, recipe.model.attention_dropout) > 0:

@@ -22,6 +22,7 @@ from mtp_megatron.compat.checkpoints import (
     keep_empty_masters_local,
     load_strategies,
     padded_optimizer_state,
+    set_learning_rates,
     take_unsaved_states,
 )
 from mtp_megatron.data.manifest import Manifest
@@ -107,6 +108,7 @@ def load_checkpoint(recipe: Recipe, trainable: Trainable, folder: Path) -> int:
     loaded = read_state(state, folder)
     put_models(trainable.models, loaded)
     fit_adam(trainable.optimizer, loaded["optimizer"])
+    set_learning_rates(loaded["optimizer"], recipe.optimizer.lr, recipe.optimizer.min_lr)
     trainable.optimizer.load_state_dict(loaded["optimizer"])
     if recipe.train.fp8_param:
         cast_parameters_again(trainable)

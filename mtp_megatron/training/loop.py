@@ -157,6 +157,8 @@ class _Session:
             f"vocabulary {model.vocab_size}; TP {parallel.tensor} x PP {parallel.pipeline} x DP {copies}{shared} on "
             f"{compat.device().type}, {self.recipe.train.precision}; {self.origin}; run folder {self.folder.path}"
         )
+        if self.plan.changes:
+            log.message(f"run.accept_changes: {'; '.join(self.plan.changes)}")
         for slower in (compat.slower_without_apex(), compat.slower_without_triton()):
             if slower is not None:
                 log.message(slower)

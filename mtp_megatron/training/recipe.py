@@ -229,6 +229,11 @@ class RunSection(Section):
         default="auto",
         description="auto: continue from the latest checkpoint, if any; never: refuse one; must: need one",
     )
+    accept_changes: bool = Field(
+        default=False,
+        description="resume although optimizer.lr, min_lr, warmup_steps, decay_steps, weight_decay, clip_grad, "
+        "heads.loss_weights, loss_decay or curriculum_steps are not as they were; that is then recorded",
+    )
     load: str | None = Field(
         default=None,
         description="run or checkpoint folder that gives the initial weights of a new run, and nothing else",
