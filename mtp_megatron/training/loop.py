@@ -18,8 +18,8 @@ from mtp_megatron.errors import ConfigError
 from mtp_megatron.training.agreement import job_store, preflight_together, require_shared
 from mtp_megatron.training.batches import Microbatch, chunk_iterators
 from mtp_megatron.training.build import overlapped_communication
-from mtp_megatron.training.checkpoint_files import latest_complete
 from mtp_megatron.training.checkpointing import count_parameters, latest_checkpoint
+from mtp_megatron.training.divergence import DivergenceFile, way_back
 from mtp_megatron.training.evaluation import Evaluation, evaluate
 from mtp_megatron.training.host import host_of
 from mtp_megatron.training.preflight import Plan
@@ -85,6 +85,7 @@ class _Session:
             self.origin = f"initial weights from {initial}"
         if dist.get_rank() == 0:
             self.folder.write_recipe(self.recipe)
+        self.divergence = DivergenceFile(self.folder, self.recipe, latest, enabled=dist.get_rank() == 0)
         batch, train = self.recipe.train.global_batch_size, self.recipe.train
         self.train_data, self.valid_data = build_datasets(
             plan.manifest,
@@ -111,10 +112,12 @@ class _Session:
                 try:
                     figures = train_step(recipe, self.trainable, iterators, self.num_microbatches, bool(self.stop))
                 except TrainingDiverged as error:
-                    raise TrainingDiverged(f"{error}. {self._way_back()}") from error
+                    self.divergence.write(self.step + 1, error.figures, str(error))
+                    raise TrainingDiverged(f"{error}. {way_back(self.folder, self.step + 1)}", error.figures) from error
                 self.step += 1
                 last = self.step == steps
                 log.step(self.step, figures)
+                self.divergence.passed(self.step)
                 with log.paused():
                     if recipe.train.eval_batches and (last or _due(self.step, recipe.train.eval_interval)):
                         evaluation = self._evaluate(log)
@@ -145,6 +148,7 @@ class _Session:
         self.trainable.scheduler.step(increment=skipped)
         self.step += skipped
         log.passed_over(self.step, skipped)
+        self.divergence.passed(self.step)
         return True
 
     def _announce(self, log: RunLog) -> None:
@@ -180,17 +184,6 @@ class _Session:
 
     def _save(self) -> None:
         self.host.save(self.recipe, self.plan.manifest, self.trainable, self.folder.checkpoints, self.step)
-
-    def _way_back(self) -> str:
-        good = latest_complete(self.folder.checkpoints, warn=False)
-        if good is None:
-            return (
-                "No checkpoint was saved yet: start again with a lower optimizer.lr or a longer optimizer.warmup_steps."
-            )
-        return (
-            f"The last good checkpoint is {good}. Start another run from it (run.load={good} and a new run.path) with "
-            "a lower optimizer.lr, or look at the data of this step."
-        )
 
 
 def _due(step: int, interval: int) -> bool:

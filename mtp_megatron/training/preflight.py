@@ -10,6 +10,7 @@ from mtp_megatron.data.manifest import Manifest, load_manifest
 from mtp_megatron.errors import CheckpointError, ConfigError
 from mtp_megatron.training.architecture import check_architecture
 from mtp_megatron.training.checkpoint_files import find_checkpoint, latest_complete, read_mtp_config
+from mtp_megatron.training.divergence import refuse_repetition
 from mtp_megatron.training.low_precision import check_machine
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.run_folder import RunFolder, check_run_folder
@@ -52,6 +53,7 @@ def preflight(recipe: Recipe, world_size: int) -> Plan:
     folder = check_run_folder(recipe)
     changes = tuple(folder.changes(recipe).values())
     resumed = latest_complete(folder.checkpoints, warn=False)
+    refuse_repetition(folder, recipe, resumed)
     if resumed is not None:
         check_architecture(resumed, recipe)
         _check_same_host(resumed, recipe)

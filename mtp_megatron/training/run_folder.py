@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def diverged(self) -> Path:
+        return self.path / "diverged.json"
 
     @property
     def tensorboard(self) -> Path:
@@ -140,3 +145,14 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
         if section not in FREE_KEYS:
             kept[section] = {key: value for key, value in values.items() if f"{section}.{key}" not in FREE_KEYS}
     return kept
+
+
+def without_nan(value: Any) -> Any:
+    """NaN and infinity have no place in JSON: null instead."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    return value

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from mtp_megatron.training.checkpoint_files import write_atomically
 from mtp_megatron.training.evaluation import Evaluation
 from mtp_megatron.training.recipe import Recipe
-from mtp_megatron.training.run_folder import RunFolder
+from mtp_megatron.training.run_folder import RunFolder, without_nan
 from mtp_megatron.training.step import StepFigures
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ class RunLog:
     def __init__(self, folder: RunFolder, recipe: Recipe, *, start_step: int, enabled: bool) -> None:
         """Open the files for a run that continues after ``start_step``, dropping later entries."""
         self._recipe, self._enabled = recipe, enabled
+        self._unwritten: list[tuple[int, StepFigures]] = []  # since the last line
         self._tokens_per_step = recipe.train.global_batch_size * recipe.train_seq_length
         self._bar: tqdm[Any] | None = None
         self._tensorboard: Any = None
@@ -55,6 +56,10 @@ class RunLog:
     ) -> None:
         if not self._enabled:
             return
+        if kind is not None:  # what led there
+            with contextlib.suppress(OSError):  # a full disk may be what ends the run
+                for step, figures in self._unwritten:
+                    self._train(step, figures, None)
         self._metrics.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -67,16 +72,31 @@ class RunLog:
             tqdm.write(text, file=sys.stderr)
 
     def step(self, step: int, figures: StepFigures) -> None:
-        """Called after every step; writes at every ``train.log_interval`` and at the last one."""
+        """Called after every step; writes at every ``train.log_interval`` and at the last one. Steps in between are
+        written if the run ends with an error."""
         if not self._enabled:
             return
         if self._bar is not None:
             self._bar.update()
+        self._unwritten.append((step, figures))
         if step % self._recipe.train.log_interval and step != self._recipe.train.steps and not figures.stop:
             return
         now = time.perf_counter()
         speed = (step - self._last_step) * self._tokens_per_step / max(now - self._last_time - self._paused, 1e-9)
         self._last_time, self._last_step, self._paused = now, step, 0.0
+        self._unwritten.clear()
+        self._train(step, figures, speed)
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{figures.loss:.3f}", head1=f"{figures.head_loss[0]:.3f}", tok_s=f"{speed:.0f}")
+        else:
+            heads = " ".join(f"{value:.3f}" for value in figures.head_loss)
+            self.message(
+                f"step {step}/{self._recipe.train.steps}  loss {figures.loss:.4f}  heads {heads}  "
+                f"grad norm {figures.grad_norm:.3f}  lr {figures.lr:.2e}  {speed:.0f} tokens/s"
+            )
+
+    def _train(self, step: int, figures: StepFigures, speed: float | None) -> None:
+        """The line and the points of a training step."""
         balance = {} if self._recipe.model.num_experts is None else {"load_balancing_loss": figures.load_balancing_loss}
         self._line(
             kind="train",
@@ -86,22 +106,14 @@ class RunLog:
             head_accuracy=figures.head_accuracy,
             grad_norm=figures.grad_norm,
             lr=figures.lr,
-            tokens_per_second=round(speed, 1),
+            tokens_per_second=None if speed is None else round(speed, 1),
             tokens=step * self._tokens_per_step,
             **balance,
         )
         scalars = {"train/loss": figures.loss, "train/grad_norm": figures.grad_norm, "train/lr": figures.lr}
         scalars |= {f"train/{name}": value for name, value in balance.items()}
-        self._scalars(step, scalars | {"train/tokens_per_second": speed})
+        self._scalars(step, scalars | ({} if speed is None else {"train/tokens_per_second": speed}))
         self._per_head(step, "train", figures.head_loss, figures.head_accuracy)
-        if self._bar is not None:
-            self._bar.set_postfix(loss=f"{figures.loss:.3f}", head1=f"{figures.head_loss[0]:.3f}", tok_s=f"{speed:.0f}")
-        else:
-            heads = " ".join(f"{value:.3f}" for value in figures.head_loss)
-            self.message(
-                f"step {step}/{self._recipe.train.steps}  loss {figures.loss:.4f}  heads {heads}  "
-                f"grad norm {figures.grad_norm:.3f}  lr {figures.lr:.2e}  {speed:.0f} tokens/s"
-            )
 
     def passed_over(self, step: int, skipped: int) -> None:
         """Called instead of :meth:`step` for the ``skipped`` steps up to ``step``: there are no figures of them."""
@@ -143,7 +155,7 @@ class RunLog:
             self._paused += time.perf_counter() - start
 
     def _line(self, **record: Any) -> None:
-        json.dump(_without_nan(record), self._metrics)
+        json.dump(without_nan(record), self._metrics)
         self._metrics.write("\n")
         self._metrics.flush()
 
@@ -180,14 +192,3 @@ def drop_later_lines(path: Path, step: int) -> None:
     kept = [record for record in read_metrics(path) if record["step"] <= step]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
-
-
-def _without_nan(value: Any) -> Any:
-    """NaN has no place in JSON: null instead."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return value

@@ -233,6 +233,21 @@ def test_the_log_writes_lines_points_and_text(tmp_path: Path, capsys: pytest.Cap
     assert "tokens per forward 1.75" in said
 
 
+def test_an_error_does_not_lose_the_steps_since_the_last_line(tmp_path: Path) -> None:
+    recipe = parse_recipe(tiny_tree(tmp_path, tmp_path / "run", heads__n=2, train__log_interval=3))
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(KeyError), RunLog(folder, recipe, start_step=0, enabled=True) as log:  # noqa: PT012
+        for step in range(1, 6):
+            log.step(step, figures(step + 0.5))
+        raise KeyError
+    records = read_metrics(folder.metrics)
+    assert [(record["step"], record["loss"]) for record in records] == [(3, 3.5), (4, 4.5), (5, 5.5)]
+    assert [record["tokens_per_second"] is None for record in records] == [False, True, True]
+    with RunLog(folder, recipe, start_step=3, enabled=True) as log:
+        log.step(4, figures(1.0))
+    assert [record["step"] for record in read_metrics(folder.metrics)] == [3], "no error, and no line was due"
+
+
 def test_nan_is_null_in_metrics(tmp_path: Path) -> None:
     """A head that a curriculum leaves out has no loss, and NaN is no JSON."""
     recipe = parse_recipe(tiny_tree(tmp_path, tmp_path / "run", train__log_interval=1))
