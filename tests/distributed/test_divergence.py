@@ -67,6 +67,15 @@ def test_figures_of_the_step_and_of_those_before_it_are_kept(diverged: tuple[Pat
         assert way in said
 
 
+def test_what_is_left_is_removed_when_the_step_has_been_trained(diverged: tuple[Path, dict[str, Any], str]) -> None:
+    run, tree, _ = diverged
+    five = {**tree, "train": {**tree["train"], "steps": 5}, "optimizer": {**tree["optimizer"], "decay_steps": 8}}
+    assert run_world(train_body, 2, five) == [5, 5]
+    assert record(run)["step"] == 6
+    assert run_world(train_body, 2, tree) == [8, 8]
+    assert not (run / "diverged.json").exists()
+
+
 def test_a_restart_to_the_same_numbers_is_refused_on_every_rank(diverged: tuple[Path, dict[str, Any], str]) -> None:
     run, tree, _ = diverged
     (said, _) = run_world(diverges, 2, tree, env=RESTART)
@@ -77,8 +86,8 @@ def test_a_restart_to_the_same_numbers_is_refused_on_every_rank(diverged: tuple[
         assert re.search(r"from .*iter_0000004 with the same recipe, diverged at step 6 .*skip_steps", said)
     (said, _) = run_world(diverges, 2, tree)
     assert said.startswith("TrainingDiverged"), "a job started by hand is not refused"
-    assert run_world(train_body, 2, {**tree, "train": {**tree["train"], "skip_steps": [[6, 6]]}}, env=RESTART) == [8, 8]
-    assert not (run / "diverged.json").exists()
+    assert run_world(train_body, 2, {**tree, "train": {**tree["train"], "skip_steps": [[6, 8]]}}, env=RESTART) == [8, 8]
+    assert not (run / "diverged.json").exists(), "the step is passed over"
 
 
 def test_the_ways_back_lead_on(diverged: tuple[Path, dict[str, Any], str]) -> None:
