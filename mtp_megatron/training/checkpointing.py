@@ -62,7 +62,7 @@ def save_checkpoint(recipe: Recipe, manifest: Manifest, trainable: Trainable, ch
         state = model_state(trainable.models)
         state["optimizer"] = _optimizer_state(trainable, state)
     if not recipe.optimizer.distributed:
-        add_step(state["optimizer"], step)
+        add_step(state["optimizer"])
     state |= {
         "opt_param_scheduler": trainable.scheduler.state_dict(),
         "rng_state": sharded_rng_state(),

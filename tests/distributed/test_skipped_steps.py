@@ -123,3 +123,15 @@ def test_under_deepspeed_too(data: Path, tmp_path: Path) -> None:
     resumed = interrupted_copy(run, tmp_path / "resumed", 2)
     run_world(train_body, 2, deepspeed_tree(data, resumed, zero(1), **settings), timeout=TIMEOUT)
     assert metrics(resumed) == metrics(run)
+
+
+def test_adams_step_is_not_the_runs_where_rank_0_trains_nothing(data: Path, tmp_path: Path) -> None:
+    """It writes the step for all, and Adam has taken fewer than the run."""
+    run, seedling = tmp_path / "run", tmp_path / "seedling"
+    run_world(train_body, 1, tiny_tree(data, seedling, train__steps=1, **FLAT))
+    settings = {**SETTINGS, "parallel__pipeline": 2, "heads__trainable": "heads", "run__load": str(seedling)}
+    settings |= {"train__skip_steps": [[2, 3]], "train__save_interval": 4}
+    run_world(train_body, 2, tiny_tree(data, run, **settings))
+    resumed = interrupted_copy(run, tmp_path / "resumed", 4)
+    run_world(train_body, 2, tiny_tree(data, resumed, **settings))
+    assert metrics(resumed) == metrics(run)

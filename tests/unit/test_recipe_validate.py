@@ -108,6 +108,7 @@ def test_good_recipes_pass_resolved() -> None:
             {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2, "train__global_batch_size": 3},
         ),
         ("optimizer.warmup_steps", "step 8", 1, {"optimizer__warmup_steps": 8}),
+        ("train.skip_steps", "train.steps=8 is left", 1, {"train__skip_steps": [[1, 5], [6, 20]]}),
         ("optimizer.min_lr", "0.001", 1, {"optimizer__min_lr": 1.0}),
         ("optimizer.overlap_param_gather", "optimizer.distributed", 1, {"optimizer__overlap_param_gather": True}),
         (
