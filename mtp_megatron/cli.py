@@ -27,6 +27,9 @@ SUBCOMMANDS: dict[str, Subcommand] = {
         "mtp_megatron.data.cli", "turn files and folders into a tokenizer and an indexed training set"
     ),
     "train": Subcommand("mtp_megatron.training.cli", "train a recipe, or resume it where it stopped"),
+    "rollback": Subcommand(
+        "mtp_megatron.training.rollback", "let a run go on from an older checkpoint, with its optimizer's state"
+    ),
     "convert": Subcommand(
         "mtp_megatron.checkpoint.cli",
         "convert a model between Megatron, DeepSpeed, Hugging Face and Meta's layout, or bundle it for serving",

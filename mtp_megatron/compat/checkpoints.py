@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_torch_dist
 
+from mtp_megatron.compat.devices import device
 from mtp_megatron.compat.patching import Replacement, replace
 
 
@@ -78,14 +80,16 @@ def take_unsaved_states(state: dict[str, Any], folder: Path) -> list[tuple[str, 
     return unsaved
 
 
-def add_step(optimizer_state: dict[str, Any], step: int) -> None:
+def add_step(optimizer_state: dict[str, Any]) -> None:
     """Record Adam's step for a checkpoint, in place: rank 0 writes it for all, and may be a stage that trains nothing.
+    Collective.
 
     Torch's Adam has told it already where the stage trains; Transformer Engine's and Apex's keep it in their groups,
-    and leave it as it was in empty ones.
+    and leave it as it was in empty ones. It is not the run's: in ``train.skip_steps`` Adam takes none.
     """
     from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 
+    taken = []  # by each part, 0 where nothing is trained
     for part in _parts(optimizer_state):
         steps = []
         for group in _adam(part)["param_groups"]:
@@ -94,7 +98,11 @@ def add_step(optimizer_state: dict[str, Any], step: int) -> None:
                 trained = trained.unwrap()
             if trained and "step" in group:
                 steps.append(group["step"])
-        _adam(part)["state"].setdefault("common_step", torch.tensor(float(steps[0] if steps else step)))
+        taken.append(float(_adam(part)["state"].get("common_step", steps[0] if steps else 0)))
+    most = torch.tensor(max(taken, default=0.0), dtype=torch.float64, device=device())
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    for part, own in zip(_parts(optimizer_state), taken, strict=True):
+        _adam(part)["state"].setdefault("common_step", torch.tensor(own or float(most)))
 
 
 def keep_empty_masters_local(optimizer_state: dict[str, Any]) -> None:
@@ -136,6 +144,19 @@ def fit_adam(optimizer: Any, loaded: dict[str, Any]) -> None:
         for group in groups:
             if step is not None or "step" in group:
                 group["step"] = int(group["step"] if step is None else step)
+
+
+def set_learning_rates(loaded: dict[str, Any], lr: float, min_lr: float | None) -> None:
+    """Put the run's own bounds into the groups that a checkpoint has of the optimizer, in place.
+
+    The schedule reads them there before it looks at its own, and 0.19 finds the group to load by them: a changed
+    learning rate would not be used, or not be found.
+    """
+    for part in map(_adam, _parts(loaded)):
+        for group in part["param_groups"]:
+            for key, value in (("max_lr", lr), ("min_lr", min_lr)):
+                if key in group:
+                    group[key] = value
 
 
 def chained(optimizer: Any) -> list[Any]:

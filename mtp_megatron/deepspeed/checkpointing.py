@@ -26,7 +26,6 @@ from mtp_megatron.training import checkpoint_files as files
 from mtp_megatron.training.architecture import check_architecture, model_description
 from mtp_megatron.training.recipe import Recipe
 
-LATEST = "latest"  # where DeepSpeed's own tools look for the newest tag
 logger = logging.getLogger(__name__)
 
 
@@ -58,7 +57,7 @@ def save_checkpoint(
         if manifest.tokenizer.kind == "sentencepiece":
             shutil.copyfile(manifest.path / MODEL_FILE, temporary / MODEL_FILE)
         final = files.publish(checkpoints, step)
-        files.write_atomically(checkpoints / LATEST, final.name)
+        files.write_atomically(checkpoints / files.DEEPSPEED_LATEST, final.name)
         files.prune(checkpoints, recipe.run.keep_last, step)
     dist.barrier()  # nobody goes on, and perhaps fails, before the checkpoint is the latest
     return files.iteration_folder(checkpoints, step)
@@ -84,6 +83,8 @@ def load_checkpoint(recipe: Recipe, trainer: DeepSpeedTrainer, folder: Path) -> 
         with universal.converted(folder) as converted, universal.loading(trainer.engine):
             state = _load(trainer, converted)
     trainer.scheduler.load_state_dict(state["opt_param_scheduler"])
+    if hasattr(trainer.engine.optimizer, "clip_grad"):  # the checkpoint's, which the engine puts in place of its own
+        trainer.engine.optimizer.clip_grad = recipe.optimizer.clip_grad
     if saved["tensor"] == here["tensor"]:
         restore_generators(state["generators"])
     elif dist.get_rank() == 0 and max(recipe.model.hidden_dropout, recipe.model.attention_dropout) > 0:

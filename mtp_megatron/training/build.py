@@ -309,7 +309,10 @@ def _wrap(recipe: Recipe, config: TransformerConfig, models: Sequence[MTPGPTMode
 
 
 def build_scheduler(settings: OptimizerSection, optimizer: Any) -> OptimizerParamScheduler:
-    """megatron-core's schedule of learning rate and weight decay over ``optimizer.param_groups``."""
+    """megatron-core's schedule of learning rate and weight decay over ``optimizer.param_groups``.
+
+    Of a checkpoint it takes its place alone: the rest is the recipe's, which ``run.accept_changes`` may have changed.
+    """
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     return OptimizerParamScheduler(
@@ -324,4 +327,6 @@ def build_scheduler(settings: OptimizerSection, optimizer: Any) -> OptimizerPara
         end_wd=settings.weight_decay,
         wd_incr_steps=settings.decay_steps,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

@@ -24,6 +24,7 @@ from typing import Any
 from mtp_megatron.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
+DEEPSPEED_LATEST = "latest"  # where DeepSpeed's own tools look for the newest checkpoint
 CONFIG = "mtp_config.json"
 SIZES = "files.json"
 TEMPORARY_SUFFIX = ".tmp"
@@ -141,6 +142,8 @@ def latest_complete(checkpoints: Path, *, warn: bool = True) -> Path | None:
         if problem is None:
             for line in problems if warn else []:
                 logger.warning("checkpoint %s is passed over; continuing from %s", line, folder.name)
+            if warn:
+                _warn_of_older_tracker(checkpoints, folder)
             return folder
         problems.append(f"{folder}: {problem}")
     if problems:
@@ -148,6 +151,26 @@ def latest_complete(checkpoints: Path, *, warn: bool = True) -> Path | None:
             f"no usable checkpoint: {'; '.join(problems)}. Restore one, or delete {checkpoints} to start from step 0."
         )
     return None
+
+
+def _warn_of_older_tracker(checkpoints: Path, used: Path) -> None:
+    """Say that the tracker does not choose the checkpoint, to whoever edited it as one does in Megatron-LM.
+
+    A crash between a checkpoint's last rename and the tracker's leaves the same two files, so this is no error.
+    """
+    try:
+        named = int((checkpoints / TRACKER).read_text())
+    except (OSError, ValueError):
+        return
+    folder = list_iterations(checkpoints).get(named)
+    if folder is None or named >= step_of(used) or problem_of(folder) is not None:
+        return
+    run = checkpoints.parent if checkpoints.name == "checkpoints" else checkpoints
+    logger.warning(
+        "%s names step %d, but the newest complete checkpoint is %s and is used; to go back: "
+        "mtp-megatron rollback %s %d",
+        *(checkpoints / TRACKER, named, used.name, run, named),
+    )
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -22,6 +22,7 @@ from mtp_megatron.compat.checkpoints import (
     keep_empty_masters_local,
     load_strategies,
     padded_optimizer_state,
+    set_learning_rates,
     take_unsaved_states,
 )
 from mtp_megatron.data.manifest import Manifest
@@ -61,7 +62,7 @@ def save_checkpoint(recipe: Recipe, manifest: Manifest, trainable: Trainable, ch
         state = model_state(trainable.models)
         state["optimizer"] = _optimizer_state(trainable, state)
     if not recipe.optimizer.distributed:
-        add_step(state["optimizer"], step)
+        add_step(state["optimizer"])
     state |= {
         "opt_param_scheduler": trainable.scheduler.state_dict(),
         "rng_state": sharded_rng_state(),
@@ -107,6 +108,7 @@ def load_checkpoint(recipe: Recipe, trainable: Trainable, folder: Path) -> int:
     loaded = read_state(state, folder)
     put_models(trainable.models, loaded)
     fit_adam(trainable.optimizer, loaded["optimizer"])
+    set_learning_rates(loaded["optimizer"], recipe.optimizer.lr, recipe.optimizer.min_lr)
     trainable.optimizer.load_state_dict(loaded["optimizer"])
     if recipe.train.fp8_param:
         cast_parameters_again(trainable)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import logging
-import os
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from io import FileIO
 
 import torch.distributed as dist
 
@@ -22,23 +17,19 @@ from mtp_megatron.data.loader import build_train_iterator, build_valid_batches, 
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.signals import StopRequest, stop_on_signal
 from mtp_megatron.training.agreement import job_store, preflight_together, require_shared
-from mtp_megatron.training.batches import chunk_iterators
+from mtp_megatron.training.batches import Microbatch, chunk_iterators
 from mtp_megatron.training.build import overlapped_communication
-from mtp_megatron.training.checkpoint_files import latest_complete
 from mtp_megatron.training.checkpointing import count_parameters, latest_checkpoint
+from mtp_megatron.training.divergence import DivergenceFile, way_back
 from mtp_megatron.training.evaluation import Evaluation, evaluate
 from mtp_megatron.training.host import host_of
 from mtp_megatron.training.preflight import Plan
 from mtp_megatron.training.recipe import Recipe
-from mtp_megatron.training.run_folder import RunFolder
+from mtp_megatron.training.run_lock import take_lock
 from mtp_megatron.training.run_log import RunLog
 from mtp_megatron.training.step import Trainer, TrainingDiverged, train_step
 from mtp_megatron.training.validate import data_parallel_size, num_microbatches
 from mtp_megatron.training.world import launched_world_size, model_parallel_world
-
-# What flock says on a file system without locks, as Lustre mounted without its option `flock`.
-_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,26 +96,31 @@ class _Session:
             self.origin = f"initial weights from {initial}"
         if dist.get_rank() == 0:
             self.folder.write_recipe(self.recipe)
+        self.divergence = DivergenceFile(self.folder, self.recipe, latest, enabled=dist.get_rank() == 0)
 
     def run(self) -> Outcome:
         recipe, steps = self.recipe, self.recipe.train.steps
         evaluation = None
-        batch = recipe.train.global_batch_size
-        loader = partial(
-            build_train_iterator, self.train_data, consumed_samples=self.step * batch, workers=recipe.data.workers
-        )
-        # The samples end at train.steps, so that beyond it there is no place to start at.
-        iterators = chunk_iterators(recipe, self.plan.manifest.eod, loader) if self.step < steps else []
+        iterators = self._train_iterators()
         with RunLog(self.folder, recipe, start_step=self.step, enabled=dist.get_rank() == 0) as log:
             self._announce(log)
             while self.step < steps:
+                if self._pass_over(log):
+                    iterators = self._train_iterators()
+                    if self.step == steps:
+                        with log.paused():
+                            evaluation = self._evaluate(log) if recipe.train.eval_batches else None
+                            self._save(log)
+                    continue
                 try:
                     figures = train_step(recipe, self.trainable, iterators, self.num_microbatches, bool(self.stop))
                 except TrainingDiverged as error:
-                    raise TrainingDiverged(f"{error}. {self._way_back()}") from error
+                    self.divergence.write(self.step + 1, error.figures, str(error))
+                    raise TrainingDiverged(f"{error}. {way_back(self.folder, self.step + 1)}", error.figures) from error
                 self.step += 1
                 last = self.step == steps
                 log.step(self.step, figures)
+                self.divergence.passed(self.step)
                 with log.paused():
                     # Who asks to stop gives little time: only the save must fit into it.
                     evaluates = last or (_due(self.step, recipe.train.eval_interval) and not figures.stop)
@@ -139,6 +135,29 @@ class _Session:
                     return Outcome(self.step, False, evaluation)
             return Outcome(self.step, True, evaluation)
 
+    def _train_iterators(self) -> list[Iterator[Microbatch] | None]:
+        """This rank's microbatches from the step on that comes next; none where the samples end, at train.steps."""
+        if self.step >= self.recipe.train.steps:
+            return []
+        consumed, workers = self.step * self.recipe.train.global_batch_size, self.recipe.data.workers
+        loader = partial(build_train_iterator, self.train_data, consumed_samples=consumed, workers=workers)
+        return chunk_iterators(self.recipe, self.plan.manifest.eod, loader)
+
+    def _pass_over(self, log: RunLog) -> bool:
+        """Where ``train.skip_steps`` has the next step, go to the end of its range; whether it did.
+
+        The schedule and the position in the data go on as if these steps had been trained, so that every later step has
+        the learning rate and the data that it would have had; weights and Adam's moments stay.
+        """
+        skipped = self.recipe.train.skipped_to(self.step) - self.step
+        if not skipped:
+            return False
+        self.trainable.scheduler.step(increment=skipped)
+        self.step += skipped
+        log.passed_over(self.step, skipped)
+        self.divergence.passed(self.step)
+        return True
+
     def _announce(self, log: RunLog) -> None:
         parallel, model = self.recipe.parallel, self.recipe.model
         copies = data_parallel_size(self.recipe, self.plan.world_size)
@@ -149,6 +168,8 @@ class _Session:
             f"vocabulary {model.vocab_size}; TP {parallel.tensor} x PP {parallel.pipeline} x DP {copies}{shared} on "
             f"{compat.device().type}, {self.recipe.train.precision}; {self.origin}; run folder {self.folder.path}"
         )
+        if self.plan.changes:
+            log.message(f"run.accept_changes: {'; '.join(self.plan.changes)}")
         for slower in (compat.slower_without_apex(), compat.slower_without_triton()):
             if slower is not None:
                 log.message(slower)
@@ -175,17 +196,6 @@ class _Session:
         saved = self.host.save(self.recipe, self.plan.manifest, self.trainable, self.folder.checkpoints, self.step)
         log.message(f"saved {saved.relative_to(self.folder.path)} in {time.perf_counter() - start:.1f} s")
 
-    def _way_back(self) -> str:
-        good = latest_complete(self.folder.checkpoints, warn=False)
-        if good is None:
-            return (
-                "No checkpoint was saved yet: start again with a lower optimizer.lr or a longer optimizer.warmup_steps."
-            )
-        return (
-            f"The last good checkpoint is {good}. Start another run from it (run.load={good} and a new run.path) with "
-            "a lower optimizer.lr, or look at the data of this step."
-        )
-
 
 def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
@@ -198,7 +208,8 @@ def _locked(plan: Plan) -> Iterator[None]:
     The lock is rank 0's and ends with its process, however it dies.
 
     Raises:
-        ConfigError: on rank 0, where the folder cannot be held (:func:`_take`); on every rank, where it is not shared.
+        ConfigError: on rank 0, where the folder cannot be held (:func:`.run_lock.take_lock`); on every rank, where it
+            is not shared.
         JobError: on the other ranks, when rank 0 cannot hold it.
     """
     folder, patience = plan.folder, 60 * plan.recipe.train.timeout_minutes
@@ -208,46 +219,10 @@ def _locked(plan: Plan) -> Iterator[None]:
         return
     token = uuid.uuid4().hex
     try:
-        lock = _take(folder, token)
+        lock = take_lock(folder, token)
     except ConfigError as refusal:
         require_shared(folder.path, folder.lock, patience, complaint=str(refusal))
         raise
     with lock:
         require_shared(folder.path, folder.lock, patience, token=token)
         yield
-
-
-def _take(folder: RunFolder, token: str) -> FileIO:
-    """Lock the run's folder and write ``token`` into the lock's file, which holds until it is closed.
-
-    Raises:
-        ConfigError: another job holds it, or the file system does not let it be made, locked or written.
-    """
-    path = str(folder.path)
-    try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        lock = folder.lock.open("ab", buffering=0)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            logger.warning(
-                "run.path=%r: its file system has no locks (%s), so nobody notices a second job that is started in it. "
-                "Mount it with them (Lustre: -o flock), or take care: two jobs in one folder damage the run.",
-                path,
-                error,
-            )
-        lock.truncate(0)
-        lock.write(token.encode())
-    except BlockingIOError as error:
-        raise ConfigError(
-            "run.path", path, "another job is writing to it", "Wait for it to end, or choose another."
-        ) from error
-    except OSError as error:
-        raise ConfigError(
-            "run.path", path, f"it cannot be written ({error})", "Choose a folder that can be."
-        ) from error
-    # A process that reads data would hold it on when this one is killed, until it has noticed.
-    os.register_at_fork(after_in_child=lock.close)
-    return lock

@@ -11,6 +11,7 @@ from mtp_megatron.data.manifest import Manifest, load_manifest
 from mtp_megatron.errors import CheckpointError, ConfigError
 from mtp_megatron.training.architecture import check_architecture
 from mtp_megatron.training.checkpoint_files import find_checkpoint, latest_complete, read_mtp_config
+from mtp_megatron.training.divergence import refuse_repetition
 from mtp_megatron.training.low_precision import check_machine
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.run_folder import RunFolder, check_run_folder
@@ -27,6 +28,7 @@ class Plan:
         folder: where the run lives.
         initial: checkpoint folder that gives the initial weights of a new run; None: draw them.
         world_size: ranks of the job.
+        changes: what ``run.accept_changes`` has let differ from the run so far, in words.
     """
 
     recipe: Recipe
@@ -34,6 +36,7 @@ class Plan:
     folder: RunFolder
     initial: Path | None
     world_size: int
+    changes: tuple[str, ...] = ()
 
 
 def preflight(recipe: Recipe, world_size: int) -> Plan:
@@ -51,16 +54,18 @@ def preflight(recipe: Recipe, world_size: int) -> Plan:
     recipe = check_recipe(recipe, world_size=world_size, tokenizer_vocab_size=manifest.vocab_size)
     check_machine(recipe)
     folder = check_run_folder(recipe)
+    changes = tuple(folder.changes(recipe).values())
     resumed = latest_complete(folder.checkpoints, warn=False)
+    refuse_repetition(folder, recipe, resumed)
     if resumed is not None:
         check_architecture(resumed, recipe)
         _check_same_host(resumed, recipe)
         _check_same_data(resumed, manifest, recipe)
-        return Plan(recipe, manifest, folder, None, world_size)
+        return Plan(recipe, manifest, folder, None, world_size, changes)
     initial = find_checkpoint(recipe.run.load) if recipe.run.load else None
     if initial is not None:
         check_architecture(initial, recipe, initial=True)
-    return Plan(recipe, manifest, folder, initial, world_size)
+    return Plan(recipe, manifest, folder, initial, world_size, changes)
 
 
 def check_launcher() -> None:

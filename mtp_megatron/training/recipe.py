@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from mtp_megatron.config import HeadsConfig
+from mtp_megatron.errors import ConfigError
 from mtp_megatron.layout import StageLayout, stage_layouts
 
 MIN_LR_FRACTION = 0.03  # cosine to 0.03 of the peak: Gloeckle et al. 2024, appendix on hyperparameters
@@ -166,6 +167,11 @@ class TrainSection(Section):
         default="fp32", description="type of weights and activations; masters are fp32; fp16 under DeepSpeed alone"
     )
     seed: int = Field(default=1234, ge=0, description="seed of initial weights and dropout")
+    skip_steps: list[list[int]] = Field(
+        default=[],
+        description="[first, last] pairs of steps whose data is passed over, as PaLM did at loss spikes: nothing is "
+        "trained in them; may change when a run is resumed",
+    )
     eval_interval: int = Field(default=100, ge=0, description="steps between evaluations; 0: only after the last step")
     eval_batches: int = Field(default=4, ge=0, description="global batches per evaluation; 0: never evaluate")
     save_interval: int = Field(default=100, ge=0, description="steps between checkpoints; 0: only after the last step")
@@ -194,6 +200,29 @@ class TrainSection(Section):
     num_layers_at_end_in_bf16: int = Field(default=1, ge=0, description="how many, with first_last_layers_bf16")
     timeout_minutes: float = Field(default=10.0, gt=0, description="longest wait of a collective, then the job fails")
 
+    @field_validator("skip_steps")
+    @classmethod
+    def _ranges(cls, ranges: list[list[int]]) -> list[list[int]]:
+        over = 0  # last step of the pair before
+        for pair in ranges:
+            if len(pair) != 2 or not over < pair[0] <= pair[1]:
+                raise ConfigError(
+                    "train.skip_steps",
+                    ranges,
+                    f"{pair} is no pair of steps, first <= last, from 1 on and beyond the pair before it",
+                    "Write pairs in ascending order, for example [[500, 520], [800, 800]].",
+                )
+            over = pair[1]
+        return ranges
+
+    def skipped_to(self, step: int) -> int:
+        """The step after which training goes on when ``step`` steps are over: ``step`` itself, unless ``skip_steps``
+        has the next one."""
+        for first, last in self.skip_steps:
+            if first <= step + 1 <= last:
+                step = min(last, self.steps)
+        return step
+
 
 class RunSection(Section):
     """Where the run lives and how it starts."""
@@ -204,6 +233,11 @@ class RunSection(Section):
     resume: Literal["auto", "never", "must"] = Field(
         default="auto",
         description="auto: continue from the latest checkpoint, if any; never: refuse one; must: need one",
+    )
+    accept_changes: bool = Field(
+        default=False,
+        description="resume although optimizer.lr, min_lr, warmup_steps, decay_steps, weight_decay, clip_grad, "
+        "heads.loss_weights, loss_decay or curriculum_steps are not as they were; that is then recorded",
     )
     load: str | None = Field(
         default=None,

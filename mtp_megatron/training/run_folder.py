@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,17 @@ FREE_KEYS = frozenset(
         *("data.path", "data.cache", "data.workers"),
         *("optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather"),
         *(f"train.{key}" for key in ("steps", "micro_batch_size", "eval_interval", "eval_batches", "save_interval")),
-        *(f"train.{key}" for key in ("log_interval", "recompute", "timeout_minutes", "transformer_engine")),
+        *(
+            f"train.{key}"
+            for key in ("log_interval", "recompute", "timeout_minutes", "transformer_engine", "skip_steps")
+        ),
+    }
+)
+# What may change besides where run.accept_changes says so: what a run is steered with. Losses before and after differ.
+STEERED_KEYS = frozenset(
+    {
+        *(f"optimizer.{key}" for key in ("lr", "min_lr", "warmup_steps", "decay_steps", "weight_decay", "clip_grad")),
+        *(f"heads.{key}" for key in ("loss_weights", "loss_decay", "curriculum_steps")),
     }
 )
 
@@ -40,6 +51,10 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def diverged(self) -> Path:
+        return self.path / "diverged.json"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
@@ -52,9 +67,18 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def write_recipe(self, recipe: Recipe) -> None:
-        """Record the resolved recipe of the run."""
+        """Record the resolved recipe of the run, with changes that were accepted: that was for one resumption."""
+        run = recipe.run.model_copy(update={"accept_changes": False})
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.recipe, dump_recipe(recipe))
+        write_atomically(self.recipe, dump_recipe(recipe.model_copy(update={"run": run})))
+
+    def changes(self, recipe: Recipe) -> dict[str, str]:
+        """What ``recipe``, resolved, has otherwise than the run so far, :data:`FREE_KEYS` apart: dotted key -> a text
+        with both values."""
+        if not self.recipe.is_file():
+            return {}
+        texts = differences(_identity(load_recipe(self.recipe)), _identity(recipe))
+        return {text.partition(" ")[0]: text for text in texts}
 
 
 def check_run_folder(recipe: Recipe) -> RunFolder:
@@ -85,18 +109,10 @@ def check_run_folder(recipe: Recipe) -> RunFolder:
                 "run.resume", "must", f"run.path={recipe.run.path} holds no run", "Set run.path to a run."
             )
         return folder
-    there = load_recipe(folder.recipe)
-    changes = list(differences(_identity(there), _identity(recipe)))
-    if changes:
-        restore = "restore these values"
-        if there.optimizer.decay_steps != recipe.optimizer.decay_steps:  # null is train.steps, which may change
-            restore += f": set optimizer.decay_steps={there.optimizer.decay_steps} to train longer on its schedule"
-        raise ConfigError(
-            "run.path",
-            recipe.run.path,
-            f"it holds another run ({'; '.join(changes)})",
-            f"Choose another run.path (with run.load to start from that run's weights), or {restore}.",
-        )
+    changes = folder.changes(recipe)
+    accepted = STEERED_KEYS if recipe.run.accept_changes else frozenset()
+    if changes.keys() - accepted:
+        raise _another_run(recipe, changes, load_recipe(folder.recipe).optimizer.decay_steps)
     saved = list_iterations(folder.checkpoints)
     if recipe.run.resume == "never" and saved:
         raise ConfigError(
@@ -110,6 +126,18 @@ def check_run_folder(recipe: Recipe) -> RunFolder:
     return folder
 
 
+def _another_run(recipe: Recipe, changes: dict[str, str], decay_steps: int | None) -> ConfigError:
+    restore = "restore these values"
+    if "optimizer.decay_steps" in changes:  # null is train.steps, which may change
+        restore += f": set optimizer.decay_steps={decay_steps} to train longer on its schedule"
+    remedy = f"Choose another run.path (with run.load to start from that run's weights), or {restore}."
+    if changes.keys() <= STEERED_KEYS:
+        remedy += " Or set run.accept_changes=true to go on with the new ones."
+    elif recipe.run.accept_changes:
+        remedy += f" run.accept_changes is for {', '.join(sorted(STEERED_KEYS))}."
+    return ConfigError("run.path", recipe.run.path, f"it holds another run ({'; '.join(changes.values())})", remedy)
+
+
 def _identity(recipe: Recipe) -> dict[str, Any]:
     """What makes a run this run: the recipe without :data:`FREE_KEYS`."""
     tree = recipe.model_dump(mode="json")
@@ -118,3 +146,14 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
         if section not in FREE_KEYS:
             kept[section] = {key: value for key, value in values.items() if f"{section}.{key}" not in FREE_KEYS}
     return kept
+
+
+def without_nan(value: Any) -> Any:
+    """NaN and infinity have no place in JSON: null instead."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    return value

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
+import logging
 import os
 import sys
 import time
@@ -15,10 +16,13 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from mtp_megatron.training.checkpoint_files import write_atomically
 from mtp_megatron.training.evaluation import Evaluation
 from mtp_megatron.training.recipe import Recipe
-from mtp_megatron.training.run_folder import RunFolder
+from mtp_megatron.training.run_folder import RunFolder, without_nan
 from mtp_megatron.training.step import StepFigures
+
+logger = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -27,6 +31,7 @@ class RunLog:
     def __init__(self, folder: RunFolder, recipe: Recipe, *, start_step: int, enabled: bool) -> None:
         """Open the files for a run that continues after ``start_step``, dropping later entries."""
         self._recipe, self._enabled = recipe, enabled
+        self._unwritten: list[tuple[int, StepFigures]] = []  # since the last line
         self._tokens_per_step = recipe.train.global_batch_size * recipe.train_seq_length
         self._bar: tqdm[Any] | None = None
         self._tensorboard: Any = None
@@ -51,6 +56,10 @@ class RunLog:
     ) -> None:
         if not self._enabled:
             return
+        if kind is not None:  # what led there
+            with contextlib.suppress(OSError):  # a full disk may be what ends the run
+                for step, figures in self._unwritten:
+                    self._train(step, figures, None)
         self._metrics.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -63,16 +72,31 @@ class RunLog:
             tqdm.write(text, file=sys.stderr)
 
     def step(self, step: int, figures: StepFigures) -> None:
-        """Called after every step; writes at every ``train.log_interval`` and at the last one."""
+        """Called after every step; writes at every ``train.log_interval`` and at the last one. Steps in between are
+        written if the run ends with an error."""
         if not self._enabled:
             return
         if self._bar is not None:
             self._bar.update()
+        self._unwritten.append((step, figures))
         if step % self._recipe.train.log_interval and step != self._recipe.train.steps and not figures.stop:
             return
         now = time.perf_counter()
         speed = (step - self._last_step) * self._tokens_per_step / max(now - self._last_time - self._paused, 1e-9)
         self._last_time, self._last_step, self._paused = now, step, 0.0
+        self._unwritten.clear()
+        self._train(step, figures, speed)
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{figures.loss:.3f}", head1=f"{figures.head_loss[0]:.3f}", tok_s=f"{speed:.0f}")
+        else:
+            heads = " ".join(f"{value:.3f}" for value in figures.head_loss)
+            self.message(
+                f"step {step}/{self._recipe.train.steps}  loss {figures.loss:.4f}  heads {heads}  "
+                f"grad norm {figures.grad_norm:.3f}  lr {figures.lr:.2e}  {speed:.0f} tokens/s"
+            )
+
+    def _train(self, step: int, figures: StepFigures, speed: float | None) -> None:
+        """The line and the points of a training step."""
         balance = {} if self._recipe.model.num_experts is None else {"load_balancing_loss": figures.load_balancing_loss}
         self._line(
             kind="train",
@@ -82,22 +106,24 @@ class RunLog:
             head_accuracy=figures.head_accuracy,
             grad_norm=figures.grad_norm,
             lr=figures.lr,
-            tokens_per_second=round(speed, 1),
+            tokens_per_second=None if speed is None else round(speed, 1),
             tokens=step * self._tokens_per_step,
             **balance,
         )
         scalars = {"train/loss": figures.loss, "train/grad_norm": figures.grad_norm, "train/lr": figures.lr}
         scalars |= {f"train/{name}": value for name, value in balance.items()}
-        self._scalars(step, scalars | {"train/tokens_per_second": speed})
+        self._scalars(step, scalars | ({} if speed is None else {"train/tokens_per_second": speed}))
         self._per_head(step, "train", figures.head_loss, figures.head_accuracy)
+
+    def passed_over(self, step: int, skipped: int) -> None:
+        """Called instead of :meth:`step` for the ``skipped`` steps up to ``step``: there are no figures of them."""
+        if not self._enabled:
+            return
         if self._bar is not None:
-            self._bar.set_postfix(loss=f"{figures.loss:.3f}", head1=f"{figures.head_loss[0]:.3f}", tok_s=f"{speed:.0f}")
-        else:
-            heads = " ".join(f"{value:.3f}" for value in figures.head_loss)
-            self.message(
-                f"step {step}/{self._recipe.train.steps}  loss {figures.loss:.4f}  heads {heads}  "
-                f"grad norm {figures.grad_norm:.3f}  lr {figures.lr:.2e}  {speed:.0f} tokens/s"
-            )
+            self._bar.update(skipped)
+        self._last_step += skipped  # no work, so no speed
+        steps = f"step {step}" if skipped == 1 else f"steps {step - skipped + 1} to {step}"
+        self.message(f"train.skip_steps: the data of {steps} is passed over, and nothing is trained in its place")
 
     def evaluation(self, step: int, result: Evaluation) -> None:
         """Figures of the held-out split after ``step``."""
@@ -129,7 +155,7 @@ class RunLog:
             self._paused += time.perf_counter() - start
 
     def _line(self, **record: Any) -> None:
-        json.dump(_without_nan(record), self._metrics)
+        json.dump(without_nan(record), self._metrics)
         self._metrics.write("\n")
         self._metrics.flush()
 
@@ -144,15 +170,20 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl in order; a last line that a crash cut short is left out."""
+    """The records of a metrics.jsonl in order; what is no record is left out, with a warning unless it is the last
+    line, which a crash may have cut short."""
     records = []
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    for number, line in enumerate(lines):
+    # Bytes of a damaged disk need not be text.
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number != len(lines) - 1:
-                raise
+            record = json.loads(line)
+            int(record["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            if number != len(lines):
+                logger.warning("%s, line %d is no record and is left out (%s)", path, number, error)
+            continue
+        records.append(record)
     return records
 
 
@@ -160,17 +191,4 @@ def drop_later_lines(path: Path, step: int) -> None:
     """Keep only records up to ``step``, so that a resumed run has each step once."""
     kept = [record for record in read_metrics(path) if record["step"] <= step]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    temporary.replace(path)
-
-
-def _without_nan(value: Any) -> Any:
-    """NaN has no place in JSON: null instead."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return value
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))

@@ -61,7 +61,16 @@ class Trainer(Protocol):
 
 
 class TrainingDiverged(MTPError):
-    """A loss or gradient norm that is no finite number: the weights of this step are lost, the checkpoints are not."""
+    """A loss or gradient norm that is no finite number: the weights of this step are lost, the checkpoints are not.
+
+    Args:
+        message: names step and number.
+        figures: what is known of the step, by name.
+    """
+
+    def __init__(self, message: str, figures: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.figures = figures or {}
 
 
 @dataclass(frozen=True)
@@ -120,12 +129,15 @@ def train_step(
     sums = sum_over_world(local, 3 * recipe.heads.n + 1, stop_requested)
     figures = _figures(sums, weights)
     # The sums, not the means: a head without a target in this global batch has no mean, and has not diverged.
-    _require_finite(step + 1, [("loss of head", i + 1, sums[i]) for i, weight in enumerate(weights) if weight])
+    n = recipe.heads.n
+    known: dict[str, Any] = {"head_loss_sum": sums[:n], "head_tokens": sums[2 * n : 3 * n], "head_weights": weights}
+    values = [("loss of head", i + 1, sums[i]) for i, weight in enumerate(weights) if weight]
+    _require_finite(step + 1, values, known | {"grad_norm": None})
     # Before the optimizer, so that the first step trains at lr/warmup_steps and the last of the decay at min_lr.
     trainable.scheduler.step(increment=1)
     grad_norm = trainable.update()
     if not trainable.may_lose_steps():
-        _require_finite(step + 1, [("gradient norm", None, grad_norm)])
+        _require_finite(step + 1, [("gradient norm", None, grad_norm)], known | {"grad_norm": grad_norm})
     return StepFigures(
         figures.loss,
         figures.head_loss,
@@ -227,8 +239,8 @@ def _figures(sums: Sequence[float], weights: Sequence[float]) -> StepFigures:
     )
 
 
-def _require_finite(step: int, values: Sequence[tuple[str, int | None, float]]) -> None:
+def _require_finite(step: int, values: Sequence[tuple[str, int | None, float]], known: dict[str, Any]) -> None:
     for name, head, value in values:
         if not math.isfinite(value):
             what = name if head is None else f"{name} {head}"
-            raise TrainingDiverged(f"step {step}: the {what} is {value}")
+            raise TrainingDiverged(f"step {step}: the {what} is {value}", known)

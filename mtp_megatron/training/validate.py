@@ -167,7 +167,14 @@ def _check_batches(recipe: Recipe, world_size: int) -> None:
 
 
 def _check_schedule(recipe: Recipe) -> None:
-    optimizer = recipe.optimizer
+    optimizer, train = recipe.optimizer, recipe.train
+    if train.skipped_to(0) == train.steps:  # an Adam that never took a step leaves no checkpoint that can be loaded
+        raise ConfigError(
+            "train.skip_steps",
+            train.skip_steps,
+            f"no step of train.steps={train.steps} is left to be trained",
+            "Begin after the last step that was trained.",
+        )
     decay_steps, min_lr = optimizer.decay_steps or recipe.train.steps, optimizer.min_lr or 0.0
     if optimizer.warmup_steps >= decay_steps:
         raise ConfigError(

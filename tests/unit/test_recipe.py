@@ -17,6 +17,7 @@ from mtp_megatron.training.recipe_io import (
     known_keys,
     load_recipe,
     nearest_key,
+    overridden,
     parse_recipe,
 )
 
@@ -186,3 +187,26 @@ def test_reading_a_recipe_imports_neither_torch_nor_megatron() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_skipped_steps_are_ascending_pairs() -> None:
+    train = parse_recipe({"train": {"steps": 20, "skip_steps": [[1, 2], [5, 5], [6, 8], [18, 30]]}}).train
+    after = {step: train.skipped_to(step) for step in range(20)}
+    moved = {step: to for step, to in after.items() if to != step}
+    assert moved == {0: 2, 1: 2, 4: 8, 5: 8, 6: 8, 7: 8, 17: 20, 18: 20, 19: 20}
+    assert load_recipe_text(["train.skip_steps=[[3, 4]]"]).train.skip_steps == [[3, 4]]
+
+
+def load_recipe_text(overrides: list[str]) -> Recipe:
+    return parse_recipe(overridden({}, overrides))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [[[0, 3]], [[4, 3]], [[3]], [[1, 2, 3]], [[5, 8], [8, 9]], [[5, 8], [1, 2]], [3, 4], [["a", "b"]], [[1.5, 2]]],
+)
+def test_skipped_steps_that_make_no_sense_are_refused_by_name(wrong: list[object]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_recipe({"train": {"skip_steps": wrong}})
+    assert caught.value.field.startswith("train.skip_steps")
+    assert caught.value.remedy

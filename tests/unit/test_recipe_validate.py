@@ -108,6 +108,7 @@ def test_good_recipes_pass_resolved() -> None:
             {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2, "train__global_batch_size": 3},
         ),
         ("optimizer.warmup_steps", "step 8", 1, {"optimizer__warmup_steps": 8}),
+        ("train.skip_steps", "train.steps=8 is left", 1, {"train__skip_steps": [[1, 5], [6, 20]]}),
         ("optimizer.min_lr", "0.001", 1, {"optimizer__min_lr": 1.0}),
         ("optimizer.overlap_param_gather", "optimizer.distributed", 1, {"optimizer__overlap_param_gather": True}),
         (
@@ -186,6 +187,26 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path, overrides: dict[str,
         check_run_folder(resolved(tmp_path, **overrides))
     assert caught.value.field == "run.path"
     assert says in str(caught.value)
+
+
+def test_what_steers_a_run_may_change_where_that_is_said(tmp_path: Path) -> None:
+    written(tmp_path)
+    steered = {"optimizer__lr": 5e-4, "optimizer__weight_decay": 0.0, "optimizer__clip_grad": 0.5}
+    steered |= {"optimizer__warmup_steps": 1, "train__steps": 9, "heads__loss_decay": 0.5, "heads__curriculum_steps": 4}
+    with pytest.raises(ConfigError) as caught:
+        check_run_folder(resolved(tmp_path, **steered))
+    assert "run.accept_changes=true" in caught.value.remedy
+    changed = resolved(tmp_path, run__accept_changes=True, **steered)
+    keys = check_run_folder(changed).changes(changed)
+    assert {f"{key.replace('__', '.')}" for key in steered} - keys.keys() == {"train.steps"}
+    assert keys.keys() - {key.replace("__", ".") for key in steered} == {"optimizer.min_lr", "optimizer.decay_steps"}
+    assert keys["optimizer.lr"] == "optimizer.lr is 0.001 there and 0.0005 here"
+    for other in ({"heads__n": 2}, {"data__seed": 5}, {"optimizer__beta1": 0.5}, {"optimizer__schedule": "linear"}):
+        with pytest.raises(ConfigError) as caught:
+            check_run_folder(resolved(tmp_path, **steered, **other))
+        assert "accept_changes" not in str(caught.value), "it would not help"
+        with pytest.raises(ConfigError, match=r"run\.accept_changes is for heads\.curriculum_steps"):
+            check_run_folder(resolved(tmp_path, run__accept_changes=True, **other))
 
 
 def test_a_longer_run_is_told_how_and_what_it_is_told_works(tmp_path: Path) -> None:

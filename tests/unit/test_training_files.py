@@ -174,6 +174,28 @@ def test_metrics_after_the_resumed_step_are_dropped_and_a_cut_line_is_survived(t
     assert read_metrics(tmp_path / "new" / "metrics.jsonl") == []
 
 
+def test_a_bad_line_in_the_middle_of_the_metrics_is_left_out_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full disk or two writers leave such lines; a run must resume all the same."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"kind": "tr{"step": 2}\n\xff\x00\n[]\n{"kind": "train"}\n{"step": 3}\n')
+    drop_later_lines(path, 9)
+    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
+    for number in (2, 3, 4, 5):
+        assert f"{path}, line {number} is no record" in caplog.text
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_metrics_are_on_disk_before_they_replace_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without fsync a power cut may leave an empty file under the name."""
+    synced: list[str] = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")) or fsync(file))
+    drop_later_lines(tmp_path / "metrics.jsonl", 0)
+    assert [Path(name).name.startswith(".metrics.jsonl") for name in synced] == [True, False]
+
+
 def figures(loss: float) -> StepFigures:
     return StepFigures(loss, [loss, 2 * loss], [0.5, 0.25], tokens=32, grad_norm=1.5, lr=1e-3)
 
@@ -209,6 +231,21 @@ def test_the_log_writes_lines_points_and_text(tmp_path: Path, capsys: pytest.Cap
     assert "step 2/8  loss 2.5000  heads 2.500 5.000" in said
     assert "tokens/s" in said
     assert "tokens per forward 1.75" in said
+
+
+def test_an_error_does_not_lose_the_steps_since_the_last_line(tmp_path: Path) -> None:
+    recipe = parse_recipe(tiny_tree(tmp_path, tmp_path / "run", heads__n=2, train__log_interval=3))
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(KeyError), RunLog(folder, recipe, start_step=0, enabled=True) as log:  # noqa: PT012
+        for step in range(1, 6):
+            log.step(step, figures(step + 0.5))
+        raise KeyError
+    records = read_metrics(folder.metrics)
+    assert [(record["step"], record["loss"]) for record in records] == [(3, 3.5), (4, 4.5), (5, 5.5)]
+    assert [record["tokens_per_second"] is None for record in records] == [False, True, True]
+    with RunLog(folder, recipe, start_step=3, enabled=True) as log:
+        log.step(4, figures(1.0))
+    assert [record["step"] for record in read_metrics(folder.metrics)] == [3], "no error, and no line was due"
 
 
 def test_nan_is_null_in_metrics(tmp_path: Path) -> None:
