@@ -65,7 +65,7 @@ else
   # The limits add up to less than ten minutes, the installation's included, and leave 20 s to what has none. On an H200:
   # install 8 s, kernels 34, tests without Transformer Engine 43, last_stage 61, bench_memory 36; much of it are imports
   # and compilations on a machine that has none cached.
-  step kernels 45 -m mtp_megatron.compat --verbose --smoke
+  step kernels 45 -m mtp_megatron.compat --verbose --smoke --require-gpu
   step tests 115 -m pytest -q -p no:cacheprovider -m gpu tests/gpu
   step fp8_curves 70 tools/gpu_fp8_curves.py --json "$out/fp8_curves.json"
   step last_stage 70 tools/gpu_last_stage.py --json "$out/last_stage.json"
@@ -125,7 +125,7 @@ open(sys.argv[1], "w").write("torch==" + importlib.metadata.version("torch"))
 PY
   python=$out/venv/bin/python
   export PIP_CONSTRAINT=
-  timeout 30 "$python" -m pip install -q --no-index --find-links "$WHEELS" -c "$out/constraints.txt" -r "$needed"
+  timeout 25 "$python" -m pip install -q --no-index --find-links "$WHEELS" -c "$out/constraints.txt" -r "$needed"
 }
 
 # Its extension for torch names the library for the CUDA that it was built for. One that does not import would end every
@@ -139,13 +139,18 @@ install_transformer_engine() {
   for folder in "$out"/venv/lib/python*/site-packages; do
     if [[ -n $libraries && ! -e $folder/nvidia ]]; then ln -s "$libraries" "$folder/nvidia"; fi
   done
-  timeout 25 "$python" -c 'import torch, transformer_engine.pytorch' && return
+  timeout 20 "$python" -c 'import torch, transformer_engine.pytorch' && return
   "$python" -m pip uninstall -q -y transformer-engine transformer-engine-cu12 transformer-engine-cu13 transformer-engine-torch
   return 1
 }
 
-# By its file and not by its name, which on PyPI is another package's.
-install_apex() { timeout 15 "$python" -m pip install -q --no-index --no-deps "$WHEELS"/apex-*.whl; }
+# By its file and not by its name, which on PyPI is another package's. One that does not import would end every step.
+install_apex() {
+  timeout 10 "$python" -m pip install -q --no-index --no-deps "$WHEELS"/apex-*.whl || return
+  timeout 15 "$python" -c 'import torch, amp_C' && return
+  "$python" -m pip uninstall -q -y apex
+  return 1
+}
 
 if [[ -n ${WHEELS:-} ]]; then
   SECONDS=0

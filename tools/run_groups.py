@@ -37,6 +37,7 @@ LANES: dict[str, tuple[str, ...]] = {
         "tests/unit/test_apply_patches.py",
         "tests/unit/test_compat.py",
         "tests/unit/test_compat_training_loop.py",
+        "tests/unit/test_devices.py",
         "tests/unit/test_megatron_lm_arguments.py",
         "tests/unit/test_fp8.py",
         "tests/unit/test_fp8_contexts.py",
