@@ -3,6 +3,7 @@ before a limit) let the step finish, save and exit with status 0."""
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -12,7 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_PR_SET_PDEATHSIG = 1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+def caught_signals() -> list[signal.Signals]:
+    """:data:`STOP_SIGNALS`, without SIGHUP where it is ignored already: nohup wants the end of a terminal to go
+    unnoticed."""
+    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in STOP_SIGNALS if not (nohup and number == signal.SIGHUP)]
 
 
 class StopRequest:
@@ -33,12 +42,21 @@ def stop_on_signal() -> Iterator[StopRequest]:
     def note(number: int, frame: FrameType | None) -> None:
         request.signal = signal.Signals(number)
 
-    former = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    former = {number: signal.signal(number, note) for number in caught_signals()}
     try:
         yield request
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+def end_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send ``number`` to this process when the one that started it, ``parent``, dies; Linux alone."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:  # it has died already
+        os.kill(os.getpid(), number)
 
 
 def leave_stopping_to_parent(worker: int) -> None:

@@ -50,7 +50,7 @@ def run_rank(recipe: Recipe) -> int:
 
 def _report(error: MTPError) -> None:
     """Once per node where all its ranks meet the same error, else from every rank that does."""
-    from mtp_megatron.compat.versions import EnvironmentUnsupported
+    from mtp_megatron.compat.versions import UnusableGPUs
     from mtp_megatron.training.agreement import JobError
     from mtp_megatron.training.step import TrainingDiverged
 
@@ -58,7 +58,7 @@ def _report(error: MTPError) -> None:
     # In one write each, line end included: the ranks share a log, and print() would write the line end by itself.
     if local_rank == 0:
         sys.stderr.write(f"error: {error}\n")
-    elif not isinstance(error, ConfigError | EnvironmentUnsupported | JobError | TrainingDiverged):
+    elif not isinstance(error, ConfigError | JobError | TrainingDiverged | UnusableGPUs):
         sys.stderr.write(f"[rank {os.environ.get('RANK')}] error: {error}\n")
     sys.stderr.flush()
 

@@ -147,7 +147,7 @@ install_transformer_engine() {
 # By its file and not by its name, which on PyPI is another package's. One that does not import would end every step.
 install_apex() {
   timeout 10 "$python" -m pip install -q --no-index --no-deps "$WHEELS"/apex-*.whl || return
-  timeout 15 "$python" -c 'import torch, amp_C' && return
+  timeout 15 "$python" -c 'import torch, amp_C, apex.multi_tensor_apply, apex.normalization, apex.optimizers' && return
   "$python" -m pip uninstall -q -y apex
   return 1
 }

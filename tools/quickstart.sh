@@ -60,6 +60,7 @@ if why=$(cuda_works python); then
   gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 else # a driver too old, say: torch counts devices there too
   gpus=0
+  export CUDA_VISIBLE_DEVICES= # where it is not empty, the training asks for them
   if lists_gpu; then say "there are GPUs that torch cannot use, so this runs on the CPU. $why"; fi
 fi
 if ((gpus == 1)); then

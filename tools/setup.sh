@@ -16,6 +16,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv="${MTP_VENV:-.venv}"
+venv="${venv%/}"
 stamp="$venv/.mtp-setup"
 
 # shellcheck source=/dev/null
@@ -77,7 +78,7 @@ vendor=$(vendor_torch "$python")
 constraints="tools/constraints-cpu-py${version/./}.txt"
 [[ -f "$constraints" ]] || die "$constraints is missing from the checkout."
 device=cpu
-if lists_gpu; then device=gpu; fi
+if [[ -n "${CUDA_VISIBLE_DEVICES-all}" ]] && lists_gpu; then device=gpu; fi # empty: the CPU is meant
 
 with_deepspeed=0
 if [[ "${MTP_DEEPSPEED:-1}" == 1 ]]; then with_deepspeed=1; fi
@@ -166,7 +167,6 @@ else
     retry "${pip[@]}" --force-reinstall --no-deps "${torch_index[@]}" "$(requirement torch)"
   fi
   retry "${pip[@]}" "${torch_index[@]}" "$(requirement torch)"
-  if [[ -n $index ]]; then (umask 077 && echo "$index" >"$venv/.mtp-torch-index"); fi
   pins=$(mktemp)
   trap 'rm -f "$pins"' EXIT
   grep -vE '^(torch|triton|nvidia-)' "$constraints" >"$pins"
@@ -197,10 +197,16 @@ if [[ -n $vendor && "$(torch_of "$venv/bin/python")" != "$vendor" ]]; then
 fi
 # A selection of devices is the caller's business; here the question is whether torch and the driver fit.
 if [[ $device == gpu ]] && ! why=$(unset CUDA_VISIBLE_DEVICES; cuda_works "$venv/bin/python"); then
-  remedy="For a driver of CUDA 12: MTP_TORCH_INDEX_URL=https://download.pytorch.org/whl/cu126 bash tools/setup.sh"
-  if [[ -n $vendor ]]; then remedy="A newer driver is needed, or a container for this one."; fi
+  if [[ -n $vendor ]]; then
+    remedy="A newer driver is needed, or a container for this one."
+  elif [[ "$("$venv/bin/python" -c 'import torch; print(torch.version.cuda)')" == None ]]; then
+    remedy="It comes from ${index:-the default index}. Name one with a build for CUDA in MTP_TORCH_INDEX_URL, or make an environment for the CPU: CUDA_VISIBLE_DEVICES= bash tools/setup.sh"
+  else
+    remedy="For a driver of CUDA 12: MTP_TORCH_INDEX_URL=https://download.pytorch.org/whl/cu126 bash tools/setup.sh"
+  fi
   die "nvidia-smi lists a GPU that the torch in $venv cannot use. $why
 $remedy"
 fi
+if [[ $device == gpu && -z $vendor && -n $index ]]; then (umask 077 && echo "$index" >"$venv/.mtp-torch-index"); fi
 echo "$key" >"$stamp"
 say "done: $venv, Python $version, $("$venv/bin/python" -c 'import torch; print("torch", torch.__version__)')"

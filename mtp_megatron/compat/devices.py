@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mtp_megatron.compat import cpu, fallbacks, packages
-from mtp_megatron.compat.versions import EnvironmentUnsupported, require_megatron_core
+from mtp_megatron.compat.versions import UnusableGPUs, require_megatron_core
 from mtp_megatron.imports import imports_that_stay
 
 _DRIVER = Path("/dev/nvidiactl")  # there where NVIDIA's driver is loaded, of whatever version
@@ -35,11 +35,11 @@ def require_usable_gpu() -> None:
     """Refuse to train on the CPU because something is wrong with the GPUs; without any, or with hidden ones, go on.
 
     Raises:
-        EnvironmentUnsupported: with torch's reason and the ways out.
+        UnusableGPUs: with torch's reason and the ways out.
     """
     reason = why_no_gpu()
     if reason is not None:
-        raise EnvironmentUnsupported(
+        raise UnusableGPUs(
             f"torch {torch.__version__} is built for CUDA {torch.version.cuda} and cannot use this machine's GPUs: "
             f"{reason.rstrip('.')}. Update NVIDIA's driver, install a torch that is built for the driver's CUDA, or "
             f"ask the scheduler for GPUs; CUDA_VISIBLE_DEVICES= (empty) trains on the CPU."
@@ -101,7 +101,7 @@ def backend() -> str:
     """Backend of torch.distributed that fits `device()`: "nccl" or "gloo".
 
     Raises:
-        EnvironmentUnsupported: there are GPUs, and torch cannot use them.
+        UnusableGPUs: there are GPUs, and torch cannot use them.
     """
     require_usable_gpu()
     return "nccl" if torch.cuda.is_available() else "gloo"

@@ -13,7 +13,7 @@ from mtp_megatron.imports import imports_that_stay
 def why_not_importable(module: str) -> str | None:
     """Why a module that was found cannot be imported, in one line; None where it can.
 
-    It is imported, and stays: only to be asked where there is a GPU for it, and where Megatron would import it anyway.
+    It is imported, and stays: only to be asked where there is a GPU for it, and where a model shall be built with it.
     """
     import torch  # noqa: F401 - brings the libraries that extensions are linked against
 

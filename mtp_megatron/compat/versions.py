@@ -20,6 +20,10 @@ class EnvironmentUnsupported(MTPError):
     """A package that is missing, or present in a version or variant that cannot work."""
 
 
+class UnusableGPUs(EnvironmentUnsupported):
+    """GPUs that this torch cannot use: all ranks of a node meet the same."""
+
+
 def installed_version(distribution: str) -> Version | None:
     """Version of an installed distribution; None when it is not installed."""
     try:

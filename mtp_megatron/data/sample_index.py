@@ -10,10 +10,10 @@ import hashlib
 import os
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import time
+import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,7 +26,7 @@ import numpy as np
 from mtp_megatron import compat
 from mtp_megatron.data.manifest import Manifest, load_manifest
 from mtp_megatron.errors import DataError, MTPError
-from mtp_megatron.signals import STOP_SIGNALS
+from mtp_megatron.signals import end_with_parent
 
 EXIT_EXPLAINED = 2  # the last line of what the process said is for the user
 _SPLITS: tuple[Literal["train", "valid"], ...] = ("train", "valid")
@@ -130,16 +130,23 @@ class SampleIndex:
                 self._split(name, room)
             os.chmod(room, 0o755)  # mkdtemp's folders are private, the index is for all who may read the data set
             if not self.there():
-                shutil.rmtree(self.folder, ignore_errors=True)  # files are missing in it
+                self._put_aside()
                 os.rename(room, self.folder)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another job was faster, with the same content
                 return
             raise self._not_written(error) from error
 
+    def _put_aside(self) -> None:
+        """Files are missing in it, or this host does not see them: others may read it, so it is not removed yet."""
+        with suppress(FileNotFoundError):
+            aside = self.folder.with_name(f".{self.folder.name}.{uuid.uuid4().hex[:8]}")
+            os.rename(self.folder, aside)
+            os.utime(aside)  # for _sweep
+
     def command(self, room: Path) -> list[str]:
         """What writes it in a process of its own; see :func:`main`."""
-        settings = (self.manifest.path, self.seq_length, self.seed, self.cache.absolute(), room)
+        settings = (self.manifest.path, self.seq_length, self.seed, self.cache.absolute(), room, os.getpid())
         return [sys.executable, "-P", "-m", "mtp_megatron.data.sample_index", *map(str, settings)]
 
     def _split(self, name: Literal["train", "valid"], folder: Path) -> Any:
@@ -192,9 +199,8 @@ def _sweep(cache: Path) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Write the index that :meth:`SampleIndex.command` names; returns 0, or ``EXIT_EXPLAINED``."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # they reach all processes of a rank, and are that one's business
-    path, seq_length, seed, cache, room = argv
+    path, seq_length, seed, cache, room, parent = argv
+    end_with_parent(int(parent))
     try:
         SampleIndex(load_manifest(path), int(seq_length), int(seed), Path(cache)).write(Path(room))
     except MTPError as error:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from mtp_megatron import compat
 from mtp_megatron.data.sample_index import EXIT_EXPLAINED, SampleIndex
 from mtp_megatron.errors import DataError, MTPError
+from mtp_megatron.signals import STOP_SIGNALS
 
 # Seconds that a host waits to see another's index before it writes its own, and not longer than writing that one took:
 # network file systems show other hosts' writes late, but on a disk of its own a host would wait in vain.
@@ -112,18 +113,22 @@ def _child(index: SampleIndex) -> Iterator[_Child]:
     """A process that writes the index; it is killed if this rank leaves early.
 
     Here megatron-core would write on rank 0 alone. And its compiled part holds the interpreter's lock, for minutes
-    where there are 1e9 documents: this rank could join no collective, in whatever thread it wrote. A child whose rank
-    is killed goes on: the next start finds its index.
+    where there are 1e9 documents: this rank could join no collective, in whatever thread it wrote. The child dies
+    with its rank, whose restart starts another, and does not get requests to stop, which reach all processes of a rank.
     """
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # the same packages as here
     with index.room() as room, tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(
-            index.command(room),
-            stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": path},
-        )
+        former = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # which the child inherits
+        try:
+            process = subprocess.Popen(
+                index.command(room),
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONPATH": path},
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, former)
         try:
             yield _Child(index, process, said)
         finally:

@@ -16,6 +16,7 @@ from mtp_megatron.errors import CheckpointError, ConfigError
 from mtp_megatron.serving.drafts import EAGLE3_FOLDER, MEDUSA_FOLDER, drafts_in
 from mtp_megatron.serving.engine import engine_environment
 from mtp_megatron.serving.engine_command import vllm_arguments
+from mtp_megatron.signals import caught_signals
 
 _STOP_SECONDS = 30.0
 
@@ -70,9 +71,7 @@ def run_server(command: Sequence[str]) -> int:
         asked = True
         server.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
-    caught = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        caught.append(signal.SIGHUP)
+    caught = [number for number in caught_signals() if number != signal.SIGUSR1]
     previous = {number: signal.signal(number, stop) for number in caught}
     try:
         status = server.wait()

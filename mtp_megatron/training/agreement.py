@@ -184,6 +184,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "mtp_megatron version": __version__,
         "megatron-core version": str(compat.MCORE_VERSION),
         "torch version": torch.__version__.partition("+")[0],
+        "fused kernels": compat.fusions(),  # where a host lacks a compiler, say, all would wait for it in every step
     }
 
 

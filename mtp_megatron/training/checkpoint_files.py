@@ -116,16 +116,18 @@ def problem_of(folder: Path) -> str | None:
     """Why a checkpoint folder cannot be used, or None: a file of :data:`SIZES` is missing or has another size."""
     try:
         sizes: dict[str, int] = json.loads((folder / SIZES).read_text())
+        for name, size in sizes.items():
+            file = folder / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes instead of {size}"
     except FileNotFoundError:
         return f"{SIZES} is missing: the save was not finished"
-    except json.JSONDecodeError as error:
+    except (ValueError, AttributeError) as error:  # no JSON, no text, no table
         return f"{SIZES} is damaged ({error})"
-    for name, size in sizes.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    except OSError as error:
+        return f"it cannot be read ({error})"
     return None
 
 
@@ -142,8 +144,6 @@ def latest_complete(checkpoints: Path, *, warn: bool = True) -> Path | None:
         if problem is None:
             for line in problems if warn else []:
                 logger.warning("checkpoint %s is passed over; continuing from %s", line, folder.name)
-            if warn:
-                _warn_of_older_tracker(checkpoints, folder)
             return folder
         problems.append(f"{folder}: {problem}")
     if problems:
@@ -153,7 +153,7 @@ def latest_complete(checkpoints: Path, *, warn: bool = True) -> Path | None:
     return None
 
 
-def _warn_of_older_tracker(checkpoints: Path, used: Path) -> None:
+def warn_of_older_tracker(checkpoints: Path, used: Path) -> None:
     """Say that the tracker does not choose the checkpoint, to whoever edited it as one does in Megatron-LM.
 
     A crash between a checkpoint's last rename and the tracker's leaves the same two files, so this is no error.

@@ -132,7 +132,11 @@ def _optimizer_state(trainable: Trainable, model: dict[str, Any], is_loading: bo
 
 def latest_checkpoint(checkpoints: Path) -> Path | None:
     """The checkpoint to resume from, decided by rank 0 for all."""
-    choice: list[Any] = [files.latest_complete(checkpoints) if dist.get_rank() == 0 else None]
+    choice: list[Any] = [None]
+    if dist.get_rank() == 0:
+        choice = [files.latest_complete(checkpoints)]
+        if choice[0] is not None:
+            files.warn_of_older_tracker(checkpoints, choice[0])
     dist.broadcast_object_list(choice, src=0, device=compat.device())
     folder: Path | None = choice[0]
     return folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -13,10 +12,9 @@ from types import FrameType
 
 import psutil
 
-from mtp_megatron.signals import STOP_SIGNALS
+from mtp_megatron.signals import caught_signals, end_with_parent
 
 WORKER_MODULE = "mtp_megatron.train"
-_PR_SET_PDEATHSIG = 1
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:
@@ -33,7 +31,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         [*command, "-m", WORKER_MODULE, *arguments],
         env=environment,
         start_new_session=True,
-        preexec_fn=_prepare_torchrun if sys.platform == "linux" else None,
+        preexec_fn=_prepare_torchrun,
     )
     requests = 0
 
@@ -46,7 +44,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         if requests > 1:
             os.killpg(job.pid, signal.SIGKILL)
 
-    former = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    former = {number: signal.signal(number, pass_on) for number in caught_signals()}
     try:
         return job.wait()
     finally:
@@ -67,4 +65,4 @@ def _prepare_torchrun() -> None:
     """In the child before exec: ask the kernel for SIGTERM when the launcher dies, so that no job is left without one;
     and have torchrun live on when SLURM sends SIGUSR1 to every process, of which it knows nothing."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent(os.getppid(), signal.SIGTERM)

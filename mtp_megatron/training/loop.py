@@ -37,7 +37,7 @@ class Outcome:
     """How a call of :func:`train` ended.
 
     Attributes:
-        step: optimizer steps taken since the run's beginning.
+        step: of the run, those included whose data was passed over.
         finished: whether that is ``train.steps``, or beyond it already; False after a request to stop.
         evaluation: of the last step, if it was evaluated in this call.
     """
@@ -74,6 +74,9 @@ class _Session:
     def __init__(self, plan: Plan, stop: StopRequest) -> None:
         self.plan, self.recipe, self.folder, self.stop = plan, plan.recipe, plan.folder, stop
         self.num_microbatches = num_microbatches(plan.recipe, plan.world_size)
+        latest = latest_checkpoint(self.folder.checkpoints)
+        # First of all: a start by hand is one, whatever ends it.
+        self.divergence = DivergenceFile(self.folder, self.recipe, latest, enabled=dist.get_rank() == 0)
         # Before the model: what can be wrong with the index of samples is found before minutes of loading.
         batch, train = self.recipe.train.global_batch_size, self.recipe.train
         self.train_data, self.valid_data = build_datasets(
@@ -85,7 +88,6 @@ class _Session:
             cache_dir=self.recipe.data.cache,
         )
         self.host = host_of(plan.recipe)
-        latest = latest_checkpoint(self.folder.checkpoints)
         initial = plan.initial if latest is None else None
         self.trainable: Trainer = self.host.build(plan.recipe, initial)
         self.origin, self.step = "initial weights drawn", 0
@@ -96,7 +98,6 @@ class _Session:
             self.origin = f"initial weights from {initial}"
         if dist.get_rank() == 0:
             self.folder.write_recipe(self.recipe)
-        self.divergence = DivergenceFile(self.folder, self.recipe, latest, enabled=dist.get_rank() == 0)
 
     def run(self) -> Outcome:
         recipe, steps = self.recipe, self.recipe.train.steps

@@ -1,5 +1,5 @@
 """Every check that can be made before a process group exists or anything is allocated. Imports neither torch nor
-megatron, unless the recipe asks for FP8: then torch, to look at the device."""
+megatron, unless the recipe asks for FP8: then torch, to look at the device, and Transformer Engine on a GPU."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ def check_launcher() -> None:
         "SLURM_STEP_NUM_TASKS",
         int(tasks),
         f"srun has started {tasks} tasks and no launcher has set RANK: each of them would train the whole job alone",
-        "Start one torchrun on each node (examples/torchrun/slurm.sbatch does), or a single task: srun --ntasks=1.",
+        "Start one torchrun on each node (examples/torchrun/slurm.sbatch does), or a single task: srun --ntasks=1. "
+        "Where each task shall be a job of its own: env -u SLURM_STEP_NUM_TASKS mtp-megatron train ...",
     )
 
 

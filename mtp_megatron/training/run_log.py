@@ -58,8 +58,7 @@ class RunLog:
             return
         if kind is not None:  # what led there
             with contextlib.suppress(OSError):  # a full disk may be what ends the run
-                for step, figures in self._unwritten:
-                    self._train(step, figures, None)
+                self._write_unwritten()
         self._metrics.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -95,6 +94,11 @@ class RunLog:
                 f"grad norm {figures.grad_norm:.3f}  lr {figures.lr:.2e}  {speed:.0f} tokens/s"
             )
 
+    def _write_unwritten(self) -> None:
+        for step, figures in self._unwritten:
+            self._train(step, figures, None)
+        self._unwritten.clear()
+
     def _train(self, step: int, figures: StepFigures, speed: float | None) -> None:
         """The line and the points of a training step."""
         balance = {} if self._recipe.model.num_experts is None else {"load_balancing_loss": figures.load_balancing_loss}
@@ -122,6 +126,8 @@ class RunLog:
         if self._bar is not None:
             self._bar.update(skipped)
         self._last_step += skipped  # no work, so no speed
+        if step == self._recipe.train.steps:  # no further line will be written
+            self._write_unwritten()
         steps = f"step {step}" if skipped == 1 else f"steps {step - skipped + 1} to {step}"
         self.message(f"train.skip_steps: the data of {steps} is passed over, and nothing is trained in its place")
 

@@ -149,7 +149,7 @@ def with_an_old_driver_on_rank_1(rank: int, world_size: int, trees: list[dict[st
 def test_an_old_driver_on_one_host_ends_them_all(data: Path, tmp_path: Path) -> None:
     tree = tiny_tree(data, tmp_path / "run", parallel__pipeline=2)
     (kind, said, built), (own_kind, own_said, own_built) = run_world(with_an_old_driver_on_rank_1, 2, [tree] * 2)
-    assert (kind, own_kind) == ("JobError", "EnvironmentUnsupported")
+    assert (kind, own_kind) == ("JobError", "UnusableGPUs")
     assert said.startswith("rank 1 on ")
     assert "driver is too old" in own_said
     assert own_said in said

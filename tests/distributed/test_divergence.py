@@ -145,7 +145,7 @@ def test_torchrun_does_not_train_to_the_same_nan_again(data: Path, tmp_path: Pat
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=200,
+        timeout=400,
     )
     assert result.returncode != 0
     assert result.stdout.count("error: step ") == 1, result.stdout

@@ -17,6 +17,7 @@ from mtp_megatron.data import shared_index
 from mtp_megatron.data.manifest import load_manifest
 from mtp_megatron.data.sample_index import SampleIndex
 from mtp_megatron.errors import DataError
+from mtp_megatron.signals import STOP_SIGNALS
 from tests.harness import run_world
 
 
@@ -124,6 +125,29 @@ def test_a_writer_whose_rank_leaves_is_ended_and_its_folder_removed(
     (writer,) = (process for process in started if "mtp_megatron.data.sample_index" in process.args)
     assert writer.returncode == -signal.SIGKILL
     assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT", "HUP", "USR1"])
+def test_requests_to_stop_do_not_end_a_writer(name: str, data: Path, tmp_path: Path) -> None:
+    """From its first moment: torchrun, SLURM and terminals send them to all processes of a rank."""
+    index = index_of(data, tmp_path)
+    with written_by_a_child(f"kill -{name} $$"):
+        shared_index.open_together(index)
+    assert index.there()
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(STOP_SIGNALS), "they still reach this process"
+
+
+def test_an_index_with_missing_files_is_put_aside_for_those_who_read_it(data: Path, tmp_path: Path) -> None:
+    index = index_of(data, tmp_path)
+    shared_index.open_together(index)
+    taken = sorted(index.folder.iterdir())[0]
+    taken.unlink()
+    shared_index.open_together(index)
+    assert index.there()
+    (aside,) = tmp_path.glob(f".{index.folder.name}.*")
+    assert len(list(aside.iterdir())) == len(list(index.folder.iterdir())) - 1
+    with index.room():
+        assert aside.exists(), "another job may still read it"
 
 
 def test_what_the_writer_says_last_is_in_the_error(

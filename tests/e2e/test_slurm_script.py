@@ -136,7 +136,7 @@ def test_the_step_gets_the_jobs_cores_and_the_container_the_folders(tmp_path: Pa
 def test_the_scripts_say_what_they_need(script: str, words: list[str], env: dict[str, str], says: str) -> None:
     done = subprocess.run(
         ["bash", str(SCRIPTS / script), *words],
-        capture_output=True, text=True, timeout=20, env={"PATH": os.environ["PATH"], **env},
+        capture_output=True, text=True, timeout=120, env={"PATH": os.environ["PATH"], **env},
     )  # fmt: skip
     assert done.returncode != 0
     assert says in done.stderr
@@ -148,7 +148,7 @@ def test_an_interpreter_without_torch_is_named(tmp_path: Path) -> None:
     python.chmod(0o755)
     env = {"PATH": os.environ["PATH"], "PYTHON": str(python)}
     command = ["bash", str(SCRIPTS / "node.sh"), "recipe.yaml"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == 2
     assert (
         done.stderr

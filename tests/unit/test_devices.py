@@ -12,7 +12,7 @@ import torch
 from mtp_megatron import compat, train
 from mtp_megatron.compat import __main__ as command
 from mtp_megatron.compat import cpu, devices, megatron_lm, report
-from mtp_megatron.compat.versions import EnvironmentUnsupported
+from mtp_megatron.compat.versions import EnvironmentUnsupported, UnusableGPUs
 from mtp_megatron.training import low_precision, world
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.smoke import smoke_recipe
@@ -58,7 +58,7 @@ def test_an_old_driver_ends_every_way_to_train(recipe: Recipe, driver: Path, mon
         megatron_lm.prepare,
         lambda: low_precision.check_machine(fp8),
     ):
-        with pytest.raises(EnvironmentUnsupported, match=SAID):
+        with pytest.raises(UnusableGPUs, match=SAID):
             start()
 
 
@@ -123,12 +123,25 @@ def test_a_torch_for_cpus_beside_gpus_is_one_line_a_node(
     assert devices.gpus_left_out() is None
 
 
-@pytest.mark.parametrize(("local_rank", "said"), [("0", "error: old driver\n"), ("3", "")])
+@pytest.mark.parametrize(
+    ("local_rank", "error", "said"),
+    [
+        ("0", UnusableGPUs("old driver"), "error: old driver\n"),
+        ("3", UnusableGPUs("old driver"), ""),
+        ("3", EnvironmentUnsupported("its Apex does not import"), "[rank 3] error: its Apex does not import\n"),
+    ],
+)
 def test_the_ranks_of_a_node_say_it_once(
-    local_rank: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    local_rank: str,
+    error: EnvironmentUnsupported,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """What one of them alone may meet, it says by itself."""
     monkeypatch.setenv("LOCAL_RANK", local_rank)
-    train._report(EnvironmentUnsupported("old driver"))
+    monkeypatch.setenv("RANK", local_rank)
+    train._report(error)
     assert capsys.readouterr().err == said
 
 

@@ -33,7 +33,7 @@ def checkout(tmp_path):
 
 def setup(checkout: Path, **env: str) -> subprocess.CompletedProcess[str]:
     bash = shutil.which("bash")
-    own = ("PYTHON", "PIP_CONSTRAINT")
+    own = ("PYTHON", "PIP_CONSTRAINT", "CUDA_VISIBLE_DEVICES")
     environment = {key: value for key, value in os.environ.items() if key not in own and key[:4] != "MTP_"} | env
     return subprocess.run([bash, "tools/setup.sh"], cwd=checkout, env=environment, capture_output=True, text=True)
 
@@ -114,7 +114,7 @@ case "$*" in
   "-m pip"*) shift 5; echo "install $* [$PIP_CONSTRAINT]" | tee -a $here/calls >&2
     case "$*" in *"-r "*) for file; do :; done; sed 's/^/need /' "$file" >>$here/calls ;; esac
     if [ -e $here/pip-says ]; then cat $here/pip-says >&2; exit 1; fi
-    case "$*" in *force-reinstall*) echo 13.0 >$here/cuda ;; esac ;;
+    case "$*" in *whl/cpu*) ;; *force-reinstall*) echo 13.0 >$here/cuda ;; esac ;;
   -) shift; PYTHONPATH=$here/site exec {sys.executable} - "$@" ;;
 esac"""
 
@@ -222,6 +222,20 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_with_the_reason(checkout, machi
     assert not (checkout / ".venv/.mtp-setup").exists()
 
 
+def test_an_index_without_cuda_is_not_remembered_and_the_cpu_can_be_chosen(checkout, machine):
+    index = "https://download.pytorch.org/whl/cpu"
+    torch_is(checkout, "2.13.0+cpu")
+    (checkout / "trouble").write_text("torch 2.13.0+cpu (without CUDA): no\n")
+    result = setup(checkout, MTP_TORCH_INDEX_URL=index, **machine)
+    assert result.returncode == 2
+    assert f"It comes from {index}." in result.stderr
+    assert "CUDA_VISIBLE_DEVICES= bash tools/setup.sh" in result.stderr
+    assert not (checkout / ".venv/.mtp-torch-index").exists()
+    calls(checkout)
+    assert setup(checkout, CUDA_VISIBLE_DEVICES="", MTP_TORCH_INDEX_URL=index, **machine).returncode == 0
+    assert not any("force-reinstall" in line for line in calls(checkout))
+
+
 def test_without_nvcc_deepspeed_is_left_out_by_name_until_there_is_one(checkout, machine):
     # A PATH without one.
     needed = "bash cat cp cut dirname flock grep head mkdir mktemp rm sed sha256sum tee tr uname"
@@ -259,13 +273,14 @@ def test_the_quickstart_takes_an_environment_elsewhere_and_no_gpu_that_torch_can
     # NVML counts devices that a driver is too old for.
     python = 'case "$*" in *is_available*) echo "the driver is too old";; *device_count*) echo 2; exit;; esac; exit 1'
     executable(binaries / "python", python)
-    executable(binaries / "mtp-megatron", '[ "$1" = preprocess ]')
+    executable(binaries / "mtp-megatron", 'echo "devices: ${CUDA_VISIBLE_DEVICES-unset}."; [ "$1" = preprocess ]')
     (binaries / "activate").write_text(f"PATH={binaries}:$PATH\n")
     env = {**os.environ, "MTP_VENV": "elsewhere", "MTP_SETUP": "", "PATH": f"{checkout / 'bin'}:{os.environ['PATH']}"}
     command = ["bash", "tools/quickstart.sh", "--fast"]
     result = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True)
     assert "mtp-megatron train --nproc 4 " in result.stdout, result.stderr
     assert "so this runs on the CPU. the driver is too old" in result.stderr
+    assert "devices: ." in result.stdout
 
 
 @pytest.mark.parametrize("script", ["setup.sh", "quickstart.sh", "test.sh"])

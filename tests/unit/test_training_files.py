@@ -9,8 +9,11 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mtp_megatron.errors import CheckpointError
@@ -115,6 +118,17 @@ def test_pruning_counts_no_damaged_checkpoint_and_keeps_the_one_just_saved(tmp_p
     files.prune(tmp_path, 1, 350)
     assert list(files.list_iterations(tmp_path)) == [350, 400]
     assert files.latest_complete(tmp_path) == tmp_path / "iter_0000350"
+
+
+@pytest.mark.parametrize("content", [b"\xff\x00", b"[]"])
+def test_a_table_of_sizes_that_is_none_is_a_damaged_checkpoint(content: bytes, tmp_path: Path) -> None:
+    """And does not end a run that has just saved another one."""
+    for step in (100, 200, 300):
+        save(tmp_path, step)
+    (tmp_path / "iter_0000200/files.json").write_bytes(content)
+    assert "is damaged" in (files.problem_of(tmp_path / "iter_0000200") or "")
+    files.prune(tmp_path, 2, 300)
+    assert list(files.list_iterations(tmp_path)) == [100, 200, 300]
 
 
 def test_a_checkpoint_that_cannot_be_deleted_does_not_end_the_run(
@@ -248,6 +262,16 @@ def test_an_error_does_not_lose_the_steps_since_the_last_line(tmp_path: Path) ->
     assert [record["step"] for record in read_metrics(folder.metrics)] == [3], "no error, and no line was due"
 
 
+def test_the_last_trained_steps_are_written_where_the_end_is_passed_over(tmp_path: Path) -> None:
+    recipe = parse_recipe(tiny_tree(tmp_path, tmp_path / "run", train__log_interval=4, train__steps=8))
+    folder = RunFolder(tmp_path / "run")
+    with RunLog(folder, recipe, start_step=0, enabled=True) as log:
+        for step in range(1, 6):
+            log.step(step, StepFigures(1.0, [1.0], [0.5], tokens=1, grad_norm=1.0, lr=0.1))
+        log.passed_over(8, 3)
+    assert [record["step"] for record in read_metrics(folder.metrics)] == [4, 5]
+
+
 def test_nan_is_null_in_metrics(tmp_path: Path) -> None:
     """A head that a curriculum leaves out has no loss, and NaN is no JSON."""
     recipe = parse_recipe(tiny_tree(tmp_path, tmp_path / "run", train__log_interval=1))
@@ -265,3 +289,42 @@ def test_signals_are_noted_inside_and_left_alone_outside(number: signal.Signals)
         assert stop
         assert stop.signal is number
     assert signal.getsignal(number) == former
+
+
+def test_under_nohup_the_end_of_a_terminal_goes_unnoticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
+_CHILD = """
+import sys, time
+from mtp_megatron.signals import end_with_parent
+end_with_parent(int(sys.argv[1]))
+print("ready", flush=True)
+time.sleep(600)
+"""
+_PARENT = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1], str(os.getpid())], stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_process_may_end_with_its_parent_however_that_dies() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", _PARENT, _CHILD], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    child.wait(timeout=60)
+    orphan = subprocess.run([sys.executable, "-c", _CHILD, str(parent.pid)])
+    assert orphan.returncode == -signal.SIGKILL, "its parent has died already"

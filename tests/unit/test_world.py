@@ -58,7 +58,7 @@ def test_a_failed_rank_ends_without_the_others(waits: bool, rank: str, status: i
     code = f"""
 import atexit
 from mtp_megatron import train
-from mtp_megatron.training import agreement, cli, world
+from mtp_megatron.training import world
 world.waits_for_others = lambda: {waits}
 atexit.register(print, "cleaned up")
 train.end({rank})
