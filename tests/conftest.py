@@ -7,6 +7,7 @@ import gc
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -98,3 +99,11 @@ def fast_quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str
     result = quickstart(folder, "--fast")
     assert result.returncode == 0, result.stdout
     return folder, result.stdout
+
+
+@pytest.fixture
+def without_nohup() -> Iterator[None]:
+    """SIGHUP as a terminal has it, also where the tests themselves were started with nohup; put back at the end."""
+    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, former)

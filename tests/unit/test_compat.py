@@ -405,7 +405,7 @@ print(compat.fusions()["gradient_accumulation_fusion"], compat.slower_without_ap
         monkeypatch.setattr(compat, "slower_without_apex", lambda: slower)
         monkeypatch.setattr(loop, "count_parameters", lambda trainable: 1)
         said: list[str] = []  # a RunLog's message() is silent on every rank but the first
-        plan, folder = SimpleNamespace(world_size=1), SimpleNamespace(path="run")
+        plan, folder = SimpleNamespace(world_size=1, changes=()), SimpleNamespace(path="run")
         session = SimpleNamespace(recipe=Recipe(), plan=plan, trainable=None, step=0, origin="", folder=folder)
         loop._Session._announce(session, SimpleNamespace(message=said.append))  # type: ignore[arg-type]
         assert said[1:] == ([slower] if slower else [])

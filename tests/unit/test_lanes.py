@@ -172,6 +172,7 @@ def test_a_pytest_that_dies_without_a_word_is_an_error(checkout: Path) -> None:
 WAITS = 'trap "echo stopped; exit 2" INT; echo $$ >>tools/running; sleep 60 & wait'
 
 
+@pytest.mark.usefixtures("without_nohup")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=str)
 def test_a_run_that_is_stopped_leaves_nothing_running(checkout: Path, number: signal.Signals) -> None:
     """SIGTERM to the script alone; Ctrl-C, and a terminal that is closed, reach every process of the terminal."""

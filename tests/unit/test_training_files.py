@@ -281,6 +281,7 @@ def test_nan_is_null_in_metrics(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.usefixtures("without_nohup")
 def test_signals_are_noted_inside_and_left_alone_outside(number: signal.Signals) -> None:
     former = signal.getsignal(number)
     with stop_on_signal() as stop:
@@ -291,15 +292,13 @@ def test_signals_are_noted_inside_and_left_alone_outside(number: signal.Signals)
     assert signal.getsignal(number) == former
 
 
-def test_under_nohup_the_end_of_a_terminal_goes_unnoticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with stop_on_signal() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert not stop
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, former)
+@pytest.mark.usefixtures("without_nohup")
+def test_under_nohup_the_end_of_a_terminal_goes_unnoticed() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stop_on_signal() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 _CHILD = """
