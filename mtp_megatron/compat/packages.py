@@ -24,6 +24,7 @@ from mtp_megatron.compat.versions import EnvironmentUnsupported, installed_versi
 from mtp_megatron.install import EXPLANATION, install_command
 
 _TOOLKIT = "/usr/local/cuda"
+_BUILT_HERE = "--no-build-isolation"  # pip's option: compile against the torch of this environment
 # Megatron imports these where it can and then prefers them to torch; their kernels need a GPU.
 GPU_ONLY = ("transformer_engine", "apex", "amp_C")
 # Of Apex, what megatron-core imports.
@@ -50,9 +51,6 @@ class Package:
 
     def __str__(self) -> str:
         return ", ".join(part for part in (self.version, self.state.value, self.detail) if part)
-
-
-_BUILT_HERE = "--no-build-isolation"
 
 
 def locate(name: str) -> ModuleSpec | None:

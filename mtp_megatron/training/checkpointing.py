@@ -132,11 +132,10 @@ def _optimizer_state(trainable: Trainable, model: dict[str, Any], is_loading: bo
 
 def latest_checkpoint(checkpoints: Path) -> Path | None:
     """The checkpoint to resume from, decided by rank 0 for all."""
-    choice: list[Any] = [None]
-    if dist.get_rank() == 0:
-        choice = [files.latest_complete(checkpoints)]
-        if choice[0] is not None:
-            files.warn_of_older_tracker(checkpoints, choice[0])
+    latest = files.latest_complete(checkpoints) if dist.get_rank() == 0 else None
+    if latest is not None:
+        files.warn_of_older_tracker(checkpoints, latest)
+    choice: list[Any] = [latest]
     dist.broadcast_object_list(choice, src=0, device=compat.device())
     folder: Path | None = choice[0]
     return folder

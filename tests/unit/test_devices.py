@@ -101,6 +101,7 @@ def test_the_stand_ins_count_is_not_believed(driver: Path, monkeypatch: pytest.M
     driver.unlink()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(cpu, "installed", lambda: True)
+    assert devices.why_no_gpu() is None
     devices.require_usable_gpu()
 
 
