@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ from mtp_megatron.training.preflight import Plan
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.run_lock import take_lock
 from mtp_megatron.training.run_log import RunLog
-from mtp_megatron.training.step import Trainer, TrainingDiverged, train_step
+from mtp_megatron.training.step import Trainer, TrainingDiverged, sum_over_world, train_step
 from mtp_megatron.training.validate import data_parallel_size, num_microbatches
 from mtp_megatron.training.world import launched_world_size, model_parallel_world
 
@@ -100,41 +100,59 @@ class _Session:
             self.folder.write_recipe(self.recipe)
 
     def run(self) -> Outcome:
-        recipe, steps = self.recipe, self.recipe.train.steps
+        steps = self.recipe.train.steps
         evaluation = None
         iterators = self._train_iterators()
-        with RunLog(self.folder, recipe, start_step=self.step, enabled=dist.get_rank() == 0) as log:
+        with RunLog(self.folder, self.recipe, start_step=self.step, enabled=dist.get_rank() == 0) as log:
             self._announce(log)
-            while self.step < steps:
-                if self._pass_over(log):
+            stop = False
+            while self.step < steps and not stop:
+                trained = not self._pass_over(log)
+                if trained:
+                    stop = self._train(iterators, log)
+                else:
                     iterators = self._train_iterators()
-                    if self.step == steps:
-                        with log.paused():
-                            evaluation = self._evaluate(log) if recipe.train.eval_batches else None
-                            self._save(log)
-                    continue
-                try:
-                    figures = train_step(recipe, self.trainable, iterators, self.num_microbatches, bool(self.stop))
-                except TrainingDiverged as error:
-                    self.divergence.write(self.step + 1, error.figures, str(error))
-                    raise TrainingDiverged(f"{error}. {way_back(self.folder, self.step + 1)}", error.figures) from error
-                self.step += 1
-                last = self.step == steps
-                log.step(self.step, figures)
-                self.divergence.passed(self.step)
-                with log.paused():
-                    # Who asks to stop gives little time: only the save must fit into it.
-                    evaluates = last or (_due(self.step, recipe.train.eval_interval) and not figures.stop)
-                    if recipe.train.eval_batches and evaluates:
-                        evaluation = self._evaluate(log)
-                    if last or figures.stop or _due(self.step, recipe.train.save_interval):
-                        self._save(log)
-                if figures.stop and not last:
-                    log.message(
-                        f"asked to stop: saved step {self.step} of {steps}. The same command continues from it."
-                    )
-                    return Outcome(self.step, False, evaluation)
-            return Outcome(self.step, True, evaluation)
+                evaluation, stop = self._report_and_keep(log, trained, stop)
+            if self.step < steps:
+                log.message(f"asked to stop: saved step {self.step} of {steps}. The same command continues from it.")
+        return Outcome(self.step, self.step >= steps, evaluation)
+
+    def _train(self, iterators: Sequence[Iterator[Microbatch] | None], log: RunLog) -> bool:
+        """One step; whether any rank was asked to stop."""
+        try:
+            figures = train_step(self.recipe, self.trainable, iterators, self.num_microbatches, bool(self.stop))
+        except TrainingDiverged as error:
+            self.divergence.write(self.step + 1, error.figures, str(error))
+            raise TrainingDiverged(f"{error}. {way_back(self.folder, self.step + 1)}", error.figures) from error
+        self.step += 1
+        log.step(self.step, figures)
+        self.divergence.passed(self.step)
+        return figures.stop
+
+    def _report_and_keep(self, log: RunLog, trained: bool, stop: bool) -> tuple[Evaluation | None, bool]:
+        """Evaluate and save where that is due: after every so many trained steps, and after the last step, passed over
+        or not.
+
+        Returns the evaluation, and whether any rank was asked to stop, until now.
+        """
+        train, last = self.recipe.train, self.step == self.recipe.train.steps
+        evaluates = last or (trained and not stop and _due(self.step, train.eval_interval))
+        saves = last or (trained and _due(self.step, train.save_interval))
+        evaluation, saved = None, stop
+        with log.paused():
+            if stop:  # who asks to stop gives little time: the save must fit into it
+                self._save(log)
+            if evaluates and train.eval_batches:
+                evaluation = self._evaluate(log)
+                stop = self._asked_to_stop()
+            if not saved and (saves or stop):
+                self._save(log)
+                stop = self._asked_to_stop()  # or it would train one more step, and save that
+        return evaluation, stop
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any rank was; collective."""
+        return sum_over_world([], 0, bool(self.stop))[-1] > 0
 
     def _train_iterators(self) -> list[Iterator[Microbatch] | None]:
         """This rank's microbatches from the step on that comes next; none where the samples end, at train.steps."""
