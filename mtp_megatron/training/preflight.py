@@ -53,8 +53,8 @@ def preflight(recipe: Recipe, world_size: int) -> Plan:
     recipe = _merged(recipe, world_size)
     recipe = check_recipe(recipe, world_size=world_size, tokenizer_vocab_size=manifest.vocab_size)
     check_machine(recipe)
-    folder = check_run_folder(recipe)
-    changes = tuple(folder.changes(recipe).values())
+    folder, accepted = check_run_folder(recipe)
+    changes = tuple(accepted.values())
     resumed = latest_complete(folder.checkpoints, warn=False)
     refuse_repetition(folder, recipe, resumed)
     if resumed is not None:

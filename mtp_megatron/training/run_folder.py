@@ -72,20 +72,16 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.recipe, dump_recipe(recipe.model_copy(update={"run": run})))
 
-    def changes(self, recipe: Recipe) -> dict[str, str]:
-        """What ``recipe``, resolved, has otherwise than the run so far, :data:`FREE_KEYS` apart: dotted key -> a text
-        with both values."""
-        if not self.recipe.is_file():
-            return {}
-        texts = differences(_identity(load_recipe(self.recipe)), _identity(recipe))
-        return {text.partition(" ")[0]: text for text in texts}
 
-
-def check_run_folder(recipe: Recipe) -> RunFolder:
+def check_run_folder(recipe: Recipe) -> tuple[RunFolder, dict[str, str]]:
     """Refuse a folder that belongs to something else; changes nothing on disk.
 
     Args:
         recipe: the resolved recipe.
+
+    Returns:
+        The folder; and what of :data:`STEERED_KEYS` the recipe has otherwise than the run so far, which
+        ``run.accept_changes`` allows: dotted key -> a text with both values.
 
     Raises:
         ConfigError: ``run.path`` is no folder, holds foreign files or another run, or ``run.resume`` rules it out.
@@ -108,11 +104,13 @@ def check_run_folder(recipe: Recipe) -> RunFolder:
             raise ConfigError(
                 "run.resume", "must", f"run.path={recipe.run.path} holds no run", "Set run.path to a run."
             )
-        return folder
-    changes = folder.changes(recipe)
+        return folder, {}
+    so_far = load_recipe(folder.recipe)
+    texts = differences(_identity(so_far), _identity(recipe))
+    changes = {text.partition(" ")[0]: text for text in texts}
     accepted = STEERED_KEYS if recipe.run.accept_changes else frozenset()
     if changes.keys() - accepted:
-        raise _another_run(recipe, changes, load_recipe(folder.recipe).optimizer.decay_steps)
+        raise _another_run(recipe, changes, so_far.optimizer.decay_steps)
     saved = list_iterations(folder.checkpoints)
     if recipe.run.resume == "never" and saved:
         raise ConfigError(
@@ -123,7 +121,7 @@ def check_run_folder(recipe: Recipe) -> RunFolder:
         )
     if latest_complete(folder.checkpoints, warn=False) is None and recipe.run.resume == "must":
         raise ConfigError("run.resume", "must", f"{folder.checkpoints} holds no checkpoint", "Set run.resume to auto.")
-    return folder
+    return folder, changes
 
 
 def _another_run(recipe: Recipe, changes: dict[str, str], decay_steps: int | None) -> ConfigError:

@@ -11,6 +11,7 @@ import pytest
 
 from mtp_megatron import cli
 from mtp_megatron.errors import CheckpointError, ConfigError
+from mtp_megatron.training import run_folder
 from mtp_megatron.training.architecture import check_architecture
 from mtp_megatron.training.preflight import preflight
 from mtp_megatron.training.recipe import Recipe
@@ -197,7 +198,7 @@ def test_what_steers_a_run_may_change_where_that_is_said(tmp_path: Path) -> None
         check_run_folder(resolved(tmp_path, **steered))
     assert "run.accept_changes=true" in caught.value.remedy
     changed = resolved(tmp_path, run__accept_changes=True, **steered)
-    keys = check_run_folder(changed).changes(changed)
+    _, keys = check_run_folder(changed)
     assert {f"{key.replace('__', '.')}" for key in steered} - keys.keys() == {"train.steps"}
     assert keys.keys() - {key.replace("__", ".") for key in steered} == {"optimizer.min_lr", "optimizer.decay_steps"}
     assert keys["optimizer.lr"] == "optimizer.lr is 0.001 there and 0.0005 here"
@@ -280,6 +281,19 @@ def test_preflight_passes_and_changes_nothing(data: Path, tmp_path: Path) -> Non
     plan = preflight(parse_recipe(tiny_tree(data, tmp_path / "run")), 1)
     assert plan.recipe.model.vocab_size == 257
     assert not (tmp_path / "run").exists()
+
+
+def test_the_recipe_of_a_run_is_read_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By each of thousands of ranks, from one disk."""
+    tree = tiny_tree(data, tmp_path / "run")
+    RunFolder(tmp_path / "run").write_recipe(preflight(parse_recipe(tree), 1).recipe)
+    read: list[Path] = []
+    load = run_folder.load_recipe
+    monkeypatch.setattr(run_folder, "load_recipe", lambda path: read.append(path) or load(path))
+    tree["optimizer"]["lr"], tree["run"]["accept_changes"] = 5e-4, True
+    plan = preflight(parse_recipe(tree), 1)
+    assert read == [tmp_path / "run" / "recipe.yaml"]
+    assert "optimizer.lr is 0.001 there and 0.0005 here" in plan.changes
 
 
 def test_another_data_set_is_refused_on_resume(data: Path, tmp_path: Path) -> None:
