@@ -22,6 +22,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mtp_megatron.signals import caught_signals  # tools/setup.sh has installed it, and it imports nothing more
+
 # One more than there are cores: a group waits often, for imports, for other ranks, for time to pass.
 AT_ONCE = int(os.environ.get("MTP_GROUPS_AT_ONCE") or min(4, len(os.sched_getaffinity(0)) + 1))
 
@@ -152,9 +154,8 @@ def run(queue: list[Group], environments: dict[str, Path], logs: Path) -> int:
     total: Counter[str] = Counter()
     failures: list[str] = []
     stops: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which nohup has made so
-            signal.signal(number, lambda number, frame: stops.append(number))
+    for number in caught_signals():
+        signal.signal(number, lambda number, frame: stops.append(number))
     while (queue or running) and not stops:
         while queue and len(running) < AT_ONCE and not stops:
             group = queue.pop(0)

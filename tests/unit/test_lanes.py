@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
+from mtp_megatron.signals import STOP_SIGNALS
 from tools import run_groups
 
 ROOT = Path(__file__).parents[2]
@@ -173,7 +174,7 @@ WAITS = 'trap "echo stopped; exit 2" INT; echo $$ >>tools/running; sleep 60 & wa
 
 
 @pytest.mark.usefixtures("without_nohup")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=str)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1], ids=str)
 def test_a_run_that_is_stopped_leaves_nothing_running(checkout: Path, number: signal.Signals) -> None:
     """SIGTERM to the script alone; Ctrl-C, and a terminal that is closed, reach every process of the terminal."""
     for name, version in ((".venv", "3 11"), (".venv-py312", "3 12")):
@@ -217,7 +218,7 @@ def test_a_stop_while_a_group_is_started_reaches_that_group_too(
     monkeypatch.setattr(run_groups, "AT_ONCE", 3)
     monkeypatch.chdir(checkout)
     environment(checkout, ".venv", "3 11", "7 passed in 2.00s", also=WAITS)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     began = time.monotonic()
     try:
         status = run_groups.run(run_groups.groups(["main"]), {"main": checkout / ".venv"}, checkout)
