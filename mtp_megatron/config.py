@@ -117,7 +117,7 @@ class HeadsConfig(pydantic.BaseModel):
         return (1.0,) * self.n
 
     def weights_at(self, step: int) -> tuple[float, ...]:
-        """Weight of each head's loss at optimizer step ``step`` (0-based), length n.
+        """Weight of each head's loss at step ``step`` of the run (0-based, steps passed over included), length n.
 
         Under a forward curriculum (arXiv 2505.22757) training starts with head 1 alone and the other heads join at
         equal intervals, the last one before ``curriculum_steps`` is over. A head that has not joined weighs 0.

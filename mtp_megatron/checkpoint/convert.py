@@ -33,7 +33,7 @@ class Conversion:
 
     Attributes:
         source: the model's folder.
-        step: optimizer steps it had taken; 0 for a model from elsewhere.
+        step: of the run that it comes from, passed-over steps included; 0 for a model from elsewhere.
         output: the folder made.
         num_heads: heads of the model.
         total_bytes: of the tensors written.

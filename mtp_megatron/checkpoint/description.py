@@ -33,7 +33,7 @@ class ModelDescription:
         context: positions it was trained on.
         rotary_base: base of the rotary frequencies.
         norm_epsilon: added to the mean square inside RMSNorm.
-        step: optimizer steps taken; 0 for a model from elsewhere.
+        step: of the run that it comes from, passed-over steps included; 0 for a model from elsewhere.
         tokenizer: what made its ids.
         raw: content of ``mtp_config.json``.
         rope_scaling: how the rotary frequencies are lowered, None where they are not.
@@ -163,7 +163,7 @@ def describe_foreign(
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``: the type of its tensors.
         heads: settings of the recipe's section ``heads``.
         where: the file that the settings come from, for messages.
-        step: optimizer steps taken.
+        step: of the run that it comes from; 0: not known.
 
     Raises:
         CheckpointError: settings that describe no model of this package, or heads that no other layout can hold.

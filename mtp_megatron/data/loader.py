@@ -35,7 +35,7 @@ def build_train_iterator(
 
     Args:
         dataset: the training samples.
-        consumed_samples: how many samples all ranks together have used already.
+        consumed_samples: how many samples all ranks together have used, or passed over, already.
         workers: processes that read ahead; 0 reads in this one.
 
     Yields:

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 def save_checkpoint(
     recipe: Recipe, manifest: Manifest, trainer: DeepSpeedTrainer, checkpoints: Path, step: int
 ) -> Path:
-    """Write the engine's checkpoint after ``step`` steps; collective over all ranks.
+    """Write the engine's checkpoint after the run's ``step``; collective over all ranks.
 
     Everything goes to a temporary folder that is renamed when it is whole; a crash at any moment leaves the previous
     checkpoint as it was.

@@ -20,7 +20,8 @@ def summarise(run: Path, metrics: RunMetrics, speculative: Record | None) -> dic
     Returns:
         ``heads``: each head's last validation loss (nats per token) and accuracy (0 to 1), None before any evaluation;
         ``tokens_per_forward``: what validation expects of greedy self-speculative decoding; ``speculative``: what
-        decoding measured; ``training``: steps, tokens, median tokens per second; ``versions``: what it ran with.
+        decoding measured; ``training``: the last logged step, the tokens up to it (those that were passed over
+        included), median tokens per second; ``versions``: what it ran with.
     """
     valid = metrics.valid[-1] if metrics.valid else None
     train = metrics.train[-1] if metrics.train else None

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def iteration_folder(checkpoints: Path, step: int) -> Path:
-    """Folder of the checkpoint taken after ``step`` optimizer steps."""
+    """Folder of the checkpoint taken after the run's ``step``, whose count includes steps that were passed over."""
     return checkpoints / f"iter_{step:07d}"
 
 
@@ -197,7 +197,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def step_of(folder: Path) -> int:
-    """Optimizer steps taken before the checkpoint in ``folder``."""
+    """The run's step after which the checkpoint in ``folder`` was taken."""
     match = _NAME.fullmatch(folder.name)
     if not match:
         raise CheckpointError(f"{folder}: a checkpoint folder is named iter_ and seven digits or more.")

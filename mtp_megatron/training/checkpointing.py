@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(recipe: Recipe, manifest: Manifest, trainable: Trainable, checkpoints: Path, step: int) -> Path:
-    """Write model, optimizer, schedule and generators after ``step`` steps; collective over all ranks.
+    """Write model, optimizer, schedule and generators after the run's ``step``; collective over all ranks.
 
     Everything goes to a temporary folder that is renamed when it is whole; a crash at any moment leaves the previous
     checkpoint as it was.

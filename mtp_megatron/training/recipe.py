@@ -157,7 +157,7 @@ class OptimizerSection(Section):
 class TrainSection(Section):
     """The loop."""
 
-    steps: int = Field(default=1000, ge=1, description="optimizer steps of the whole run")
+    steps: int = Field(default=1000, ge=1, description="steps of the whole run, those of skip_steps included")
     micro_batch_size: int = Field(default=4, ge=1, description="sequences per microbatch and data parallel rank")
     global_batch_size: int = Field(default=8, ge=1, description="sequences per optimizer step, over all ranks")
     seq_length: int | None = Field(
@@ -170,7 +170,7 @@ class TrainSection(Section):
     skip_steps: list[list[int]] = Field(
         default=[],
         description="[first, last] pairs of steps whose data is passed over, as PaLM did at loss spikes: nothing is "
-        "trained in them; may change when a run is resumed",
+        "trained, evaluated or saved in them; may change when a run is resumed",
     )
     eval_interval: int = Field(default=100, ge=0, description="steps between evaluations; 0: only after the last step")
     eval_batches: int = Field(default=4, ge=0, description="global batches per evaluation; 0: never evaluate")
@@ -216,8 +216,8 @@ class TrainSection(Section):
         return ranges
 
     def skipped_to(self, step: int) -> int:
-        """The step after which training goes on when ``step`` steps are over: ``step`` itself, unless ``skip_steps``
-        has the next one."""
+        """The step after which training goes on when ``step`` is over: ``step`` itself, unless ``skip_steps`` has the
+        next one."""
         for first, last in self.skip_steps:
             if first <= step + 1 <= last:
                 step = min(last, self.steps)
