@@ -34,6 +34,10 @@ class StopRequest:
         return self.signal is not None
 
 
+class Stopped(Exception):
+    """The job was asked to stop before its first step: there is nothing to save."""
+
+
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
     """Record the signals instead of dying of them; the former handlers return at the end."""

@@ -12,6 +12,7 @@ from mtp_megatron.data.manifest import Manifest, SplitInfo
 from mtp_megatron.data.sample_index import SampleIndex
 from mtp_megatron.data.shared_index import open_together
 from mtp_megatron.errors import ConfigError, DataError
+from mtp_megatron.signals import StopRequest
 
 
 class Samples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -72,6 +73,7 @@ def build_datasets(
     valid_samples: int | None = None,
     seed: int,
     cache_dir: str | Path | None = None,
+    stop: StopRequest | None = None,
 ) -> tuple[Samples, Samples]:
     """Training and held-out samples of ``seq_length`` tokens; documents are packed one after another.
 
@@ -88,10 +90,12 @@ def build_datasets(
         seed: of the shuffles.
         cache_dir: where the index of samples is kept, shared by the hosts or not; ``cache`` inside the data set's
             folder when None.
+        stop: looked at while an index is written.
 
     Raises:
         ConfigError: a size below 1 or a seed that does not fit 32 bits.
         DataError: a split with too few tokens for one sample, or a cache that cannot be written or read.
+        Stopped: on every rank, where any was asked to stop before the index was written.
     """
     for field, value in (("model.seq_length", seq_length), ("train_samples", train_samples)):
         if value < 1:
@@ -103,7 +107,7 @@ def build_datasets(
     _check_tokens(manifest, "train", manifest.train, seq_length)
     _check_tokens(manifest, "valid", manifest.valid, seq_length)
     cache = Path(cache_dir) if cache_dir else manifest.path / "cache"
-    train, valid = open_together(SampleIndex(manifest, seq_length, seed, cache))
+    train, valid = open_together(SampleIndex(manifest, seq_length, seed, cache), stop)
     held_out = len(valid) if valid_samples is None else min(valid_samples, len(valid))
     return Samples(train, train_samples, seed), Samples(valid, held_out, seed)
 

@@ -2,7 +2,7 @@
 
 Rank 0 writes it first. Hosts may have the data on disks of their own: where rank 0's index is not seen, the lowest rank
 of that host writes it there. An index may take longer than a collective may (``train.timeout_minutes``), so the ranks
-wait in many short ones, in which a rank that died is noticed, too.
+wait in many short ones, in which a rank that died is noticed, too, and one that was asked to stop.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch.distributed as dist
 from mtp_megatron import compat
 from mtp_megatron.data.sample_index import EXIT_EXPLAINED, SampleIndex
 from mtp_megatron.errors import DataError, MTPError
-from mtp_megatron.signals import STOP_SIGNALS
+from mtp_megatron.signals import STOP_SIGNALS, Stopped, StopRequest
 
 # Seconds that a host waits to see another's index before it writes its own, and not longer than writing that one took:
 # network file systems show other hosts' writes late, but on a disk of its own a host would wait in vain.
@@ -34,17 +34,18 @@ _FIRST_PAUSE, _PAUSE = 0.02, 2.0  # seconds between two collectives, doubled fro
 _REPORT = 60.0
 
 
-def open_together(index: SampleIndex) -> tuple[Any, Any]:
+def open_together(index: SampleIndex, stop: StopRequest | None = None) -> tuple[Any, Any]:
     """Training and held-out samples, after their index was written wherever it was missing; collective.
 
     Raises:
         DataError: on every rank, if one of them cannot write or read an index; names that rank and its host.
+        Stopped: on every rank, if ``stop`` says so on any of them while others wait for an index.
     """
     mine = _rank() == 0
     while True:
         started = time.monotonic()
-        error = _write(index, mine and not index.there())
-        seen, splits = _seen(index, min(SEEN_WITHIN, time.monotonic() - started)), None
+        error = _write(index, mine and not index.there(), stop)
+        seen, splits = _seen(index, min(SEEN_WITHIN, time.monotonic() - started), stop), None
         if error is None and seen:
             try:
                 splits = index.open()
@@ -62,7 +63,7 @@ def open_together(index: SampleIndex) -> tuple[Any, Any]:
         mine = _rank() in lowest.values()
 
 
-def _write(index: SampleIndex, mine: bool) -> Exception | None:
+def _write(index: SampleIndex, mine: bool, stop: StopRequest | None) -> Exception | None:
     """Write it where ``mine``, and return when all that do are done: this rank's error."""
     error: Exception | None = None
     child: _Child | None = None
@@ -74,14 +75,14 @@ def _write(index: SampleIndex, mine: bool) -> Exception | None:
                 child = stack.enter_context(_child(index))
         except Exception as caught:  # noqa: BLE001 - whatever it is, the other ranks wait for this one
             error = caught
-        _wait(lambda: child is not None and child.process.poll() is None, _report if _rank() == 0 else None)
+        _wait(lambda: child is not None and child.process.poll() is None, stop, _report if _rank() == 0 else None)
         return error if child is None else child.error()
 
 
-def _seen(index: SampleIndex, within: float) -> bool:
+def _seen(index: SampleIndex, within: float, stop: StopRequest | None) -> bool:
     """Whether it is there, on this rank, after so many seconds at most."""
     deadline = time.monotonic() + within
-    _wait(lambda: not index.there() and time.monotonic() < deadline)
+    _wait(lambda: not index.there() and time.monotonic() < deadline, stop)
     return index.there()
 
 
@@ -114,7 +115,8 @@ def _child(index: SampleIndex) -> Iterator[_Child]:
 
     Here megatron-core would write on rank 0 alone. And its compiled part holds the interpreter's lock, for minutes
     where there are 1e9 documents: this rank could join no collective, in whatever thread it wrote. The child dies
-    with its rank, whose restart starts another, and does not get requests to stop, which reach all processes of a rank.
+    with its rank, whose restart starts another, and does not get requests to stop, which reach all processes of a rank:
+    the ranks agree on them first.
     """
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # the same packages as here
     with index.room() as room, tempfile.TemporaryFile() as said:
@@ -136,16 +138,27 @@ def _child(index: SampleIndex) -> Iterator[_Child]:
             process.wait()
 
 
-def _wait(busy: Callable[[], bool], report: Callable[[int, float], None] | None = None) -> None:
+def _wait(
+    busy: Callable[[], bool], stop: StopRequest | None, report: Callable[[int, float], None] | None = None
+) -> None:
     """Return when ``busy()`` is false on every rank; collective.
 
     Args:
         busy: asked again and again.
+        stop: of this rank.
         report: told each minute how many ranks are busy, and for how many seconds so far.
+
+    Raises:
+        Stopped: a rank is busy, and one was asked to stop.
     """
     started, pause = time.monotonic(), _FIRST_PAUSE
     due = started + _REPORT
-    while count := _sum(busy()):
+    while True:
+        count, asked = _sums(busy(), bool(stop))
+        if not count:
+            return
+        if asked:
+            raise Stopped
         time.sleep(pause)
         pause = min(2 * pause, _PAUSE)
         if report is not None and time.monotonic() >= due:
@@ -163,12 +176,14 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _sum(flag: bool) -> int:
+def _sums(*flags: bool) -> list[int]:
+    """How many ranks say yes to each."""
     if not dist.is_initialized():
-        return int(flag)
-    count = torch.tensor([int(flag)], device=compat.device())
-    dist.all_reduce(count)
-    return int(count.item())
+        return [int(flag) for flag in flags]
+    counts = torch.tensor(flags, dtype=torch.int64, device=compat.device())
+    dist.all_reduce(counts)
+    said: list[int] = counts.tolist()
+    return said
 
 
 def _told(*mine: Any) -> list[Any]:

@@ -20,6 +20,7 @@ examples:
   torchrun --nproc-per-node 8 -m mtp_megatron.train recipe.yaml          (the same, ranks started by torchrun)
 
 SIGTERM, SIGUSR1 or Ctrl-C lets the step finish, saves and exits with status 0; the same command continues from there.
+Before the first step there is nothing to save: it exits at once, also while the index of samples is written.
 A run that diverged: 'mtp-megatron rollback --help', train.skip_steps, run.accept_changes.
 
 keys of a recipe (section.key  type  default  meaning):

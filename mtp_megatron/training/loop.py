@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -15,10 +16,11 @@ from mtp_megatron import compat
 from mtp_megatron.data.dataset import build_datasets
 from mtp_megatron.data.loader import build_train_iterator, build_valid_batches, count_valid_batches
 from mtp_megatron.errors import ConfigError
-from mtp_megatron.signals import StopRequest, stop_on_signal
+from mtp_megatron.signals import Stopped, StopRequest, stop_on_signal
 from mtp_megatron.training.agreement import job_store, preflight_together, require_shared
 from mtp_megatron.training.batches import Microbatch, chunk_iterators
 from mtp_megatron.training.build import overlapped_communication
+from mtp_megatron.training.checkpoint_files import step_of
 from mtp_megatron.training.checkpointing import count_parameters, latest_checkpoint
 from mtp_megatron.training.divergence import DivergenceFile, way_back
 from mtp_megatron.training.evaluation import Evaluation, evaluate
@@ -50,7 +52,8 @@ class Outcome:
 def train(recipe: Recipe) -> Outcome:
     """Train, or resume, a run: called by every rank of the job.
 
-    SIGTERM, SIGINT, SIGHUP or SIGUSR1 to any rank lets the current step finish, saves a checkpoint and returns.
+    SIGTERM, SIGINT, SIGHUP or SIGUSR1 to any rank lets the current step finish, saves a checkpoint and returns; before
+    the first step it returns without one.
 
     Raises:
         ConfigError, DataError, CheckpointError, JobError: before anything is allocated, see
@@ -74,38 +77,59 @@ class _Session:
     def __init__(self, plan: Plan, stop: StopRequest) -> None:
         self.plan, self.recipe, self.folder, self.stop = plan, plan.recipe, plan.folder, stop
         self.num_microbatches = num_microbatches(plan.recipe, plan.world_size)
-        latest = latest_checkpoint(self.folder.checkpoints)
+        self.latest = latest_checkpoint(self.folder.checkpoints)
+        self.step = 0 if self.latest is None else step_of(self.latest)
         # First of all: a start by hand is one, whatever ends it.
-        self.divergence = DivergenceFile(self.folder, self.recipe, latest, enabled=dist.get_rank() == 0)
+        self.divergence = DivergenceFile(self.folder, self.recipe, self.latest, enabled=dist.get_rank() == 0)
+
+    def run(self) -> Outcome:
+        try:
+            self._build()
+        except Stopped:
+            if dist.get_rank() == 0:
+                sys.stderr.write(
+                    "asked to stop before the first step: nothing to save. The same command starts again.\n"
+                )
+            return Outcome(self.step, self.step >= self.recipe.train.steps, None)
+        return self._run()
+
+    def _build(self) -> None:
+        """Data and model, which take minutes to hours where they are large.
+
+        Raises:
+            Stopped: on every rank, where any was asked to stop meanwhile.
+        """
         # Before the model: what can be wrong with the index of samples is found before minutes of loading.
         batch, train = self.recipe.train.global_batch_size, self.recipe.train
         self.train_data, self.valid_data = build_datasets(
-            plan.manifest,
+            self.plan.manifest,
             seq_length=self.recipe.train_seq_length,
             train_samples=train.steps * batch,
             valid_samples=train.eval_batches * batch or None,
             seed=self.recipe.data.seed,
             cache_dir=self.recipe.data.cache,
+            stop=self.stop,
         )
-        self.host = host_of(plan.recipe)
-        initial = plan.initial if latest is None else None
-        self.trainable: Trainer = self.host.build(plan.recipe, initial)
-        self.origin, self.step = "initial weights drawn", 0
-        if latest is not None:
-            self.step = self.host.load(plan.recipe, self.trainable, latest)
-            self.origin = f"continuing from {latest}"
+        self.host = host_of(self.recipe)
+        initial = self.plan.initial if self.latest is None else None
+        self.trainable: Trainer = self.host.build(self.recipe, initial)
+        self.origin = "initial weights drawn"
+        if self.latest is not None:
+            self.step = self.host.load(self.recipe, self.trainable, self.latest)
+            self.origin = f"continuing from {self.latest}"
         elif initial is not None:
             self.origin = f"initial weights from {initial}"
+        if self._asked_to_stop():
+            raise Stopped
         if dist.get_rank() == 0:
             self.folder.write_recipe(self.recipe)
 
-    def run(self) -> Outcome:
+    def _run(self) -> Outcome:
         steps = self.recipe.train.steps
-        evaluation = None
+        evaluation, stop = None, False
         iterators = self._train_iterators()
         with RunLog(self.folder, self.recipe, start_step=self.step, enabled=dist.get_rank() == 0) as log:
             self._announce(log)
-            stop = False
             while self.step < steps and not stop:
                 trained = not self._pass_over(log)
                 if trained:

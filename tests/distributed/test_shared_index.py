@@ -58,17 +58,17 @@ def test_every_disk_gets_an_index(data: Path, tmp_path: Path) -> None:
 
 def slow_body(rank: int, world_size: int, data: Path, gate: Path) -> tuple[int, list[int]]:
     """The index is written only when rank 1 has come out of a few collectives."""
-    counted, reports, whole = [], [], shared_index._sum
+    counted, reports, whole = [], [], shared_index._sums
 
-    def counting(flag: bool) -> int:
-        counted.append(flag)
+    def counting(*flags: bool) -> list[int]:
+        counted.append(flags)
         if rank == 1 and len(counted) == 5:
             gate.write_text("")
-        return whole(flag)
+        return whole(*flags)
 
     with (
         written_by_a_child(f"until [ -e {gate} ]; do sleep 0.1; done"),
-        mock.patch.object(shared_index, "_sum", counting),
+        mock.patch.object(shared_index, "_sums", counting),
         mock.patch.object(shared_index, "_REPORT", 0.0),
         mock.patch.object(shared_index, "_report", lambda count, seconds: reports.append(count)),
     ):
@@ -115,11 +115,11 @@ def test_a_writer_whose_rank_leaves_is_ended_and_its_folder_removed(
             super().__init__(*args, **kwargs)
             started.append(self)
 
-    def lost(flag: bool) -> int:
+    def lost(*flags: bool) -> list[int]:
         raise RuntimeError("Connection closed by peer")
 
     monkeypatch.setattr(shared_index.subprocess, "Popen", Popen)
-    monkeypatch.setattr(shared_index, "_sum", lost)
+    monkeypatch.setattr(shared_index, "_sums", lost)
     with written_by_a_child("exec sleep 600"), pytest.raises(RuntimeError, match="Connection closed"):
         shared_index.open_together(index_of(data, tmp_path / "cache"))
     (writer,) = (process for process in started if "mtp_megatron.data.sample_index" in process.args)

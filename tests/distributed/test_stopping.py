@@ -5,17 +5,21 @@ Not covered here: GPUs, and what a launcher passes on (tests/e2e/test_stop_signa
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 
+from mtp_megatron.data import shared_index
 from tests.distributed.test_training import says_on_the_way, says_until_stopped
 from tests.harness import run_world
-from tests.training_runs import metrics, tiny_tree, train_body
+from tests.training_runs import interrupted_copy, metrics, tiny_tree, train_body
 
 
 def saved(run: Path) -> list[str]:
@@ -83,3 +87,82 @@ def test_an_outcome_has_the_evaluation_of_its_own_step_alone(data: Path, tmp_pat
     (finished,) = run_world(outcome_of, 1, tree, 99)
     assert (finished.step, finished.finished) == (8, True)
     assert finished.evaluation.head_loss == metrics(tmp_path / "run", "valid")[8]["head_loss"]
+
+
+def stopped_early(rank: int, world_size: int, tree: dict[str, Any], where: str) -> tuple[Any, float, bool]:
+    """Train; the last rank alone gets a signal, while the index is written or when the model is about to be built. The
+    outcome, how long it took after the signal, and whether a process that writes an index is left."""
+    from mtp_megatron.data.sample_index import SampleIndex
+    from mtp_megatron.training import loop
+    from mtp_megatron.training.recipe_io import parse_recipe
+
+    mine, signalled = rank == world_size - 1, []
+    started: list[subprocess.Popen[bytes]] = []
+    sums, popen, host_of = shared_index._sums, subprocess.Popen, loop.host_of
+
+    def ask() -> None:
+        if mine and not signalled:
+            os.kill(os.getpid(), signal.SIGTERM)
+        signalled.append(time.monotonic())
+
+    def asked_in_the_third(*flags: bool) -> list[int]:
+        waits.append(flags)
+        if len(waits) == 3:
+            ask()
+        return sums(*flags)
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        started.append(popen(*args, **kwargs))
+        return started[-1]
+
+    def asked_before_it(recipe: Any) -> Any:
+        ask()
+        return host_of(recipe)
+
+    waits: list[Any] = []
+    patches = {
+        "index": [
+            mock.patch.object(SampleIndex, "small", False),
+            mock.patch.object(SampleIndex, "command", return_value=["sleep", "600"]),
+            mock.patch.object(shared_index, "_sums", asked_in_the_third),
+            mock.patch.object(shared_index.subprocess, "Popen", noted),
+        ],
+        "model": [mock.patch.object(loop, "host_of", asked_before_it)],
+    }
+    with contextlib.ExitStack() as stack:
+        for patch in patches[where]:
+            stack.enter_context(patch)
+        outcome = loop.train(parse_recipe(tree))
+    return outcome, time.monotonic() - signalled[0], any(process.poll() is None for process in started)
+
+
+@pytest.mark.parametrize("where", ["index", "model"])
+def test_a_request_before_the_first_step_ends_the_job_and_leaves_nothing(
+    where: str, data: Path, tmp_path: Path
+) -> None:
+    """An index of 1e9 documents takes up to hours, a model of 1e11 parameters minutes to load."""
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    tree = tiny_tree(data, run, parallel__pipeline=2)
+    tree["data"]["cache"] = str(cache)
+    for outcome, seconds, left in run_world(stopped_early, 2, tree, where, timeout=100):
+        assert (outcome.step, outcome.finished, outcome.evaluation) == (0, False, None)
+        assert seconds < 60
+        assert not left
+    assert [entry.name for entry in run.iterdir()] == [".lock"]
+    if where == "index":
+        assert not list(cache.iterdir())
+    assert run_world(train_body, 2, tree) == [8, 8]
+
+
+def test_a_request_before_a_resumed_run_trains_leaves_it_as_it_was(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    tree = tiny_tree(data, run)
+    run_world(train_body, 1, tree)
+    interrupted_copy(run, tmp_path / "again", 4)
+    tree["run"]["path"] = str(tmp_path / "again")
+    ((outcome, _, _),) = run_world(stopped_early, 1, tree, "model")
+    assert (outcome.step, outcome.finished) == (4, False)
+    assert saved(tmp_path / "again") == ["iter_0000004"]
+    assert max(metrics(tmp_path / "again")) == 8, "it has not begun"
+    ((outcome, _, _),) = run_world(stopped_early, 1, {**tree, "run": {**tree["run"], "path": str(run)}}, "model")
+    assert (outcome.step, outcome.finished) == (8, True)

@@ -70,3 +70,51 @@ def test_a_run_with_readers_saves_before_it_ends(
     assert "asked to stop: saved step" in said, said
     assert (run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == str(max(metrics(run)))
     assert not left
+
+
+SLOW_INDEX = """
+from mtp_megatron.data.sample_index import SampleIndex
+from mtp_megatron.train import end, main
+
+SampleIndex.small = False
+SampleIndex.command = lambda index, room: ["sleep", "600"]
+end(main)
+"""
+
+
+def test_a_job_that_still_writes_its_index_ends_cleanly_at_once(data: Path, tmp_path: Path) -> None:
+    """SIGTERM reaches every process of the ranks. What writes the index is a stand-in that takes long."""
+    run, log, recipe, script = (tmp_path / name for name in ("run", "log", "recipe.yaml", "slow_index.py"))
+    tree = tiny_tree(data, run, parallel__pipeline=2)
+    tree["data"]["cache"] = str(tmp_path / "cache")
+    recipe.write_text(yaml.safe_dump(tree))
+    script.write_text(SLOW_INDEX)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with log.open("wb") as out:
+        job = psutil.Popen(
+            [*torchrun, str(script), str(recipe)],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        )
+    family: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + LIMIT
+        while not any("sleep" in process.cmdline() for process in family):
+            assert job.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+            family = job.children(recursive=True)
+        asked = time.monotonic()
+        signal_all(family, signal.SIGTERM)
+        assert job.wait(LIMIT) == 0, log.read_text()
+        assert time.monotonic() - asked < 60
+        _, left = psutil.wait_procs(family, timeout=60)
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family += job.children(recursive=True)
+        signal_all([*family, job], signal.SIGKILL)
+    assert log.read_text().count("asked to stop before the first step") == 1, log.read_text()
+    assert not left
+    assert [entry.name for entry in run.iterdir()] == [".lock"]
+    assert not list((tmp_path / "cache").iterdir())
