@@ -7,7 +7,7 @@ It communicates through buffers of its own ("userbuffers"), allocated once and s
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +32,19 @@ def without_overlap(config: TransformerConfig) -> TransformerConfig:
 
 
 @contextmanager
-def userbuffers(config: TransformerConfig, *, tokens: int) -> Iterator[None]:
+def userbuffers(
+    config: TransformerConfig, *, tokens: int, abandon: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
     """The buffers that ``config.tp_comm_overlap`` needs, for the time of a run; collective over all ranks.
 
     As Megatron-LM does when it starts (``_initialize_tp_communicators``): megatron-core itself leaves it to its caller.
 
     Args:
         tokens: of one microbatch on all tensor parallel ranks together, ``sequence * micro_batch_size / context``.
+        abandon: asked after an error: whether to leave the buffers to the end of the process. Giving them back waits
+            for this rank's streams, whose kernels may wait for other ranks, and unmaps memory that those may be writing
+            to: they would fail of an illegal address before the error here is seen (Transformer Engine's
+            ``~CommOverlapBase``, ``destroy_communicator``).
 
     Raises:
         EnvironmentUnsupported: a Transformer Engine that cannot tell layers in FP8 from others (before 2.7).
@@ -56,14 +62,17 @@ def userbuffers(config: TransformerConfig, *, tokens: int) -> Iterator[None]:
     quantised = [modes.FP8] if config.fp8 else [modes.NONE]
     if config.fp8 and config.first_last_layers_bf16:
         quantised.append(modes.NONE)  # for the trunk's layers in bf16
-    base.initialize_ub(
-        shape=[tokens, config.hidden_size],
-        tp_size=config.tensor_model_parallel_size,
-        quantization_modes=quantised,
-        dtype=config.params_dtype,
-        bootstrap_backend=config.tp_comm_bootstrap_backend,
-    )
     try:
+        base.initialize_ub(
+            shape=[tokens, config.hidden_size],
+            tp_size=config.tensor_model_parallel_size,
+            quantization_modes=quantised,
+            dtype=config.params_dtype,
+            bootstrap_backend=config.tp_comm_bootstrap_backend,
+        )
         yield
-    finally:
-        base.destroy_ub()
+    except BaseException:
+        if not abandon():  # those that it had made when it failed, too: it refuses to begin again beside them
+            base.destroy_ub()
+        raise
+    base.destroy_ub()

@@ -19,6 +19,7 @@ from mtp_megatron.training.head_stages import HeadStages
 from mtp_megatron.training.low_precision import config_fields
 from mtp_megatron.training.recipe import ModelSection, OptimizerSection, Recipe, padded_vocab_size
 from mtp_megatron.training.step import BatchIterator, LossFunction, run_schedule, training_loss
+from mtp_megatron.training.world import waits_for_others
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
@@ -174,7 +175,7 @@ def overlapped_communication(recipe: Recipe) -> Iterator[None]:
         yield
         return
     tokens = recipe.train_seq_length * recipe.train.micro_batch_size // recipe.parallel.context
-    with compat.userbuffers(transformer_config(recipe), tokens=tokens):
+    with compat.userbuffers(transformer_config(recipe), tokens=tokens, abandon=waits_for_others):
         yield
 
 

@@ -89,7 +89,8 @@ def waits_for_others() -> bool:
     """Whether leaving the job waits for the other ranks: NCCL's communicators are destroyed by all together.
 
     After an error here they may be in a collective that this rank will never join. Then nothing is destroyed, and the
-    process has to end without that (``os._exit``), or its error would be seen after the others' timeout.
+    process has to end without that (``os._exit``), or its error would be seen after the others' timeout. Nor are the
+    buffers of ``parallel.tp_comm_overlap`` given back.
     """
     return dist.is_initialized() and dist.get_backend() == dist.Backend.NCCL and dist.get_world_size() > 1
 

@@ -172,6 +172,34 @@ def test_a_run_that_fails_gives_them_back(engine: Engine) -> None:
     assert engine.calls[-1] == "destroyed"
 
 
+def test_where_others_may_still_write_to_them_they_are_left_to_the_end_of_the_process(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mtp_megatron.training import build
+
+    monkeypatch.setattr(build, "waits_for_others", lambda: True)
+    with pytest.raises(RuntimeError, match="lost"), build.overlapped_communication(recipe_of()):
+        raise RuntimeError("lost")
+    assert len(engine.calls) == 1
+    with build.overlapped_communication(recipe_of()):
+        pass
+    assert engine.calls[-1] == "destroyed", "all ranks have come to the end"
+
+
+def test_a_failure_half_way_leaves_none_behind(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformer Engine would refuse to begin again: "UB communicators are already initialized"."""
+    from mtp_megatron.training.build import overlapped_communication
+
+    def fail(**kwargs: Any) -> None:
+        engine.calls.append(kwargs)
+        raise RuntimeError("no multicast")
+
+    monkeypatch.setattr(engine, "initialize_ub", fail)
+    with pytest.raises(RuntimeError, match="no multicast"), overlapped_communication(recipe_of()):
+        pass
+    assert engine.calls[1:] == ["destroyed"]
+
+
 def test_an_old_transformer_engine_is_named(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     from mtp_megatron.training.build import overlapped_communication
 
