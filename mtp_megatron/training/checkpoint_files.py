@@ -232,13 +232,21 @@ def differences(there: Any, here: Any, prefix: str = "") -> Iterator[str]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file so that a reader, or a crash, meets either the old text or the new one."""
+    """Replace a small file so that a reader, or a crash, meets either the old text or the new one.
+
+    Raises:
+        OSError: it cannot be written; then nothing is left of the new one.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
     _sync(path.parent)
 
 

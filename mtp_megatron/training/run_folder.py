@@ -92,7 +92,8 @@ def check_run_folder(recipe: Recipe) -> tuple[RunFolder, dict[str, str]]:
         raise ConfigError("run.path", recipe.run.path, "it is a file", "Choose a folder.")
     if not folder.recipe.is_file():
         entries = sorted(entry.name for entry in folder.path.iterdir()) if folder.path.is_dir() else []
-        strangers = [name for name in entries if name != LOCK][:3]
+        unfinished = f".{folder.recipe.name}."  # of a start that was killed while it wrote that
+        strangers = [name for name in entries if name != LOCK and not name.startswith(unfinished)][:3]
         if strangers:
             raise ConfigError(
                 "run.path",

@@ -1,25 +1,25 @@
-"""What rank 0 writes for people and programs: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
+"""What rank 0 writes for people and programs: metrics.jsonl, TensorBoard, and a progress bar or plain lines. None of it
+ends a run: not a full disk, and not a terminal that is closed."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 from tqdm import tqdm
 
-from mtp_megatron.training.checkpoint_files import write_atomically
 from mtp_megatron.training.evaluation import Evaluation
+from mtp_megatron.training.metrics_file import MetricsFile
 from mtp_megatron.training.recipe import Recipe
-from mtp_megatron.training.run_folder import RunFolder, without_nan
+from mtp_megatron.training.run_folder import RunFolder
 from mtp_megatron.training.step import StepFigures
 
 logger = logging.getLogger(__name__)
@@ -37,12 +37,14 @@ class RunLog:
         self._tensorboard: Any = None
         if not enabled:
             return
-        drop_later_lines(folder.metrics, start_step)
-        self._metrics = folder.metrics.open("a", encoding="utf-8")
+        self._metrics = MetricsFile(folder.metrics, start_step)
         if recipe.run.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # seconds to import, so only where it is used
 
-            self._tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=start_step + 1)
+            def start() -> None:
+                self._tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=start_step + 1)
+
+            self._on_tensorboard(start)
         # A terminal that says it has no lines, as containers' often do, would show no bar: it gets plain lines.
         if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines:
             self._bar = tqdm(total=recipe.train.steps, initial=start_step, unit="step", dynamic_ncols=True)
@@ -57,18 +59,18 @@ class RunLog:
         if not self._enabled:
             return
         if kind is not None:  # what led there
-            with contextlib.suppress(OSError):  # a full disk may be what ends the run
-                self._write_unwritten()
+            self._write_unwritten()
         self._metrics.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            self._on_tensorboard(self._tensorboard.close)
         if self._bar is not None:
             self._bar.close()
 
     def message(self, text: str) -> None:
         """A line for the person who watches."""
         if self._enabled:
-            tqdm.write(text, file=sys.stderr)
+            with contextlib.suppress(OSError):  # nobody watches: the terminal was closed, or the log's disk is full
+                tqdm.write(text, file=sys.stderr)
 
     def step(self, step: int, figures: StepFigures) -> None:
         """Called after every step; writes at every ``train.log_interval`` and at the last one. Steps in between are
@@ -102,7 +104,7 @@ class RunLog:
     def _train(self, step: int, figures: StepFigures, speed: float | None) -> None:
         """The line and the points of a training step."""
         balance = {} if self._recipe.model.num_experts is None else {"load_balancing_loss": figures.load_balancing_loss}
-        self._line(
+        self._metrics.add(
             kind="train",
             step=step,
             loss=figures.loss,
@@ -135,7 +137,7 @@ class RunLog:
         """Figures of the held-out split after ``step``."""
         if not self._enabled:
             return
-        self._line(
+        self._metrics.add(
             kind="valid",
             step=step,
             loss=result.loss,
@@ -160,41 +162,22 @@ class RunLog:
         if self._enabled:
             self._paused += time.perf_counter() - start
 
-    def _line(self, **record: Any) -> None:
-        json.dump(without_nan(record), self._metrics)
-        self._metrics.write("\n")
-        self._metrics.flush()
-
     def _scalars(self, step: int, values: dict[str, float]) -> None:
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+        for name, value in values.items():
+            if self._tensorboard is not None:
+                self._on_tensorboard(partial(self._tensorboard.add_scalar, name, value, step))
+
+    def _on_tensorboard(self, act: Callable[[], None]) -> None:
+        """After an error its writer takes nothing more: its thread has ended."""
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001 - where TensorFlow is installed, it writes and has errors of its own
+            self._tensorboard = None
+            logger.warning(
+                "TensorBoard gets no further points of this attempt (%s: %s); metrics.jsonl has all of them",
+                *(type(error).__name__, error),
+            )
 
     def _per_head(self, step: int, split: str, losses: Sequence[float], accuracies: Sequence[float]) -> None:
         for name, values in (("loss", losses), ("accuracy", accuracies)):
             self._scalars(step, {f"{split}_{name}/head_{i + 1}": value for i, value in enumerate(values)})
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl in order; what is no record is left out, with a warning unless it is the last
-    line, which a crash may have cut short."""
-    records = []
-    # Bytes of a damaged disk need not be text.
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            int(record["step"])
-        except (ValueError, KeyError, TypeError) as error:
-            if number != len(lines):
-                logger.warning("%s, line %d is no record and is left out (%s)", path, number, error)
-            continue
-        records.append(record)
-    return records
-
-
-def drop_later_lines(path: Path, step: int) -> None:
-    """Keep only records up to ``step``, so that a resumed run has each step once."""
-    kept = [record for record in read_metrics(path) if record["step"] <= step]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))

@@ -223,6 +223,8 @@ def test_a_longer_run_is_told_how_and_what_it_is_told_works(tmp_path: Path) -> N
 def test_foreign_files_and_a_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text("")  # all that a job leaves which failed while it was building the model
     check_run_folder(resolved(tmp_path))
+    (tmp_path / ".recipe.yaml.123").write_text("")  # and one that was killed while it wrote that
+    check_run_folder(resolved(tmp_path))
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(ConfigError, match=r"thesis\.tex"):
         check_run_folder(resolved(tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import math
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -20,9 +22,10 @@ from mtp_megatron.errors import CheckpointError
 from mtp_megatron.signals import stop_on_signal
 from mtp_megatron.training import checkpoint_files as files
 from mtp_megatron.training.evaluation import Evaluation
+from mtp_megatron.training.metrics_file import drop_later_lines, read_metrics
 from mtp_megatron.training.recipe_io import parse_recipe
 from mtp_megatron.training.run_folder import RunFolder
-from mtp_megatron.training.run_log import RunLog, drop_later_lines, read_metrics
+from mtp_megatron.training.run_log import RunLog
 from mtp_megatron.training.step import StepFigures
 from tests.training_runs import tiny_tree
 
@@ -270,6 +273,115 @@ def test_the_last_trained_steps_are_written_where_the_end_is_passed_over(tmp_pat
             log.step(step, StepFigures(1.0, [1.0], [0.5], tokens=1, grad_norm=1.0, lr=0.1))
         log.passed_over(8, 3)
     assert [record["step"] for record in read_metrics(folder.metrics)] == [4, 5]
+
+
+class Disk:
+    """With room for so many bytes of metrics."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+        self.room = room
+        disk, whole = self, Path.open
+
+        class File(io.FileIO):
+            def write(self, content: Any) -> int:
+                if not disk.room:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                taken = super().write(content[: disk.room])
+                disk.room -= taken
+                return taken
+
+        def opened(path: Path, mode: str = "r", **settings: Any) -> Any:
+            return File(path, "a") if (path.name, mode) == ("metrics.jsonl", "ab") else whole(path, mode, **settings)
+
+        monkeypatch.setattr(Path, "open", opened)
+
+
+def test_a_full_disk_delays_metrics_and_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = parse_recipe(tiny_tree(tmp_path, tmp_path / "run", heads__n=2))
+    folder = RunFolder(tmp_path / "run")
+    disk = Disk(monkeypatch, 300)  # one line, and a part of the next
+    with RunLog(folder, recipe, start_step=0, enabled=True) as log:
+        for step in (1, 2, 3, 4):
+            log.step(step, figures(step + 0.5))
+        assert [record["step"] for record in read_metrics(folder.metrics)] == [1]
+        disk.room = 10_000
+        log.step(5, figures(5.5))
+        assert [record["step"] for record in read_metrics(folder.metrics)] == [1, 2, 3, 4, 5]
+        disk.room = 0
+        log.step(6, figures(6.5))
+        disk.room = 10_000  # at the end, at the latest
+    assert [record["step"] for record in read_metrics(folder.metrics)] == [1, 2, 3, 4, 5, 6]
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.removeprefix(f"{folder.metrics} ") for line in said] == [
+        *["cannot be written ([Errno 28] No space left on device): lines wait in memory, training goes on"],
+        "is complete again",
+        *["cannot be written ([Errno 28] No space left on device): lines wait in memory, training goes on"],
+        "is complete again",
+    ]
+    caplog.clear()
+    disk.room = 0
+    with pytest.raises(KeyError), RunLog(folder, recipe, start_step=6, enabled=True) as log:  # noqa: PT012
+        for step in (7, 8):
+            log.step(step, figures(7.5))
+        raise KeyError  # is what is seen
+    assert f"{folder.metrics} lacks its last 2 lines" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # its writer's thread
+def test_an_error_of_tensorboard_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    recipe = parse_recipe(tiny_tree(tmp_path, tmp_path / "run", heads__n=2, run__tensorboard=True))
+    folder = RunFolder(tmp_path / "run")
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with RunLog(folder, recipe, start_step=0, enabled=True) as log:
+        log.step(1, figures(1.5))
+        monkeypatch.setattr(RecordWriter, "write", full)
+        for step in range(2, 9):
+            log.step(step, figures(step + 0.5))
+    with RunLog(folder, recipe, start_step=8, enabled=True) as log:  # also from its start on
+        log.step(9, figures(9.5))
+    assert [record["step"] for record in read_metrics(folder.metrics)] == list(range(1, 10))
+    assert caplog.text.count("TensorBoard gets no further points of this attempt (OSError: [Errno 28]") == 2
+
+
+def test_a_terminal_that_is_gone_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is said before it is saved, and who closes a terminal asks to stop."""
+    recipe = parse_recipe(tiny_tree(tmp_path, tmp_path / "run", heads__n=2))
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with RunLog(RunFolder(tmp_path / "run"), recipe, start_step=0, enabled=True) as log:
+        log.step(1, figures(1.5))
+        log.message("saved")
+    assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1]
+
+
+def test_a_small_file_that_cannot_be_written_leaves_the_old_one_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a first start on a full disk would leave a folder that the second one takes for a stranger's."""
+    path = tmp_path / "recipe.yaml"
+    files.write_atomically(path, "old")
+
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=rf"No space left on device: '{path}'"):
+            files.write_atomically(path, "new")
+    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("recipe.yaml", "old")]
 
 
 def test_nan_is_null_in_metrics(tmp_path: Path) -> None:
