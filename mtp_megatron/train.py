@@ -67,7 +67,10 @@ def end(rank: Callable[[], int]) -> NoReturn:
     """Run a rank and end its process with what it returns, or with 1 after an exception that nobody explains."""
     try:
         status = rank()
-    except Exception:  # noqa: BLE001 - printed as the interpreter would, before it may be too late
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException:  # noqa: BLE001 - printed as the interpreter would, before it may be too late; among
+        # them torch's CheckpointException, which is no Exception
         traceback.print_exc()
         status = 1
     if status and "torch.distributed" in sys.modules:

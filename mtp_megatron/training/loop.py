@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 import uuid
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -235,9 +237,24 @@ class _Session:
         return result
 
     def _save(self, log: RunLog) -> None:
-        start = time.perf_counter()
-        saved = self.host.save(self.recipe, self.plan.manifest, self.trainable, self.folder.checkpoints, self.step)
+        start, checkpoints = time.perf_counter(), self.folder.checkpoints
+        try:
+            saved = self.host.save(self.recipe, self.plan.manifest, self.trainable, checkpoints, self.step)
+        except BaseException as error:  # torch's CheckpointException is no Exception
+            what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            log.message(
+                f"step {self.step} could not be saved ({what}); {_free(self.folder.path)}. Checkpoints that were there "
+                "are as they were, and the same command continues from the latest."
+            )
+            raise
         log.message(f"saved {saved.relative_to(self.folder.path)} in {time.perf_counter() - start:.1f} s")
+
+
+def _free(path: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(path).free / 1e9:.1f} GB are free in {path}"
+    except OSError as error:
+        return f"{path} cannot be read ({error})"
 
 
 def _due(step: int, interval: int) -> bool:

@@ -5,6 +5,7 @@ Not covered here: GPUs, several nodes.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -180,6 +181,39 @@ def test_a_crash_in_the_middle_of_a_save_leaves_the_previous_checkpoint(
     assert not (run / "checkpoints" / "iter_0000008.tmp").exists()
     run_world(train_body, 1, tiny_tree(data, whole, run__load=str(seedling)))
     assert metrics(run) == metrics(whole)
+
+
+def cannot_save(rank: int, world_size: int, tree: dict[str, Any], step: int) -> list[str]:
+    """Train; the disk is full in the save of ``step``. What the run said."""
+    from mtp_megatron.training import checkpoint_files
+    from mtp_megatron.training.run_log import RunLog
+
+    said: list[str] = []
+    publish = checkpoint_files.publish
+
+    def on_a_full_disk(checkpoints: Path, at: int) -> Path:
+        if at == step:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return publish(checkpoints, at)
+
+    with (
+        mock.patch.object(checkpoint_files, "publish", on_a_full_disk),
+        mock.patch.object(RunLog, "message", lambda self, text: said.append(text)),
+        pytest.raises(OSError, match="No space left"),
+    ):
+        train_body(rank, world_size, tree)
+    return said
+
+
+def test_a_save_that_fails_says_what_is_left(data: Path, tmp_path: Path) -> None:
+    """Of a full disk torch says no more than ``unexpected pos 64 vs 0``."""
+    run = tmp_path / "run"
+    (said,) = run_world(cannot_save, 1, tiny_tree(data, run, run__keep_last=1), 8)
+    complaint = r"step 8 could not be saved \(OSError: \[Errno 28\] No space left on device\); \d+\.\d GB are free in "
+    assert re.match(complaint, said[-1])
+    assert "the same command continues from the latest" in said[-1]
+    assert run_world(says_on_the_way, 1, tiny_tree(data, run, run__keep_last=1))[0][0] == 8
+    assert [entry.name for entry in (run / "checkpoints").glob("iter_*")] == ["iter_0000008"]
 
 
 def test_a_truncated_checkpoint_is_passed_over(data: Path, single: Path, tmp_path: Path) -> None:

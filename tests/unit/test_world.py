@@ -52,7 +52,13 @@ def test_after_an_error_nothing_is_destroyed_that_waits(
 
 @pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize(
-    ("rank", "status", "said"), [("lambda: 2", 2, ""), ("lambda: 1 / 0", 1, "ZeroDivisionError"), ("lambda: 0", 0, "")]
+    ("rank", "status", "said"),
+    [
+        ("lambda: 2", 2, ""),
+        ("lambda: 1 / 0", 1, "ZeroDivisionError"),
+        ("unsaved", 1, "CheckpointException"),
+        ("lambda: 0", 0, ""),
+    ],
 )
 def test_a_failed_rank_ends_without_the_others(waits: bool, rank: str, status: int, said: str) -> None:
     code = f"""
@@ -61,6 +67,11 @@ from mtp_megatron import train
 from mtp_megatron.training import world
 world.waits_for_others = lambda: {waits}
 atexit.register(print, "cleaned up")
+
+def unsaved():
+    from torch.distributed.checkpoint.api import CheckpointException
+    raise CheckpointException("full", {{}})
+
 train.end({rank})
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
