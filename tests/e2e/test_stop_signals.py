@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -70,6 +72,41 @@ def test_a_run_with_readers_saves_before_it_ends(
     assert "asked to stop: saved step" in said, said
     assert (run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == str(max(metrics(run)))
     assert not left
+
+
+@pytest.mark.parametrize("lines", [0, 24], ids=["plain lines", "a progress bar"])
+@pytest.mark.usefixtures("without_nohup")
+def test_a_run_whose_terminal_is_closed_saves_before_it_ends(lines: int, data: Path, tmp_path: Path) -> None:
+    """It gets SIGHUP, and whatever it then says to the terminal is an error."""
+    run, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
+    endless = {"train__steps": 100_000, "train__save_interval": 0, "train__eval_batches": 0}
+    recipe.write_text(yaml.safe_dump(tiny_tree(data, run, **endless)))
+    watched, terminal = os.openpty()
+    termios.tcsetwinsize(watched, (lines, 80))
+    job = subprocess.Popen(
+        [sys.executable, "-m", "mtp_megatron", "train", str(recipe)],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # this terminal is the new session's
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )
+    os.close(terminal)
+    try:
+        os.set_blocking(watched, False)
+        deadline = time.monotonic() + LIMIT
+        while steps_in(run) < 3:
+            with contextlib.suppress(BlockingIOError):
+                os.read(watched, 65536)
+            assert job.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.close(watched)
+        assert job.wait(LIMIT) == 0
+    finally:
+        job.kill()
+    assert (run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == str(max(metrics(run)))
 
 
 SLOW_INDEX = """
