@@ -22,7 +22,8 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     status.
 
     A first SIGINT, SIGTERM, SIGHUP or SIGUSR1 is passed on to the ranks, which save and end with status 0; a second one
-    kills them. Ranks do not get the terminal's Ctrl-C themselves: torchrun would end them before they have saved.
+    kills them. Where there are no ranks yet the first one ends torchrun. Ranks do not get the terminal's Ctrl-C
+    themselves: torchrun would end them before they have saved.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = dict(os.environ)
@@ -38,11 +39,15 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     def pass_on(number: int, frame: FrameType | None) -> None:
         nonlocal requests
         requests += 1
-        for rank in _ranks(job.pid):  # each has a session of its own, and would outlive torchrun
+        ranks = _ranks(job.pid)
+        for rank in ranks:  # each has a session of its own, and would outlive torchrun
             with contextlib.suppress(psutil.NoSuchProcess):
                 rank.send_signal(number if requests == 1 else signal.SIGKILL)
-        if requests > 1:
-            os.killpg(job.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            if requests > 1:
+                os.killpg(job.pid, signal.SIGKILL)
+            elif not ranks:  # torchrun has not started them yet, and shall not
+                os.killpg(job.pid, signal.SIGTERM)
 
     former = {number: signal.signal(number, pass_on) for number in caught_signals()}
     try:

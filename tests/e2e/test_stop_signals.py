@@ -109,6 +109,36 @@ def test_a_run_whose_terminal_is_closed_saves_before_it_ends(lines: int, data: P
     assert (run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == str(max(metrics(run)))
 
 
+def test_a_request_before_there_are_ranks_is_not_lost(data: Path, tmp_path: Path) -> None:
+    """The launcher has nobody yet to pass it on to."""
+    run, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_tree(data, run, parallel__pipeline=2, train__steps=100_000)))
+    job = psutil.Popen(
+        [sys.executable, "-m", "mtp_megatron", "train", str(recipe)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )
+    family: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + LIMIT
+        while not family:
+            assert job.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+            family = [child for child in job.children() if "torch.distributed.run" in child.cmdline()]
+        assert not job.children(recursive=True)[1:], "torchrun imports torch first"
+        job.send_signal(signal.SIGTERM)
+        _, said = job.communicate(timeout=60)
+    finally:
+        family += job.children(recursive=True) if job.is_running() else []
+        signal_all([*family, job], signal.SIGKILL)
+    assert job.returncode == 1
+    assert b"No checkpoint was saved yet" in said
+    assert not any(process.is_running() for process in family)
+    assert not run.exists()
+
+
 SLOW_INDEX = """
 from mtp_megatron.data.sample_index import SampleIndex
 from mtp_megatron.train import end, main
