@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -22,6 +23,7 @@ from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.run_folder import RunFolder
 from mtp_megatron.training.step import StepFigures
 
+_REMEMBERED = 1000  # steps; train.log_interval may be any number
 logger = logging.getLogger(__name__)
 
 
@@ -31,7 +33,7 @@ class RunLog:
     def __init__(self, folder: RunFolder, recipe: Recipe, *, start_step: int, enabled: bool) -> None:
         """Open the files for a run that continues after ``start_step``, dropping later entries."""
         self._recipe, self._enabled = recipe, enabled
-        self._unwritten: list[tuple[int, StepFigures]] = []  # since the last line
+        self._unwritten: deque[tuple[int, StepFigures]] = deque(maxlen=_REMEMBERED)  # since the last line
         self._tokens_per_step = recipe.train.global_batch_size * recipe.train_seq_length
         self._bar: tqdm[Any] | None = None
         self._tensorboard: Any = None
@@ -73,8 +75,8 @@ class RunLog:
                 tqdm.write(text, file=sys.stderr)
 
     def step(self, step: int, figures: StepFigures) -> None:
-        """Called after every step; writes at every ``train.log_interval`` and at the last one. Steps in between are
-        written if the run ends with an error."""
+        """Called after every step; writes at every ``train.log_interval`` and at the last one. The last
+        :data:`_REMEMBERED` steps in between are written if the run ends with an error."""
         if not self._enabled:
             return
         if self._bar is not None:

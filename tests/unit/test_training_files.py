@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import pytest
 from mtp_megatron.errors import CheckpointError
 from mtp_megatron.signals import stop_on_signal
 from mtp_megatron.training import checkpoint_files as files
+from mtp_megatron.training import run_log
 from mtp_megatron.training.evaluation import Evaluation
 from mtp_megatron.training.metrics_file import drop_later_lines, read_metrics
 from mtp_megatron.training.recipe_io import parse_recipe
@@ -265,6 +267,17 @@ def test_an_error_does_not_lose_the_steps_since_the_last_line(tmp_path: Path) ->
     assert [record["step"] for record in read_metrics(folder.metrics)] == [3], "no error, and no line was due"
 
 
+def test_steps_that_are_never_due_take_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_log, "_REMEMBERED", 2)
+    recipe = parse_recipe(tiny_tree(tmp_path, tmp_path / "run", heads__n=2, train__log_interval=10**9))
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(KeyError), RunLog(folder, recipe, start_step=0, enabled=True) as log:  # noqa: PT012
+        for step in range(1, 6):
+            log.step(step, figures(step + 0.5))
+        raise KeyError
+    assert [record["step"] for record in read_metrics(folder.metrics)] == [4, 5]
+
+
 def test_the_last_trained_steps_are_written_where_the_end_is_passed_over(tmp_path: Path) -> None:
     recipe = parse_recipe(tiny_tree(tmp_path, tmp_path / "run", train__log_interval=4, train__steps=8))
     folder = RunFolder(tmp_path / "run")
@@ -329,7 +342,6 @@ def test_a_full_disk_delays_metrics_and_ends_no_run(
     assert f"{folder.metrics} lacks its last 2 lines" in caplog.text
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # its writer's thread
 def test_an_error_of_tensorboard_ends_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -341,6 +353,7 @@ def test_an_error_of_tensorboard_ends_no_run(
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)  # its writer's thread dies of it
     with RunLog(folder, recipe, start_step=0, enabled=True) as log:
         log.step(1, figures(1.5))
         monkeypatch.setattr(RecordWriter, "write", full)
