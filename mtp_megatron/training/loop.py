@@ -22,7 +22,7 @@ from mtp_megatron.signals import Stopped, StopRequest, stop_on_signal
 from mtp_megatron.training.agreement import job_store, preflight_together, require_shared
 from mtp_megatron.training.batches import Microbatch, chunk_iterators
 from mtp_megatron.training.build import overlapped_communication
-from mtp_megatron.training.checkpoint_files import step_of
+from mtp_megatron.training.checkpoint_files import step_of, temporary_folder
 from mtp_megatron.training.checkpointing import count_parameters, latest_checkpoint
 from mtp_megatron.training.divergence import DivergenceFile, way_back
 from mtp_megatron.training.evaluation import Evaluation, evaluate
@@ -242,6 +242,8 @@ class _Session:
             saved = self.host.save(self.recipe, self.plan.manifest, self.trainable, checkpoints, self.step)
         except BaseException as error:  # torch's CheckpointException is no Exception
             what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            if dist.get_rank() == 0:  # the disk may be full of it, and the next start writes small files first
+                shutil.rmtree(temporary_folder(checkpoints, self.step), ignore_errors=True)
             log.message(
                 f"step {self.step} could not be saved ({what}); {_free(self.folder.path)}. Checkpoints that were there "
                 "are as they were, and the same command continues from the latest."

@@ -212,6 +212,8 @@ def test_a_save_that_fails_says_what_is_left(data: Path, tmp_path: Path) -> None
     complaint = r"step 8 could not be saved \(OSError: \[Errno 28\] No space left on device\); \d+\.\d GB are free in "
     assert re.match(complaint, said[-1])
     assert "the same command continues from the latest" in said[-1]
+    left = {entry.name for entry in (run / "checkpoints").iterdir()}
+    assert left == {"iter_0000004", "latest_checkpointed_iteration.txt"}, "the disk would stay full"
     assert run_world(says_on_the_way, 1, tiny_tree(data, run, run__keep_last=1))[0][0] == 8
     assert [entry.name for entry in (run / "checkpoints").glob("iter_*")] == ["iter_0000008"]
 
