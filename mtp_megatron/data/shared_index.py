@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -168,8 +168,9 @@ def _wait(
 
 def _report(count: int, seconds: float) -> None:
     where = f" on {count} hosts" if count > 1 else ""
-    sys.stderr.write(f"building the index of samples{where}: {seconds / 60:.0f} minutes so far\n")
-    sys.stderr.flush()
+    with suppress(OSError):  # of a log on a full disk
+        sys.stderr.write(f"building the index of samples{where}: {seconds / 60:.0f} minutes so far\n")
+        sys.stderr.flush()
 
 
 def _rank() -> int:

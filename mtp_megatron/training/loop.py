@@ -7,7 +7,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -89,9 +89,8 @@ class _Session:
             self._build()
         except Stopped:
             if dist.get_rank() == 0:
-                sys.stderr.write(
-                    "asked to stop before the first step: nothing to save. The same command starts again.\n"
-                )
+                with suppress(OSError):  # a terminal that was closed asks for it, too
+                    print("asked to stop before the first step: nothing to save", file=sys.stderr, flush=True)
             return Outcome(self.step, self.step >= self.recipe.train.steps, None)
         return self._run()
 

@@ -6,9 +6,11 @@ Not covered here: GPUs, and what a launcher passes on (tests/e2e/test_stop_signa
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -127,7 +129,11 @@ def stopped_early(rank: int, world_size: int, tree: dict[str, Any], where: str) 
             mock.patch.object(shared_index, "_sums", asked_in_the_third),
             mock.patch.object(shared_index.subprocess, "Popen", noted),
         ],
-        "model": [mock.patch.object(loop, "host_of", asked_before_it)],
+        # As where the request is the end of a terminal, which is then no more to be written to.
+        "model": [
+            mock.patch.object(loop, "host_of", asked_before_it),
+            mock.patch.object(sys, "stderr", mock.Mock(write=mock.Mock(side_effect=OSError(errno.EIO, "gone")))),
+        ],
     }
     with contextlib.ExitStack() as stack:
         for patch in patches[where]:
