@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
-from mtp_megatron.data.tokenizer import MODEL_FILE, ByteTokenizer, Tokenizer, load_tokenizer
+from mtp_megatron.data.tokenizer import Tokenizer
+from mtp_megatron.data.tokenizer_store import copy_tokenizer, entry, stored_tokenizer
 from mtp_megatron.errors import ConfigError, DataError
 
 MANIFEST_FILE = "dataset.json"
@@ -30,10 +38,23 @@ class _Part(BaseModel):
 
 
 class TokenizerInfo(_Part):
-    """Which tokenizer made the ids."""
+    """Which tokenizer made the ids; of Hugging Face's also which further ids begin and end a text."""
 
-    kind: Literal["bytes", "sentencepiece"]
+    kind: Literal["bytes", "sentencepiece", "huggingface"]
     sha256: str
+    bos: int | None = None
+    more_ends: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> TokenizerInfo:
+        """What a manifest says of a tokenizer."""
+        if tokenizer.kind != "huggingface":  # the others' files say it
+            return cls(kind=tokenizer.kind, sha256=tokenizer.sha256)
+        return cls(kind=tokenizer.kind, sha256=tokenizer.sha256, bos=tokenizer.bos, more_ends=tokenizer.more_ends)
+
+    @model_serializer(mode="wrap")
+    def _only_what_is_said(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in serialise(self).items() if value not in (None, [], ())}
 
 
 class SplitInfo(_Part):
@@ -81,18 +102,27 @@ class Manifest(_Part):
         """Path of a split without ``.bin``/``.idx``, as megatron-core takes it."""
         return str(self._path / split)
 
+    @property
+    def tokenizer_entry(self) -> dict[str, Any]:
+        """What a checkpoint says of the tokenizer (:mod:`.tokenizer_store`)."""
+        info = self.tokenizer
+        return entry(info.kind, info.sha256, eod=self.eod, bos=info.bos, more_ends=info.more_ends)
+
+    def copy_tokenizer(self, folder: Path) -> None:
+        """Copy the tokenizer's files into a checkpoint."""
+        copy_tokenizer(self.tokenizer.kind, self._path, folder)
+
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer that made the ids.
 
         Raises:
             DataError: it is missing, unreadable, or another one.
         """
-        spec = self._path / MODEL_FILE if self.tokenizer.kind == "sentencepiece" else ByteTokenizer.name
-        tokenizer = load_tokenizer(spec)
-        if tokenizer.sha256 != self.tokenizer.sha256:
+        tokenizer = stored_tokenizer(self._path, self.tokenizer_entry, self.vocab_size)
+        if not tokenizer.is_of(self.tokenizer.sha256):
             raise DataError(
-                f"{spec}: not the tokenizer that made this data set (sha256 {tokenizer.sha256[:12]}, expected "
-                f"{self.tokenizer.sha256[:12]}). {_REBUILD}"
+                f"{tokenizer.name}: not the tokenizer that made this data set (sha256 {tokenizer.sha256[:12]}, "
+                f"expected {self.tokenizer.sha256[:12]}). {_REBUILD}"
             )
         if (tokenizer.vocab_size, tokenizer.eod) != (self.vocab_size, self.eod):
             raise DataError(

@@ -18,10 +18,12 @@ from tqdm import tqdm
 from mtp_megatron.data.atomic import new_folder
 from mtp_megatron.data.corpus import Corpus, Tally, digest
 from mtp_megatron.data.encode import encode_documents
+from mtp_megatron.data.huggingface import HuggingFaceTokenizer
 from mtp_megatron.data.manifest import MANIFEST_FILE, VERSION, Manifest, SourceInfo, TokenizerInfo, load_manifest
 from mtp_megatron.data.reading import Document
 from mtp_megatron.data.sources import DEFAULT_EXTENSIONS, find_sources
-from mtp_megatron.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from mtp_megatron.data.tokenizer import ByteTokenizer, Tokenizer
+from mtp_megatron.data.tokenizer_store import choose_tokenizer, write_tokenizer
 from mtp_megatron.data.train_tokenizer import MIN_VOCAB, train_tokenizer
 from mtp_megatron.errors import ConfigError, DataError
 
@@ -36,7 +38,8 @@ class PreprocessOptions:
     Args:
         output: folder to make; must not exist, be empty, or hold the data set that these options would make.
         paths: files and folders; the standard library's source when empty.
-        tokenizer: ``"bytes"`` or the path of a sentencepiece model; ignored with ``train_vocab``.
+        tokenizer: what :func:`.tokenizer_store.choose_tokenizer` takes; ignored with ``train_vocab``.
+        eod: the token that ends every document, for a Hugging Face tokenizer; None: the tokenizer's own.
         train_vocab: train a sentencepiece model with this many tokens on the training split.
         valid_fraction: share of the documents that are held out (at least one is, at least one is not).
         seed: which documents are held out.
@@ -52,6 +55,7 @@ class PreprocessOptions:
     output: Path
     paths: tuple[Path, ...] = ()
     tokenizer: str = ByteTokenizer.name
+    eod: str | None = None
     train_vocab: int | None = None
     valid_fraction: float = 0.01
     seed: int = 1234
@@ -76,6 +80,10 @@ class PreprocessOptions:
             raise ConfigError("--max-documents", self.max_documents, "is too small", remedy)
         if self.workers < 1:
             raise ConfigError("--workers", self.workers, "must be 1 or more", "1 tokenizes in the main process.")
+        if self.eod is not None and self.train_vocab is not None:
+            raise ConfigError(
+                "--eod", self.eod, "a tokenizer that is trained has one of its own", "Leave out one of the two."
+            )
         if not 0 <= self.seed < 2**64:
             raise ConfigError("--seed", self.seed, "must fit 64 bits without sign", "Try 1234.")
 
@@ -111,7 +119,7 @@ def preprocess(options: PreprocessOptions) -> PreprocessResult:
             what :meth:`.Corpus.documents` refuses.
     """
     old = _refuse_foreign_output(options.output)
-    given = None if options.train_vocab is not None else load_tokenizer(options.tokenizer)
+    given = None if options.train_vocab is not None else choose_tokenizer(options.tokenizer, options.eod)
     tally = Tally()
     sources = find_sources(
         options.paths,
@@ -135,15 +143,14 @@ def preprocess(options: PreprocessOptions) -> PreprocessResult:
     held_out = _hold_out(scan.keys, options.valid_fraction)
     with new_folder(options.output) as folder:
         tokenizer = given or _train(corpus, scan, held_out, options)
-        for name, content in tokenizer.files().items():
-            (folder / name).write_bytes(content)
+        write_tokenizer(tokenizer, folder)
         splits, dtype = _write_splits(folder, corpus, scan, held_out, tokenizer, options)
         manifest = Manifest(
             fingerprint=fingerprint,
             vocab_size=tokenizer.vocab_size,
             eod=tokenizer.eod,
             dtype=dtype,
-            tokenizer=TokenizerInfo(kind=tokenizer.kind, sha256=tokenizer.sha256),
+            tokenizer=TokenizerInfo.of(tokenizer),
             source=SourceInfo(
                 files=len(sources),
                 rejected=scan.tally.rejected,
@@ -205,12 +212,18 @@ def _hold_out(keys: np.ndarray, fraction: float) -> np.ndarray:
 def _recorded_options(options: PreprocessOptions, given: Tokenizer | None) -> dict[str, Any]:
     """The options that decide what the data set contains, as the manifest records them."""
     return {
-        "tokenizer": f"trained {options.train_vocab}" if given is None else f"{given.kind} {given.sha256[:16]}",
+        "tokenizer": f"trained {options.train_vocab}" if given is None else _identity(given),
         "valid_fraction": options.valid_fraction,
         "seed": options.seed,
         "json_key": options.json_key,
         "max_documents": options.max_documents,
     }
+
+
+def _identity(tokenizer: Tokenizer) -> str:
+    identity = f"{tokenizer.kind} {tokenizer.sha256[:16]}"
+    # The others' files say which id ends a document.
+    return f"{identity} {tokenizer.eod}" if tokenizer.kind == HuggingFaceTokenizer.kind else identity
 
 
 def _fingerprint(recorded: dict[str, Any], corpus_sha256: str) -> str:
