@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
         quiet=args.quiet,
     )
     start = time.monotonic()
-    with _sigterm_unwinds():
+    with sigterm_unwinds():
         result = preprocess(options)
     _report_rejected(result)
     if not result.tokenizer.lossless:
@@ -169,14 +169,14 @@ def summary_table(result: PreprocessResult) -> str:
     manifest = result.manifest
     rows = [("split", "documents", "tokens", "text MB", "bytes/token", ".bin MB")]
     for name, split in (("train", manifest.train), ("valid", manifest.valid)):
-        density = split.text_bytes / split.tokens
+        text = split.text_bytes  # not known where the ids came without their text
         rows.append(
             (
                 name,
                 f"{split.documents:,}",
                 f"{split.tokens:,}",
-                f"{split.text_bytes / 1e6:.2f}",
-                f"{density:.2f}",
+                "-" if text is None else f"{text / 1e6:.2f}",
+                "-" if text is None else f"{text / split.tokens:.2f}",
                 f"{split.bin_bytes / 1e6:.2f}",
             )
         )
@@ -210,7 +210,7 @@ def _report_rejected(result: PreprocessResult, most: int = 10) -> None:
 
 
 @contextlib.contextmanager
-def _sigterm_unwinds() -> Iterator[None]:
+def sigterm_unwinds() -> Iterator[None]:
     """Let SIGTERM (a scheduler's way to stop a job) end the process through ``finally`` blocks, not past them."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -141,7 +141,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def _encode(self, text: str, *, special_tokens_are_text: bool) -> list[int]:
         library = self._library
         library.encode_special_tokens = special_tokens_are_text
-        # Twice as fast as encode(), which also keeps the place of each token in the text.
+        # 1.4 to 2 times as fast as encode(), which also keeps the place of each token in the text.
         (encoding,) = library.encode_batch_fast([text], add_special_tokens=False)
         return list(encoding.ids)
 

@@ -118,7 +118,7 @@ def preprocess(options: PreprocessOptions) -> PreprocessResult:
         DataError: paths, tokenizer or output folder that cannot be used, a corpus with fewer than two documents, or
             what :meth:`.Corpus.documents` refuses.
     """
-    old = _refuse_foreign_output(options.output)
+    old = data_set_there(options.output)
     given = None if options.train_vocab is not None else choose_tokenizer(options.tokenizer, options.eod)
     tally = Tally()
     sources = find_sources(
@@ -131,16 +131,16 @@ def preprocess(options: PreprocessOptions) -> PreprocessResult:
     corpus = Corpus(sources, options.json_key, options.max_documents, options.skip_unreadable)
     scan = _scan(corpus, options, tally)
     recorded = _recorded_options(options, given)
-    fingerprint = _fingerprint(recorded, scan.sha256)
+    fingerprint = fingerprint_of(recorded, scan.sha256)
     if old is not None:
         if old.fingerprint != fingerprint:
             raise DataError(
-                f"{options.output}: holds another data set ({_difference(old, recorded)}). "
+                f"{options.output}: holds another data set ({difference_of(old, recorded)}). "
                 "Choose another --output, or remove the folder."
             )
         return PreprocessResult(old, old.load_tokenizer(), scan.tally, up_to_date=True)
 
-    held_out = _hold_out(scan.keys, options.valid_fraction)
+    held_out = hold_out(scan.keys, options.valid_fraction)
     with new_folder(options.output) as folder:
         tokenizer = given or _train(corpus, scan, held_out, options)
         write_tokenizer(tokenizer, folder)
@@ -166,7 +166,12 @@ def preprocess(options: PreprocessOptions) -> PreprocessResult:
     return PreprocessResult(manifest.at(options.output), tokenizer, scan.tally, up_to_date=False)
 
 
-def _refuse_foreign_output(output: Path) -> Manifest | None:
+def data_set_there(output: Path) -> Manifest | None:
+    """The data set in ``output``, None where there is nothing.
+
+    Raises:
+        DataError: it holds something else.
+    """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     if not (output / MANIFEST_FILE).is_file():
@@ -181,7 +186,7 @@ def _scan(corpus: Corpus, options: PreprocessOptions, tally: Tally) -> _Scan:
     text_bytes = 0
     whole = hashlib.sha256()
     for document in _bar(corpus.documents(tally), "scan", None, options):
-        keys.append(_key(document.data, options.seed))
+        keys.append(document_key(document.data, options.seed))
         text_bytes += len(document.data)
         whole.update(document.name.encode("utf-8", "surrogateescape") + b"\0" + digest(document.data))
     if len(keys) < 2:
@@ -193,13 +198,17 @@ def _scan(corpus: Corpus, options: PreprocessOptions, tally: Tally) -> _Scan:
     return _Scan(np.frombuffer(keys, dtype=np.uint64), text_bytes, whole.hexdigest(), tally)
 
 
-def _key(data: bytes, seed: int) -> int:
+def document_key(data: bytes, seed: int) -> int:
     """Uniform in 0 .. 2^64 - 1, by content: copies of a text fall on the same side of the split, wherever they lie."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=seed.to_bytes(8, "little")).digest(), "little")
 
 
-def _hold_out(keys: np.ndarray, fraction: float) -> np.ndarray:
-    """Which documents are held out, bool ``[documents]``: those with the smallest keys, ties together."""
+def hold_out(keys: np.ndarray, fraction: float) -> np.ndarray:
+    """Which documents are held out, bool ``[documents]``: those with the smallest keys, ties together.
+
+    Raises:
+        DataError: all keys are the same.
+    """
     count = min(max(1, round(fraction * len(keys))), len(keys) - 1)
     held_out: np.ndarray = keys <= np.partition(keys, count - 1)[count - 1]
     if held_out.all():
@@ -212,7 +221,7 @@ def _hold_out(keys: np.ndarray, fraction: float) -> np.ndarray:
 def _recorded_options(options: PreprocessOptions, given: Tokenizer | None) -> dict[str, Any]:
     """The options that decide what the data set contains, as the manifest records them."""
     return {
-        "tokenizer": f"trained {options.train_vocab}" if given is None else _identity(given),
+        "tokenizer": f"trained {options.train_vocab}" if given is None else identity_of(given),
         "valid_fraction": options.valid_fraction,
         "seed": options.seed,
         "json_key": options.json_key,
@@ -220,18 +229,21 @@ def _recorded_options(options: PreprocessOptions, given: Tokenizer | None) -> di
     }
 
 
-def _identity(tokenizer: Tokenizer) -> str:
+def identity_of(tokenizer: Tokenizer) -> str:
+    """A tokenizer as manifests record it among the options."""
     identity = f"{tokenizer.kind} {tokenizer.sha256[:16]}"
     # The others' files say which id ends a document.
     return f"{identity} {tokenizer.eod}" if tokenizer.kind == HuggingFaceTokenizer.kind else identity
 
 
-def _fingerprint(recorded: dict[str, Any], corpus_sha256: str) -> str:
+def fingerprint_of(recorded: dict[str, Any], corpus_sha256: str) -> str:
+    """The identity of a data set made of this corpus with these options."""
     identity = {"version": VERSION, "corpus": corpus_sha256, **recorded}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def _difference(old: Manifest, recorded: dict[str, Any]) -> str:
+def difference_of(old: Manifest, recorded: dict[str, Any]) -> str:
+    """In words, what options a data set was made with where they are others now."""
     changes = [f"{k}={old.options.get(k)!r}, now {v!r}" for k, v in recorded.items() if old.options.get(k) != v]
     return "; ".join(changes) if changes else "made from other text"
 
@@ -278,7 +290,7 @@ def _reread(corpus: Corpus, scan: _Scan, options: PreprocessOptions) -> Iterator
     """The documents again, refusing a corpus that is not the one that was scanned."""
     count = 0
     for document in corpus.documents():
-        if count == len(scan.keys) or _key(document.data, options.seed) != int(scan.keys[count]):
+        if count == len(scan.keys) or document_key(document.data, options.seed) != int(scan.keys[count]):
             raise DataError(f"{document.name}: changed while the corpus was being read. Run preprocess again.")
         count += 1
         yield document

@@ -35,8 +35,8 @@ def choose_tokenizer(spec: str | Path, eod: str | None = None) -> Tokenizer:
             return open_tokenizer(path, eod)
         if entry.get("kind") == HuggingFaceTokenizer.kind:
             place = path / FOLDER if (path / FOLDER).is_dir() else path
-            ends = [entry["eod"], *entry.get("more_ends", ())]
-            return open_tokenizer(place, eod, ends=ends, bos=entry.get("bos"))
+            known = [entry["eod"], *entry.get("more_ends", ())] if entry["eod"] >= 0 else None
+            return open_tokenizer(place, eod, ends=known, bos=entry.get("bos"))
         spec = ByteTokenizer.name if entry.get("kind") == ByteTokenizer.kind else path / MODEL_FILE
     if eod is not None:
         raise ConfigError(

@@ -81,8 +81,8 @@ def _other_tokenizer(checkpoint: Path, manifest: Manifest, recipe: Recipe) -> tu
         ConfigError: it has, and ``run.accept_changes`` does not allow it.
     """
     description = read_mtp_config(checkpoint)
-    entry, info = description["tokenizer"], manifest.tokenizer
-    if entry["sha256"] in (info.sha256, NO_FILES) or _same_ids(checkpoint, description, manifest):
+    entry, info = description.get("tokenizer"), manifest.tokenizer
+    if entry is None or entry["sha256"] in (info.sha256, NO_FILES) or _same_ids(checkpoint, description, manifest):
         return ()
     difference = (
         f"its tokenizer ({info.kind}, sha256 {info.sha256[:12]}) is not that of the model in run.load="

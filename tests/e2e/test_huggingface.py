@@ -17,11 +17,11 @@ from mtp_megatron.data.manifest import load_manifest
 from tests.foreign_models import hf_logits, write_hf
 from tests.harness import run_world
 from tests.hf_tokenizers import BEGIN, END, TURN, byte_level, write_tokenizer_folder
-from tests.training_runs import tiny_tree, train_body
-
-pytest.importorskip("tokenizers")
+from tests.training_runs import metrics, tiny_tree, train_body
+from tests.upstream_data import write_upstream
 
 VOCABULARY = 320  # of the model, padded past the tokenizer's as Qwen's are
+TRAIN = [sys.executable, "-m", "mtp_megatron", "train"]
 PROMPT = "w3 w7 w11"
 
 
@@ -77,7 +77,13 @@ def test_from_a_hugging_face_model_to_a_bundle_with_heads(
     made = ("preprocess", corpus, "--extensions", ".txt", "--valid-fraction", 0.4, "--workers", 2, "--output", data)
     command(*made, "--tokenizer", model)
     assert f"({END})" in capsys.readouterr().out
-    run_world(train_body, 1, training(data, run, start))
+    heads = ("heads.n=3", "heads.new_heads=copy", "heads.trainable=new_heads")
+    short = ("train.seq_length=32", "train.steps=2", "train.global_batch_size=4", "optimizer.warmup_steps=0")
+    places = (f"run.load={start}", f"data.path={data}", f"run.path={run}", "run.tensorboard=false")
+    trained = subprocess.run(
+        [*TRAIN, str(start / "model_recipe.yaml"), *places, *heads, *short], capture_output=True, text=True
+    )
+    assert trained.returncode == 0, trained.stderr
     command("report", run)
     command("convert", run, "--to", "bundle", "--output", bundle, "--quiet")
 
@@ -96,15 +102,15 @@ def test_from_a_hugging_face_model_to_a_bundle_with_heads(
 
     tokens = torch.tensor([manifest.load_tokenizer().encode(f"{PROMPT} w2 w4 w6")])
     torch.testing.assert_close(hf_logits(bundle, tokens), hf_logits(model, tokens), atol=0, rtol=0)
-    heads = json.loads((bundle / "mtp_config.json").read_text())
-    assert heads["num_heads"] == 3
-    assert heads["tokenizer"]["more_ends"] == [original.convert_tokens_to_ids(TURN)]
+    export = json.loads((bundle / "mtp_config.json").read_text())
+    assert export["num_heads"] == 3
+    assert export["tokenizer"]["more_ends"] == [original.convert_tokens_to_ids(TURN)]
 
     command("generate", bundle, "--prompt", PROMPT, "--max-new-tokens", 4, "--quiet")
-    short = ("--prompt-tokens", 8, "--max-new-tokens", 12)
-    command("generate", bundle, "--prompts-from", data, "--num-prompts", 2, *short, "--quiet")
+    few = ("--prompt-tokens", 8, "--max-new-tokens", 12)
+    command("generate", bundle, "--prompts-from", data, "--num-prompts", 2, *few, "--quiet")
     assert "2 of 2 texts identical" in capsys.readouterr().out
-    command("verify", bundle, "--no-vllm", "--prompts-from", data, "--num-prompts", 12, *short, "--quiet")
+    command("verify", bundle, "--no-vllm", "--prompts-from", data, "--num-prompts", 12, *few, "--quiet")
 
 
 def _written(tree: dict[str, Any], path: Path) -> Path:
@@ -123,11 +129,27 @@ def test_the_tokenizer_of_the_checkpoint_makes_the_same_data(
     assert (tmp_path / "one" / "train.bin").read_bytes() == (tmp_path / "two" / "train.bin").read_bytes()
 
 
+def test_ids_that_upstream_made_train_the_model(model: Path, start: Path, tmp_path: Path) -> None:
+    """Llama's tokenizer puts a token before each text where upstream asks it for a text's ids."""
+    from tokenizers import Tokenizer
+
+    library = Tokenizer.from_file(str(model / "tokenizer.json"))
+    end = library.token_to_id(END)
+    lines = [" ".join(f"w{number * j % 30}" for j in range(60)) for number in range(30)]
+    write_upstream(tmp_path / "up_text_document", [[[*library.encode(line).ids, end]] for line in lines])
+    arguments = ("--tokenizer", model, "--valid-fraction", 0.3, "--output", tmp_path / "data")
+    command("adopt", tmp_path / "up_text_document", *arguments)
+    run_world(train_body, 2, training(tmp_path / "data", tmp_path / "run", start, parallel__tensor=2))
+    assert metrics(tmp_path / "run", "valid")[2]["head_loss"][2] > 0
+    command("convert", tmp_path / "run", "--to", "bundle", "--output", tmp_path / "bundle", "--quiet")
+    assert (tmp_path / "bundle" / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+
+
 def test_data_of_another_tokenizer_is_refused_by_name(model: Path, corpus: Path, start: Path, tmp_path: Path) -> None:
     made = ("preprocess", corpus, "--extensions", ".txt", "--valid-fraction", 0.4, "--quiet", "--output")
     command(*made, tmp_path / "bytes")
     recipe = _written(training(tmp_path / "bytes", tmp_path / "run", start), tmp_path / "recipe.yaml")
-    train = [sys.executable, "-m", "mtp_megatron", "train", str(recipe)]
+    train = [*TRAIN, str(recipe)]
     refused = subprocess.run(train, capture_output=True, text=True)
     assert refused.returncode == 2
     error = refused.stderr

@@ -256,7 +256,7 @@ def test_workers_give_the_same_ids(tokenizer: HuggingFaceTokenizer) -> None:
     assert sum(map(len, texts)) > 2 << 20, "more than one batch for each worker"
     together = list(encode_documents(texts, tokenizer, workers=2))
     assert all(np.array_equal(one, other) for one, other in zip(alone, together, strict=True))
-    assert len(pickle.dumps(tokenizer)) < 2 * sum(map(len, tokenizer.files().values())), "not with the library's copy"
+    assert len(pickle.dumps(tokenizer)) < 1.2 * sum(map(len, tokenizer.files().values())), "not with the library's copy"
 
 
 def test_a_data_set_carries_its_tokenizer(folder: Path, corpus: Path, tmp_path: Path) -> None:
