@@ -26,6 +26,10 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "preprocess": Subcommand(
         "mtp_megatron.data.cli", "turn files and folders into a tokenizer and an indexed training set"
     ),
+    "adopt": Subcommand(
+        "mtp_megatron.data.adopt_cli",
+        "make a data set of a .bin and .idx that Megatron-LM's preprocess_data.py wrote, without copying it",
+    ),
     "train": Subcommand("mtp_megatron.training.cli", "train a recipe, or resume it where it stopped"),
     "rollback": Subcommand(
         "mtp_megatron.training.rollback", "let a run go on from an older checkpoint, with its optimizer's state"

@@ -9,12 +9,11 @@ from typing import Any
 import pydantic
 
 from mtp_megatron import __version__
-from mtp_megatron.checkpoint import carried_tokenizer
-from mtp_megatron.checkpoint.carried_tokenizer import CarriedTokenizer
 from mtp_megatron.checkpoint.source import TensorSource, check_shapes
 from mtp_megatron.checkpoint.transforms import ModelShape
 from mtp_megatron.config import HeadsConfig
-from mtp_megatron.data.tokenizer import MODEL_FILE, ByteTokenizer, Tokenizer, load_tokenizer
+from mtp_megatron.data.tokenizer import Tokenizer
+from mtp_megatron.data.tokenizer_store import entry_of, stored_tokenizer
 from mtp_megatron.errors import CheckpointError
 from mtp_megatron.rope import RopeScaling
 from mtp_megatron.training.checkpoint_files import CONFIG, read_mtp_config
@@ -188,7 +187,7 @@ def describe_foreign(
         "heads": described,
         "vocab_size": section.vocab_size,
         "padded_vocab_size": padded,
-        "tokenizer": tokenizer_entry(tokenizer),
+        "tokenizer": entry_of(tokenizer),
         "data_fingerprint": None,
         "precision": precision,
         "parallel": {},
@@ -198,19 +197,6 @@ def describe_foreign(
     return from_raw(raw, tokenizer)
 
 
-def tokenizer_entry(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What ``mtp_config.json`` says about a tokenizer."""
-    entry: dict[str, Any] = {
-        "kind": tokenizer.kind,
-        "sha256": tokenizer.sha256,
-        "eod": tokenizer.eod,
-        "file": MODEL_FILE if tokenizer.kind == "sentencepiece" else None,
-    }
-    if tokenizer.kind == CarriedTokenizer.kind:
-        entry |= {"bos": tokenizer.bos, "folder": carried_tokenizer.FOLDER, "more_ends": list(tokenizer.more_ends)}
-    return entry
-
-
 def _optional_settings() -> dict[str, Any]:
     names = ("head_size", "qkv_bias", "qk_norm", *(name for name in ModelSection.model_fields if "rope_" in name))
     return {name: ModelSection.model_fields[name].default for name in names}
@@ -218,20 +204,7 @@ def _optional_settings() -> dict[str, Any]:
 
 def _tokenizer(folder: Path, raw: dict[str, Any]) -> Tokenizer:
     entry = raw["tokenizer"]
-    tokenizer: Tokenizer
-    if entry["kind"] == CarriedTokenizer.kind:
-        content = carried_tokenizer.read_files(folder / str(entry["folder"]))
-        tokenizer = CarriedTokenizer(
-            content,
-            vocab_size=raw["vocab_size"],
-            eod=entry["eod"],
-            bos=entry["bos"],
-            name=str(folder),
-            more_ends=entry.get("more_ends", ()),
-        )
-    else:
-        spec = ByteTokenizer.name if entry["kind"] == ByteTokenizer.kind else folder / str(entry["file"])
-        tokenizer = load_tokenizer(spec)
+    tokenizer = stored_tokenizer(folder, entry, int(raw["vocab_size"]))
     if not tokenizer.is_of(entry["sha256"]):
         raise CheckpointError(
             f"{tokenizer.name}: not the tokenizer that the checkpoint was trained with (sha256 "

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from mtp_megatron import __version__
-from mtp_megatron.checkpoint.description import ModelDescription, tokenizer_entry
+from mtp_megatron.checkpoint.description import ModelDescription
 from mtp_megatron.checkpoint.hf_config import generation_config, llama_config
 from mtp_megatron.checkpoint.hf_tokenizer import tokenizer_files
 from mtp_megatron.checkpoint.sharded import ShardedWriter, read_sharded
 from mtp_megatron.checkpoint.source import Progress, TensorSource, read_finite, total_bytes
 from mtp_megatron.checkpoint.tables import FURTHER_HEADS, LLAMA, Mapping, check_complete, expand
+from mtp_megatron.data.tokenizer_store import entry_of
 from mtp_megatron.errors import CheckpointError
 
 MODEL_STEM = "model"
@@ -115,7 +116,7 @@ def _export_config(source: TensorSource, description: ModelDescription, dtype: t
         "head_tensors": "mtp_heads.{i}.<names of a layer of the model>, i = 2..num_heads, reading the output of layer "
         "num_trunk_layers - 1; norm and unembedding are the model's",
         "dtype": str(dtype).removeprefix("torch."),
-        "tokenizer": tokenizer_entry(description.tokenizer),
+        "tokenizer": entry_of(description.tokenizer),
         "source": {
             "checkpoint": source.folder.name,
             "fingerprint": source.fingerprint,

@@ -11,13 +11,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mtp_megatron.checkpoint.carried_tokenizer import CarriedTokenizer, read_files
 from mtp_megatron.checkpoint.description import ModelDescription, describe_foreign
 from mtp_megatron.checkpoint.hf import EXPORT_CONFIG, EXPORT_FORMAT, HEADS_STEM, MODEL_STEM
 from mtp_megatron.checkpoint.hf_config import ends_and_begin, model_settings
 from mtp_megatron.checkpoint.pth import PthFile
 from mtp_megatron.checkpoint.source import Remapped, Tensors, TensorSource, fingerprint
 from mtp_megatron.checkpoint.tables import FURTHER_HEADS, LLAMA, expand
+from mtp_megatron.data.huggingface import HuggingFaceTokenizer, read_files
 from mtp_megatron.data.tokenizer import MODEL_FILE, ByteTokenizer, Tokenizer, load_tokenizer
 from mtp_megatron.errors import CheckpointError
 
@@ -156,7 +156,7 @@ def _tokenizer(folder: Path, config: dict[str, Any], export: dict[str, Any] | No
     if entry.get("kind") == "sentencepiece":
         return load_tokenizer(folder / MODEL_FILE)
     (end, *more), begin = ends_and_begin(config)
-    return CarriedTokenizer(
+    return HuggingFaceTokenizer(
         read_files(folder),
         vocab_size=int(config["vocab_size"]),
         eod=end,

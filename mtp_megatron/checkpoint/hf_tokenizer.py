@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from mtp_megatron.checkpoint.carried_tokenizer import CarriedTokenizer
+from mtp_megatron.data.huggingface import HuggingFaceTokenizer
 from mtp_megatron.data.tokenizer import MODEL_FILE, ByteTokenizer, Tokenizer
 
 _SPACE = "\u2581"  # sentencepiece's visible space
@@ -27,7 +27,7 @@ def tokenizer_files(tokenizer: Tokenizer, context: int) -> tuple[dict[str, bytes
         context: positions of the model, transformers' ``model_max_length``.
     """
     files = dict(tokenizer.files())
-    if isinstance(tokenizer, CarriedTokenizer):
+    if isinstance(tokenizer, HuggingFaceTokenizer):
         return files, None if files else "the model came without a tokenizer, so the folder has none"
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",

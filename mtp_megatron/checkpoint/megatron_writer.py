@@ -29,11 +29,10 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from mtp_megatron.checkpoint import carried_tokenizer
-from mtp_megatron.checkpoint.carried_tokenizer import CarriedTokenizer
 from mtp_megatron.checkpoint.description import ModelDescription
 from mtp_megatron.checkpoint.source import Progress, TensorSource, read_finite, total_bytes
 from mtp_megatron.checkpoint.tables import FURTHER_HEADS, LLAMA, check_complete, expand
+from mtp_megatron.data.tokenizer_store import write_tokenizer
 from mtp_megatron.training import checkpoint_files as files
 
 _TRUNK_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
@@ -87,12 +86,7 @@ def write_megatron(
     if dtype is not None:
         raw = raw | {"precision": {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]}
     (target / files.CONFIG).write_text(json.dumps(raw, indent=2), encoding="utf-8")
-    place = target
-    if isinstance(description.tokenizer, CarriedTokenizer):
-        place = target / carried_tokenizer.FOLDER
-        place.mkdir()
-    for name, content in description.tokenizer.files().items():
-        (place / name).write_bytes(content)
+    write_tokenizer(description.tokenizer, target)
     files.publish(folder, description.step)
     return []
 

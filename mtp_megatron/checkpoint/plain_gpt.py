@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
-from mtp_megatron.checkpoint.carried_tokenizer import CarriedTokenizer
 from mtp_megatron.checkpoint.description import ModelDescription, describe_foreign
 from mtp_megatron.checkpoint.hf_reader import PRECISIONS
 from mtp_megatron.checkpoint.megatron_args import StoredArguments, read_arguments
 from mtp_megatron.checkpoint.megatron_reader import MegatronCheckpoint
 from mtp_megatron.checkpoint.source import TensorSource, check_shapes
 from mtp_megatron.checkpoint.torch_dist import METADATA
+from mtp_megatron.data.huggingface import HuggingFaceTokenizer
 from mtp_megatron.errors import CheckpointError
 from mtp_megatron.training.checkpoint_files import CONFIG, SIZES, TRACKER, iteration_folder
 
@@ -133,7 +133,7 @@ def open_plain(folder: Path, model_recipe: str | Path | None) -> tuple[TensorSou
     description = describe_foreign(
         "megatron-gpt",
         model,
-        tokenizer=CarriedTokenizer({}, vocab_size=model["vocab_size"], eod=-1, bos=None, name=str(folder)),
+        tokenizer=HuggingFaceTokenizer({}, vocab_size=model["vocab_size"], eod=-1, bos=None, name=str(folder)),
         precision=PRECISIONS.get(embedding.dtype, "fp32"),
         heads=heads,
         where=where,

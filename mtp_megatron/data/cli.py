@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from mtp_megatron.data.huggingface import HuggingFaceTokenizer
 from mtp_megatron.data.preprocess import PreprocessOptions, PreprocessResult, preprocess
 from mtp_megatron.data.sources import DEFAULT_EXTENSIONS
 
@@ -27,6 +28,9 @@ examples:
 
   # your own code and notes, with the tokenizer of a model that you have
   mtp-megatron preprocess ~/src ~/notes --extensions .py .md --tokenizer llama.model --workers 8 --output data/mine
+
+  # with the tokenizer of a Hugging Face model that is to get heads (pip install with the extra hf)
+  mtp-megatron preprocess dump.jsonl --tokenizer models/Llama-3.1-8B --workers 8 --output data/llama3
 
   # JSON lines, the text under "content"
   mtp-megatron preprocess dump.jsonl --json-key content --train-tokenizer 32000 --output data/dump
@@ -50,7 +54,11 @@ output:
   train.bin train.idx valid.bin valid.idx   megatron-core's indexed data set, one document per file or JSON line,
                                             each ended by the end-of-document token
   tokenizer.model                           with a sentencepiece tokenizer
+  tokenizer/                                with a Hugging Face tokenizer: its files, unchanged
   dataset.json                              counts, sizes, tokenizer, options
+
+A document's text stays text: where it spells "<|endoftext|>" it does not end, and no token is added to it but the
+end-of-document token.
 
 The folder appears when it is complete. Running the same command again finds it up to date and does nothing.
 """
@@ -73,8 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tokenizer.add_argument(
         "--tokenizer",
         default="bytes",
-        metavar="bytes|MODEL",
-        help="raw bytes (default) or a sentencepiece model",
+        metavar="bytes|MODEL|FOLDER",
+        help="raw bytes (default), a sentencepiece model, a Hugging Face tokenizer (its folder or tokenizer.json), or "
+        "a checkpoint (iter_*) or export of this package: its model's",
     )
     tokenizer.add_argument(
         "--train-tokenizer",
@@ -82,6 +91,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="V",
         help="train a sentencepiece model with V tokens on (at most 200 MB of) the training documents: byte-pair, byte "
         "fallback, no normalisation, lossless",
+    )
+    parser.add_argument(
+        "--eod",
+        metavar="TOKEN",
+        help="with a Hugging Face tokenizer: the token that ends every document, say '<|end_of_text|>' (default: the "
+        "eos_token of its settings, which for a chat model ends a turn)",
     )
     parser.add_argument(
         "--valid-fraction",
@@ -119,6 +134,7 @@ def run(args: argparse.Namespace) -> int:
         output=args.output,
         paths=tuple(args.paths),
         tokenizer=args.tokenizer,
+        eod=args.eod,
         train_vocab=args.train_tokenizer,
         valid_fraction=args.valid_fraction,
         seed=args.seed,
@@ -131,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
         quiet=args.quiet,
     )
     start = time.monotonic()
-    with _sigterm_unwinds():
+    with sigterm_unwinds():
         result = preprocess(options)
     _report_rejected(result)
     if not result.tokenizer.lossless:
@@ -153,14 +169,14 @@ def summary_table(result: PreprocessResult) -> str:
     manifest = result.manifest
     rows = [("split", "documents", "tokens", "text MB", "bytes/token", ".bin MB")]
     for name, split in (("train", manifest.train), ("valid", manifest.valid)):
-        density = split.text_bytes / split.tokens
+        text = split.text_bytes  # not known where the ids came without their text
         rows.append(
             (
                 name,
                 f"{split.documents:,}",
                 f"{split.tokens:,}",
-                f"{split.text_bytes / 1e6:.2f}",
-                f"{density:.2f}",
+                "-" if text is None else f"{text / 1e6:.2f}",
+                "-" if text is None else f"{text / split.tokens:.2f}",
                 f"{split.bin_bytes / 1e6:.2f}",
             )
         )
@@ -170,12 +186,19 @@ def summary_table(result: PreprocessResult) -> str:
         for row in rows
     ]
     lines.append(
-        f"tokenizer {manifest.tokenizer.kind}: vocabulary {manifest.vocab_size}, end of document {manifest.eod}, "
+        f"tokenizer {manifest.tokenizer.kind}: vocabulary {manifest.vocab_size}, end of document {_eod(result)}, "
         f"stored as {manifest.dtype}"
     )
     source = manifest.source
     lines.append(f"{source.files:,} files; left out: {source.rejected} unusable, {source.empty} empty")
     return "\n".join(lines)
+
+
+def _eod(result: PreprocessResult) -> str:
+    tokenizer = result.tokenizer
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return str(tokenizer.eod)
+    return f"{tokenizer.eod} ({tokenizer.token_of(tokenizer.eod)})"  # one of several that its makers may have meant
 
 
 def _report_rejected(result: PreprocessResult, most: int = 10) -> None:
@@ -187,7 +210,7 @@ def _report_rejected(result: PreprocessResult, most: int = 10) -> None:
 
 
 @contextlib.contextmanager
-def _sigterm_unwinds() -> Iterator[None]:
+def sigterm_unwinds() -> Iterator[None]:
     """Let SIGTERM (a scheduler's way to stop a job) end the process through ``finally`` blocks, not past them."""
     if threading.current_thread() is not threading.main_thread():
         yield

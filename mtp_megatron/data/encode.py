@@ -15,7 +15,7 @@ from multiprocessing.connection import wait
 
 import numpy as np
 
-from mtp_megatron.data.tokenizer import MODEL_FILE, ByteTokenizer, SentencePieceTokenizer, Tokenizer
+from mtp_megatron.data.tokenizer import Tokenizer
 from mtp_megatron.errors import DataError
 
 _BATCH_BYTES = 1 << 20
@@ -37,8 +37,7 @@ def encode_documents(documents: Iterable[bytes], tokenizer: Tokenizer, workers: 
         return
     # spawn: forking a process that has threads (torch, sentencepiece) can deadlock the child.
     context = multiprocessing.get_context("spawn")
-    arguments = (tokenizer.files().get(MODEL_FILE), tokenizer.name)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=arguments)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(tokenizer,))
     pending: deque[Future[list[np.ndarray]]] = deque()
     try:
         for batch in _batches(documents):
@@ -68,9 +67,9 @@ def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
         yield batch
 
 
-def _start_worker(model: bytes | None, name: str) -> None:
+def _start_worker(tokenizer: Tokenizer) -> None:
     global _worker_tokenizer
-    _worker_tokenizer = ByteTokenizer() if model is None else SentencePieceTokenizer(model, name)
+    _worker_tokenizer = tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

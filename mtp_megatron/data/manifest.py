@@ -8,9 +8,18 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
-from mtp_megatron.data.tokenizer import MODEL_FILE, ByteTokenizer, Tokenizer, load_tokenizer
+from mtp_megatron.data.megatron_index import DTYPE_CODES, HEADER, MAGIC
+from mtp_megatron.data.tokenizer import Tokenizer
+from mtp_megatron.data.tokenizer_store import copy_tokenizer, entry, stored_tokenizer
 from mtp_megatron.errors import ConfigError, DataError
 
 MANIFEST_FILE = "dataset.json"
@@ -18,32 +27,51 @@ FORMAT: Final = "mtp_megatron data set"
 VERSION = 1
 _REBUILD = "Remove the folder and run `mtp-megatron preprocess` again, or copy the data set here again."
 
-# megatron.core.datasets.indexed_dataset._IndexWriter: magic, version, dtype code, sequences, document boundaries; then
-# int32 lengths, int64 byte offsets, int64 boundaries.
-_INDEX_HEADER = struct.Struct("<9sQBQQ")
-_INDEX_MAGIC = b"MMIDIDX\x00\x00"
-_DTYPE_CODES = {"int32": 4, "uint16": 8}
-
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class TokenizerInfo(_Part):
-    """Which tokenizer made the ids."""
+    """Which tokenizer made the ids; of Hugging Face's also which further ids begin and end a text."""
 
-    kind: Literal["bytes", "sentencepiece"]
+    kind: Literal["bytes", "sentencepiece", "huggingface"]
     sha256: str
+    bos: int | None = None
+    more_ends: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> TokenizerInfo:
+        """What a manifest says of a tokenizer."""
+        if tokenizer.kind != "huggingface":  # the others' files say it
+            return cls(kind=tokenizer.kind, sha256=tokenizer.sha256)
+        return cls(kind=tokenizer.kind, sha256=tokenizer.sha256, bos=tokenizer.bos, more_ends=tokenizer.more_ends)
+
+    @model_serializer(mode="wrap")
+    def _only_what_is_said(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in serialise(self).items() if value not in (None, [], ())}
 
 
 class SplitInfo(_Part):
-    """One split: counts, and the sizes of its files in bytes. ``tokens`` counts the end-of-document tokens too."""
+    """One split: counts, and the sizes of its files in bytes. ``tokens`` counts the end-of-document tokens too.
+
+    ``text_bytes`` is None where the text was never seen. ``skipped_tokens`` are tokens of the ``.bin`` that its index
+    leaves out, since they are held out of it; the last document is never left out.
+    """
 
     documents: int
     tokens: int
-    text_bytes: int
+    text_bytes: int | None
     bin_bytes: int
     idx_bytes: int
+    skipped_tokens: int = 0
+
+    @model_serializer(mode="wrap")
+    def _only_what_is_said(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        said: dict[str, Any] = serialise(self)
+        if not self.skipped_tokens:  # the name of the index of samples is made of this
+            del said["skipped_tokens"]
+        return said
 
 
 class SourceInfo(_Part):
@@ -81,18 +109,27 @@ class Manifest(_Part):
         """Path of a split without ``.bin``/``.idx``, as megatron-core takes it."""
         return str(self._path / split)
 
+    @property
+    def tokenizer_entry(self) -> dict[str, Any]:
+        """What a checkpoint says of the tokenizer (:mod:`.tokenizer_store`)."""
+        info = self.tokenizer
+        return entry(info.kind, info.sha256, eod=self.eod, bos=info.bos, more_ends=info.more_ends)
+
+    def copy_tokenizer(self, folder: Path) -> None:
+        """Copy the tokenizer's files into a checkpoint."""
+        copy_tokenizer(self.tokenizer.kind, self._path, folder)
+
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer that made the ids.
 
         Raises:
             DataError: it is missing, unreadable, or another one.
         """
-        spec = self._path / MODEL_FILE if self.tokenizer.kind == "sentencepiece" else ByteTokenizer.name
-        tokenizer = load_tokenizer(spec)
-        if tokenizer.sha256 != self.tokenizer.sha256:
+        tokenizer = stored_tokenizer(self._path, self.tokenizer_entry, self.vocab_size)
+        if not tokenizer.is_of(self.tokenizer.sha256):
             raise DataError(
-                f"{spec}: not the tokenizer that made this data set (sha256 {tokenizer.sha256[:12]}, expected "
-                f"{self.tokenizer.sha256[:12]}). {_REBUILD}"
+                f"{tokenizer.name}: not the tokenizer that made this data set (sha256 {tokenizer.sha256[:12]}, "
+                f"expected {self.tokenizer.sha256[:12]}). {_REBUILD}"
             )
         if (tokenizer.vocab_size, tokenizer.eod) != (self.vocab_size, self.eod):
             raise DataError(
@@ -175,23 +212,24 @@ def _check_split(prefix: Path, split: SplitInfo, dtype: str) -> None:
     _check_size(data, split.bin_bytes)
     _check_size(index, split.idx_bytes)
     item = np.dtype(dtype).itemsize
-    expected = (_INDEX_MAGIC, 1, _DTYPE_CODES[dtype], split.documents, split.documents + 1)
+    expected = (MAGIC, 1, DTYPE_CODES[dtype], split.documents, split.documents + 1)
     with index.open("rb") as stream:
-        head = stream.read(_INDEX_HEADER.size)
-        found = _INDEX_HEADER.unpack(head) if len(head) == _INDEX_HEADER.size else (head,)
+        head = stream.read(HEADER.size)
+        found = HEADER.unpack(head) if len(head) == HEADER.size else (head,)
         if found != expected:
             raise DataError(f"{index}: its header is {found}, expected {expected}. {_REBUILD}")
         # Only the last document is looked up: when it ends where the .bin ends, the index belongs to this .bin.
-        lengths = _INDEX_HEADER.size
+        lengths = HEADER.size
         pointers = lengths + 4 * split.documents
         stream.seek(lengths + 4 * (split.documents - 1))
         (length,) = struct.unpack("<i", stream.read(4))
         stream.seek(pointers + 8 * (split.documents - 1))
         (pointer,) = struct.unpack("<q", stream.read(8))
-    if pointer + length * item != split.bin_bytes or split.tokens * item != split.bin_bytes:
+    tokens = split.tokens + split.skipped_tokens
+    if pointer + length * item != split.bin_bytes or tokens * item != split.bin_bytes:
         raise DataError(
-            f"{index}: the last document ends at byte {pointer + length * item} and {split.tokens} tokens make "
-            f"{split.tokens * item} bytes, but {data.name} has {split.bin_bytes}. {_REBUILD}"
+            f"{index}: the last document ends at byte {pointer + length * item} and {tokens} tokens make "
+            f"{tokens * item} bytes, but {data.name} has {split.bin_bytes}. {_REBUILD}"
         )
 
 
@@ -199,7 +237,8 @@ def _check_size(path: Path, expected: int) -> None:
     try:
         found = path.stat().st_size
     except OSError as error:
-        raise DataError(f"{path}: unreadable ({error.strerror}), expected {expected} bytes. {_REBUILD}") from error
+        what = f"{path} (a link to {path.readlink()})" if path.is_symlink() else str(path)
+        raise DataError(f"{what}: unreadable ({error.strerror}), expected {expected} bytes. {_REBUILD}") from error
     if found != expected:
         state = "truncated" if found < expected else "longer than it was written"
         raise DataError(f"{path}: {state}: {found} bytes, expected {expected}. {_REBUILD}")

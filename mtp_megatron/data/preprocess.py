@@ -18,10 +18,12 @@ from tqdm import tqdm
 from mtp_megatron.data.atomic import new_folder
 from mtp_megatron.data.corpus import Corpus, Tally, digest
 from mtp_megatron.data.encode import encode_documents
+from mtp_megatron.data.huggingface import HuggingFaceTokenizer
 from mtp_megatron.data.manifest import MANIFEST_FILE, VERSION, Manifest, SourceInfo, TokenizerInfo, load_manifest
 from mtp_megatron.data.reading import Document
 from mtp_megatron.data.sources import DEFAULT_EXTENSIONS, find_sources
-from mtp_megatron.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from mtp_megatron.data.tokenizer import ByteTokenizer, Tokenizer
+from mtp_megatron.data.tokenizer_store import choose_tokenizer, write_tokenizer
 from mtp_megatron.data.train_tokenizer import MIN_VOCAB, train_tokenizer
 from mtp_megatron.errors import ConfigError, DataError
 
@@ -36,7 +38,8 @@ class PreprocessOptions:
     Args:
         output: folder to make; must not exist, be empty, or hold the data set that these options would make.
         paths: files and folders; the standard library's source when empty.
-        tokenizer: ``"bytes"`` or the path of a sentencepiece model; ignored with ``train_vocab``.
+        tokenizer: what :func:`.tokenizer_store.choose_tokenizer` takes; ignored with ``train_vocab``.
+        eod: the token that ends every document, for a Hugging Face tokenizer; None: the tokenizer's own.
         train_vocab: train a sentencepiece model with this many tokens on the training split.
         valid_fraction: share of the documents that are held out (at least one is, at least one is not).
         seed: which documents are held out.
@@ -52,6 +55,7 @@ class PreprocessOptions:
     output: Path
     paths: tuple[Path, ...] = ()
     tokenizer: str = ByteTokenizer.name
+    eod: str | None = None
     train_vocab: int | None = None
     valid_fraction: float = 0.01
     seed: int = 1234
@@ -76,6 +80,10 @@ class PreprocessOptions:
             raise ConfigError("--max-documents", self.max_documents, "is too small", remedy)
         if self.workers < 1:
             raise ConfigError("--workers", self.workers, "must be 1 or more", "1 tokenizes in the main process.")
+        if self.eod is not None and self.train_vocab is not None:
+            raise ConfigError(
+                "--eod", self.eod, "a tokenizer that is trained has one of its own", "Leave out one of the two."
+            )
         if not 0 <= self.seed < 2**64:
             raise ConfigError("--seed", self.seed, "must fit 64 bits without sign", "Try 1234.")
 
@@ -110,8 +118,8 @@ def preprocess(options: PreprocessOptions) -> PreprocessResult:
         DataError: paths, tokenizer or output folder that cannot be used, a corpus with fewer than two documents, or
             what :meth:`.Corpus.documents` refuses.
     """
-    old = _refuse_foreign_output(options.output)
-    given = None if options.train_vocab is not None else load_tokenizer(options.tokenizer)
+    old = data_set_there(options.output)
+    given = None if options.train_vocab is not None else choose_tokenizer(options.tokenizer, options.eod)
     tally = Tally()
     sources = find_sources(
         options.paths,
@@ -123,27 +131,26 @@ def preprocess(options: PreprocessOptions) -> PreprocessResult:
     corpus = Corpus(sources, options.json_key, options.max_documents, options.skip_unreadable)
     scan = _scan(corpus, options, tally)
     recorded = _recorded_options(options, given)
-    fingerprint = _fingerprint(recorded, scan.sha256)
+    fingerprint = fingerprint_of(recorded, scan.sha256)
     if old is not None:
         if old.fingerprint != fingerprint:
             raise DataError(
-                f"{options.output}: holds another data set ({_difference(old, recorded)}). "
+                f"{options.output}: holds another data set ({difference_of(old, recorded)}). "
                 "Choose another --output, or remove the folder."
             )
         return PreprocessResult(old, old.load_tokenizer(), scan.tally, up_to_date=True)
 
-    held_out = _hold_out(scan.keys, options.valid_fraction)
+    held_out = hold_out(scan.keys, options.valid_fraction)
     with new_folder(options.output) as folder:
         tokenizer = given or _train(corpus, scan, held_out, options)
-        for name, content in tokenizer.files().items():
-            (folder / name).write_bytes(content)
+        write_tokenizer(tokenizer, folder)
         splits, dtype = _write_splits(folder, corpus, scan, held_out, tokenizer, options)
         manifest = Manifest(
             fingerprint=fingerprint,
             vocab_size=tokenizer.vocab_size,
             eod=tokenizer.eod,
             dtype=dtype,
-            tokenizer=TokenizerInfo(kind=tokenizer.kind, sha256=tokenizer.sha256),
+            tokenizer=TokenizerInfo.of(tokenizer),
             source=SourceInfo(
                 files=len(sources),
                 rejected=scan.tally.rejected,
@@ -159,7 +166,12 @@ def preprocess(options: PreprocessOptions) -> PreprocessResult:
     return PreprocessResult(manifest.at(options.output), tokenizer, scan.tally, up_to_date=False)
 
 
-def _refuse_foreign_output(output: Path) -> Manifest | None:
+def data_set_there(output: Path) -> Manifest | None:
+    """The data set in ``output``, None where there is nothing.
+
+    Raises:
+        DataError: it holds something else.
+    """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     if not (output / MANIFEST_FILE).is_file():
@@ -174,7 +186,7 @@ def _scan(corpus: Corpus, options: PreprocessOptions, tally: Tally) -> _Scan:
     text_bytes = 0
     whole = hashlib.sha256()
     for document in _bar(corpus.documents(tally), "scan", None, options):
-        keys.append(_key(document.data, options.seed))
+        keys.append(document_key(document.data, options.seed))
         text_bytes += len(document.data)
         whole.update(document.name.encode("utf-8", "surrogateescape") + b"\0" + digest(document.data))
     if len(keys) < 2:
@@ -186,13 +198,17 @@ def _scan(corpus: Corpus, options: PreprocessOptions, tally: Tally) -> _Scan:
     return _Scan(np.frombuffer(keys, dtype=np.uint64), text_bytes, whole.hexdigest(), tally)
 
 
-def _key(data: bytes, seed: int) -> int:
+def document_key(data: bytes, seed: int) -> int:
     """Uniform in 0 .. 2^64 - 1, by content: copies of a text fall on the same side of the split, wherever they lie."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=seed.to_bytes(8, "little")).digest(), "little")
 
 
-def _hold_out(keys: np.ndarray, fraction: float) -> np.ndarray:
-    """Which documents are held out, bool ``[documents]``: those with the smallest keys, ties together."""
+def hold_out(keys: np.ndarray, fraction: float) -> np.ndarray:
+    """Which documents are held out, bool ``[documents]``: those with the smallest keys, ties together.
+
+    Raises:
+        DataError: all keys are the same.
+    """
     count = min(max(1, round(fraction * len(keys))), len(keys) - 1)
     held_out: np.ndarray = keys <= np.partition(keys, count - 1)[count - 1]
     if held_out.all():
@@ -205,7 +221,7 @@ def _hold_out(keys: np.ndarray, fraction: float) -> np.ndarray:
 def _recorded_options(options: PreprocessOptions, given: Tokenizer | None) -> dict[str, Any]:
     """The options that decide what the data set contains, as the manifest records them."""
     return {
-        "tokenizer": f"trained {options.train_vocab}" if given is None else f"{given.kind} {given.sha256[:16]}",
+        "tokenizer": f"trained {options.train_vocab}" if given is None else identity_of(given),
         "valid_fraction": options.valid_fraction,
         "seed": options.seed,
         "json_key": options.json_key,
@@ -213,12 +229,21 @@ def _recorded_options(options: PreprocessOptions, given: Tokenizer | None) -> di
     }
 
 
-def _fingerprint(recorded: dict[str, Any], corpus_sha256: str) -> str:
+def identity_of(tokenizer: Tokenizer) -> str:
+    """A tokenizer as manifests record it among the options."""
+    identity = f"{tokenizer.kind} {tokenizer.sha256[:16]}"
+    # The others' files say which id ends a document.
+    return f"{identity} {tokenizer.eod}" if tokenizer.kind == HuggingFaceTokenizer.kind else identity
+
+
+def fingerprint_of(recorded: dict[str, Any], corpus_sha256: str) -> str:
+    """The identity of a data set made of this corpus with these options."""
     identity = {"version": VERSION, "corpus": corpus_sha256, **recorded}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def _difference(old: Manifest, recorded: dict[str, Any]) -> str:
+def difference_of(old: Manifest, recorded: dict[str, Any]) -> str:
+    """In words, what options a data set was made with where they are others now."""
     changes = [f"{k}={old.options.get(k)!r}, now {v!r}" for k, v in recorded.items() if old.options.get(k) != v]
     return "; ".join(changes) if changes else "made from other text"
 
@@ -265,7 +290,7 @@ def _reread(corpus: Corpus, scan: _Scan, options: PreprocessOptions) -> Iterator
     """The documents again, refusing a corpus that is not the one that was scanned."""
     count = 0
     for document in corpus.documents():
-        if count == len(scan.keys) or _key(document.data, options.seed) != int(scan.keys[count]):
+        if count == len(scan.keys) or document_key(document.data, options.seed) != int(scan.keys[count]):
             raise DataError(f"{document.name}: changed while the corpus was being read. Run preprocess again.")
         count += 1
         yield document

@@ -1,4 +1,5 @@
-"""Tokenizers: raw bytes, or a sentencepiece model. Neither torch nor megatron is needed.
+"""Tokenizers: raw bytes, or a sentencepiece model (Hugging Face's: :mod:`.huggingface`). Neither torch nor megatron is
+needed.
 
 The byte tokenizer and every model that :mod:`.train_tokenizer` makes are lossless: ``decode(encode(text)) == text`` for
 every text, white space, tabs and line ends included.
@@ -27,7 +28,7 @@ class Tokenizer(ABC):
     """Text to token ids and back.
 
     Attributes:
-        kind: ``"bytes"`` or ``"sentencepiece"``.
+        kind: ``"bytes"``, ``"sentencepiece"`` or ``"huggingface"``.
         name: for people: ``"bytes"`` or the model's path.
         vocab_size: ids are 0 .. vocab_size - 1.
         eod: the id that ends every document; no text encodes to it.
@@ -36,7 +37,7 @@ class Tokenizer(ABC):
         sha256: identity; equal exactly when the ids of every text are.
     """
 
-    kind: ClassVar[Literal["bytes", "sentencepiece"]]
+    kind: ClassVar[Literal["bytes", "sentencepiece", "huggingface"]]
     name: str
     vocab_size: int
     eod: int
@@ -51,6 +52,10 @@ class Tokenizer(ABC):
         Raises:
             DataError: the text is not valid Unicode.
         """
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt, as engines read it."""
+        return self.encode(text)
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -156,9 +161,8 @@ class SentencePieceTokenizer(Tokenizer):
         return ids if all(map(processor.is_byte, ids)) and not adds_prefix else None
 
     def encode(self, text: str | bytes) -> list[int]:
-        text = _text(text)
+        text = text_of(text)
         if self._space_mark_ids is None or _SPACE_MARK not in text:
-            _utf8(text)
             return list(self._processor.encode(text))
         first, *others = text.split(_SPACE_MARK)
         ids = self.encode(first)
@@ -197,8 +201,14 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     return SentencePieceTokenizer(model, str(path))
 
 
-def _text(text: str | bytes) -> str:
+def text_of(text: str | bytes) -> str:
+    """The text of UTF-8, or the same text where it is valid.
+
+    Raises:
+        DataError: not valid Unicode.
+    """
     if isinstance(text, str):
+        _utf8(text)
         return text
     try:
         return text.decode("utf-8")

@@ -10,14 +10,12 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from mtp_megatron.data.manifest import Manifest
-from mtp_megatron.data.tokenizer import MODEL_FILE
 from mtp_megatron.deepspeed import universal
 from mtp_megatron.deepspeed.generators import generators, restore_generators
 from mtp_megatron.deepspeed.trainer import DeepSpeedTrainer
@@ -54,8 +52,7 @@ def save_checkpoint(
     if rank == 0:
         description = model_description(recipe, manifest, step) | {"engine": _engine(trainer)}
         (temporary / files.CONFIG).write_text(json.dumps(description, indent=2))
-        if manifest.tokenizer.kind == "sentencepiece":
-            shutil.copyfile(manifest.path / MODEL_FILE, temporary / MODEL_FILE)
+        manifest.copy_tokenizer(temporary)
         final = files.publish(checkpoints, step)
         files.write_atomically(checkpoints / files.DEEPSPEED_LATEST, final.name)
         files.prune(checkpoints, recipe.run.keep_last, step)

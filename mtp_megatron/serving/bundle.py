@@ -20,13 +20,13 @@ import torch
 from tqdm import tqdm
 
 from mtp_megatron.checkpoint.bundle_manifest import write_manifest
-from mtp_megatron.checkpoint.carried_tokenizer import read_files
 from mtp_megatron.checkpoint.convert import DEFAULT_SHARD_BYTES, convert
 from mtp_megatron.checkpoint.heads import NewHeads
 from mtp_megatron.checkpoint.hf import EXPORT_CONFIG, EXPORT_FORMAT, HEADS_STEM, MODEL_STEM
 from mtp_megatron.checkpoint.hf_reader import HFFolder, read_json
 from mtp_megatron.checkpoint.sharded import ShardedWriter, index_path, is_finite, read_sharded
 from mtp_megatron.data.atomic import new_folder
+from mtp_megatron.data.huggingface import read_files
 from mtp_megatron.errors import CheckpointError
 from mtp_megatron.serving.bundle_readme import readme
 from mtp_megatron.serving.drafts import HEADS_FOLDER, TRANSFORMS, Draft, drafts_of

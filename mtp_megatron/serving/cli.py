@@ -106,7 +106,7 @@ def _prompts(args: argparse.Namespace, tokenizer: Tokenizer, context: int) -> li
     from mtp_megatron.serving.prompts import from_file, from_held_out
 
     if args.prompt:
-        return [tokenizer.encode(text) for text in args.prompt]
+        return [tokenizer.encode_prompt(text) for text in args.prompt]
     if args.prompts_file:
         return from_file(args.prompts_file, tokenizer)
     length = args.prompt_tokens or max(1, (context - args.max_new_tokens) // 2)

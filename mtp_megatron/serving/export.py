@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from mtp_megatron.checkpoint.carried_tokenizer import CarriedTokenizer, read_files
 from mtp_megatron.checkpoint.description import rope_scaling_of
 from mtp_megatron.checkpoint.hf import EXPORT_CONFIG, EXPORT_FORMAT, HEADS_STEM, MODEL_STEM
 from mtp_megatron.checkpoint.hf_config import FAMILIES, rope_settings
 from mtp_megatron.checkpoint.sharded import read_sharded
-from mtp_megatron.data.tokenizer import MODEL_FILE, ByteTokenizer, Tokenizer, load_tokenizer
+from mtp_megatron.data.tokenizer import Tokenizer
+from mtp_megatron.data.tokenizer_store import stored_tokenizer
 from mtp_megatron.errors import CheckpointError
 from mtp_megatron.rope import RopeScaling
 
@@ -109,7 +109,8 @@ def open_export(folder: str | Path) -> Export:
             qk_norm=family.qk_norm,
             head_kind=heads["heads"]["kind"],
         )
-        layers, kind, sha256 = llama["num_hidden_layers"], heads["tokenizer"]["kind"], heads["tokenizer"]["sha256"]
+        layers, entry, sha256 = llama["num_hidden_layers"], heads["tokenizer"], heads["tokenizer"]["sha256"]
+        tokenizer = stored_tokenizer(folder, entry, config.vocab_size, flat=True)
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{folder}: config.json or {EXPORT_CONFIG} lacks {error}. Convert the checkpoint again."
@@ -120,14 +121,6 @@ def open_export(folder: str | Path) -> Export:
             f"{' and head 1' if config.heads_are_layers else ''}: they belong to different exports. Convert the "
             "checkpoint again."
         )
-    tokenizer: Tokenizer
-    if kind == CarriedTokenizer.kind:
-        entry = heads["tokenizer"]
-        tokenizer = CarriedTokenizer(
-            read_files(folder), vocab_size=config.vocab_size, eod=entry["eod"], bos=entry.get("bos"), name=str(folder)
-        )
-    else:
-        tokenizer = load_tokenizer(ByteTokenizer.name if kind == ByteTokenizer.kind else folder / MODEL_FILE)
     if not tokenizer.is_of(sha256):
         raise CheckpointError(f"{folder}: its tokenizer is not the model's. Convert the checkpoint again.")
     return Export(folder, config, tokenizer)

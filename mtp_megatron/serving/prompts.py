@@ -35,7 +35,7 @@ def from_file(path: str | Path, tokenizer: Tokenizer) -> list[list[int]]:
             prompts[-1].append(line)
     # The line end before a separator, or before the end of the file, is the editor's, not the prompt's.
     texts = ["".join(lines).removesuffix("\n").removesuffix("\r") for lines in prompts]
-    encoded = [tokenizer.encode(text) for text in texts if text]
+    encoded = [tokenizer.encode_prompt(text) for text in texts if text]
     if not encoded:
         raise DataError(f"{path}: holds no prompt. Write text, and lines of --- between several prompts.")
     return encoded
@@ -51,7 +51,7 @@ def from_held_out(folder: str | Path, tokenizer: Tokenizer, count: int, prompt_t
         DataError: the data set cannot be read or has another tokenizer.
     """
     manifest = load_manifest(folder)
-    if manifest.tokenizer.sha256 != tokenizer.sha256:
+    if not tokenizer.is_of(manifest.tokenizer.sha256):
         raise DataError(
             f"{manifest.path}: made with another tokenizer than the model's. Give the data set it was trained on."
         )

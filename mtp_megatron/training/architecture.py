@@ -8,7 +8,6 @@ from typing import Any
 
 from mtp_megatron import __version__, compat
 from mtp_megatron.data.manifest import Manifest
-from mtp_megatron.data.tokenizer import MODEL_FILE
 from mtp_megatron.errors import CheckpointError
 from mtp_megatron.training import checkpoint_files as files
 from mtp_megatron.training.recipe import ModelSection, Recipe, padded_vocab_size
@@ -35,12 +34,7 @@ def model_description(recipe: Recipe, manifest: Manifest, step: int) -> dict[str
         "heads": recipe.heads.model_dump(mode="json"),
         "vocab_size": recipe.model.vocab_size,
         "padded_vocab_size": padded_vocab_size(recipe),
-        "tokenizer": {
-            "kind": manifest.tokenizer.kind,
-            "sha256": manifest.tokenizer.sha256,
-            "eod": manifest.eod,
-            "file": MODEL_FILE if manifest.tokenizer.kind == "sentencepiece" else None,
-        },
+        "tokenizer": manifest.tokenizer_entry,
         "data_fingerprint": manifest.fingerprint,
         "precision": recipe.train.precision,
         "parallel": recipe.parallel.model_dump(mode="json"),

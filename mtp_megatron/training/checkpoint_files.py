@@ -6,7 +6,7 @@ Layout (Megatron-LM's)::
     checkpoints/latest_checkpointed_iteration.txt    the step of the latest one, replaced last
 
 Each checkpoint folder holds megatron-core's files, ``mtp_config.json`` (what the model is), ``files.json`` (every
-file's size, so that truncation is noticed before a load) and the tokenizer's model file if there is one.
+file's size, so that truncation is noticed before a load) and the tokenizer's model file, or a folder of its files.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ def prepare_temporary(checkpoints: Path, step: int) -> Path:
 def publish(checkpoints: Path, step: int) -> Path:
     """Make a fully written temporary folder the latest checkpoint; atomic at each of its steps, the tracker last."""
     temporary, final = temporary_folder(checkpoints, step), iteration_folder(checkpoints, step)
-    written = [file for file in sorted(temporary.iterdir()) if file.is_file()]
+    written = [file for file in sorted(temporary.rglob("*")) if file.is_file()]
     for file in written:
         _sync(file)  # not every engine does; a power cut must not leave names without contents
-    sizes = {file.name: file.stat().st_size for file in written}
+    sizes = {file.relative_to(temporary).as_posix(): file.stat().st_size for file in written}
     write_atomically(temporary / SIZES, json.dumps(sizes, indent=1))
     _sync(temporary)
     if final.exists():  # the same step saved again, for example after a damaged copy was passed over

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,6 @@ from mtp_megatron.compat.checkpoints import (
     take_unsaved_states,
 )
 from mtp_megatron.data.manifest import Manifest
-from mtp_megatron.data.tokenizer import MODEL_FILE
 from mtp_megatron.errors import CheckpointError
 from mtp_megatron.training import checkpoint_files as files
 from mtp_megatron.training.architecture import check_architecture, model_description
@@ -73,8 +71,7 @@ def save_checkpoint(recipe: Recipe, manifest: Manifest, trainable: Trainable, ch
     dist_checkpointing.save(state, str(temporary), sharded_strategy=InProcessSave(), content_metadata=dict(_SHARDING))
     if rank == 0:
         (temporary / files.CONFIG).write_text(json.dumps(model_description(recipe, manifest, step), indent=2))
-        if manifest.tokenizer.kind == "sentencepiece":
-            shutil.copyfile(manifest.path / MODEL_FILE, temporary / MODEL_FILE)
+        manifest.copy_tokenizer(temporary)
         files.publish(checkpoints, step)
         files.prune(checkpoints, recipe.run.keep_last, step)
     dist.barrier()  # nobody goes on, and perhaps fails, before the checkpoint is the latest

@@ -6,8 +6,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from mtp_megatron.data.huggingface import NO_FILES, HuggingFaceTokenizer
 from mtp_megatron.data.manifest import Manifest, load_manifest
+from mtp_megatron.data.tokenizer_store import stored_tokenizer
 from mtp_megatron.errors import CheckpointError, ConfigError
 from mtp_megatron.training.architecture import check_architecture
 from mtp_megatron.training.checkpoint_files import find_checkpoint, latest_complete, read_mtp_config
@@ -65,7 +68,45 @@ def preflight(recipe: Recipe, world_size: int) -> Plan:
     initial = find_checkpoint(recipe.run.load) if recipe.run.load else None
     if initial is not None:
         check_architecture(initial, recipe, initial=True)
+        changes += _other_tokenizer(initial, manifest, recipe)
     return Plan(recipe, manifest, folder, initial, world_size, changes)
+
+
+def _other_tokenizer(checkpoint: Path, manifest: Manifest, recipe: Recipe) -> tuple[str, ...]:
+    """In words, that the model whose weights are taken has another tokenizer than the data; nothing where it has not.
+
+    A model from elsewhere may have come without one, as a plain GPT checkpoint does: it is not known then.
+
+    Raises:
+        ConfigError: it has, and ``run.accept_changes`` does not allow it.
+    """
+    description = read_mtp_config(checkpoint)
+    entry, info = description.get("tokenizer"), manifest.tokenizer
+    if entry is None or entry["sha256"] in (info.sha256, NO_FILES) or _same_ids(checkpoint, description, manifest):
+        return ()
+    difference = (
+        f"its tokenizer ({info.kind}, sha256 {info.sha256[:12]}) is not that of the model in run.load="
+        f"{recipe.run.load} ({entry['kind']}, sha256 {entry['sha256'][:12]}): the same ids mean other text"
+    )
+    if recipe.run.accept_changes:
+        return (f"data.path={recipe.data.path}: {difference}",)
+    raise ConfigError(
+        "data.path",
+        recipe.data.path,
+        difference,
+        f"Make the data with the model's own: mtp-megatron preprocess --tokenizer {checkpoint}. Or set "
+        "run.accept_changes=true to train the model on other ids than it knows.",
+    )
+
+
+def _same_ids(checkpoint: Path, description: dict[str, Any], manifest: Manifest) -> bool:
+    """Whether tokenizers with other files, at least one of Hugging Face's, give the same ids all the same."""
+    entry = description["tokenizer"]
+    if "huggingface" not in (entry["kind"], manifest.tokenizer.kind):
+        return False
+    theirs, ours = stored_tokenizer(checkpoint, entry, int(description["vocab_size"])), manifest.load_tokenizer()
+    one, other = (theirs, ours) if isinstance(theirs, HuggingFaceTokenizer) else (ours, theirs)
+    return isinstance(one, HuggingFaceTokenizer) and one.same_ids(other)
 
 
 def check_launcher() -> None:

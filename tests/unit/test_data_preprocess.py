@@ -199,13 +199,13 @@ def test_too_few_usable_records_name_their_fields(options, tmp_path):
 
 
 def test_a_corpus_that_changes_underway_is_refused(options, monkeypatch, tmp_path):
-    real = module._hold_out
+    real = module.hold_out
 
     def edit_meanwhile(*args):
         (options.paths[0] / "f020.py").write_text("edited")
         return real(*args)
 
-    monkeypatch.setattr(module, "_hold_out", edit_meanwhile)
+    monkeypatch.setattr(module, "hold_out", edit_meanwhile)
     with pytest.raises(DataError, match=r"src/f020\.py: changed while"):
         preprocess(options)
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
