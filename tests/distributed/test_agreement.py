@@ -134,7 +134,9 @@ def test_an_index_that_one_rank_cannot_write_ends_them_all(data: Path, tmp_path:
         assert not built
 
 
-def start_and_listen(rank: int, world_size: int, trees: list[dict[str, Any]]) -> tuple[tuple[str, str, bool], list[str]]:
+def start_and_listen(
+    rank: int, world_size: int, trees: list[dict[str, Any]]
+) -> tuple[tuple[str, str, bool], list[str]]:
     """For ``run_world``: :func:`start_body`, and this rank's warnings of checkpoints."""
     from mtp_megatron.training import checkpoint_files
 
