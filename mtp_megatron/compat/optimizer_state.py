@@ -1,9 +1,10 @@
-"""The distributed optimizer's state in checkpoints: every parameter's on one of the ranks that hold a part of it.
+"""The distributed optimizer's state in checkpoints: each parameter's saved and loaded by one of the ranks that hold it.
 
 In megatron-core's format ``fully_reshardable`` (0.16.1 to 0.19.2), the one that loads at another TP x PP x DP, a
 parameter has its fp32 weight and Adam's two moments as tensors of its own shape. Upstream gathers them for a whole
-stage in the host memory of every data parallel rank, a bucket at a time through its GPU: 30 bytes per parameter at a
-save and 20 at a load, and 8 on the GPU where one bucket is the stage, as without ``optimizer.overlap_grad_reduce``.
+stage in the host memory of every data parallel rank, a bucket at a time through its GPU. Per parameter of the stage
+that is 24 to 30 bytes at a save, 20 at a load, and 8 on the GPU where one bucket is the stage, as it is without
+``optimizer.overlap_grad_reduce``.
 """
 
 from __future__ import annotations
@@ -22,17 +23,22 @@ from mtp_megatron.compat.versions import EnvironmentUnsupported
 
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
 _KEYS = ("param", "exp_avg", "exp_avg_sq")
+_ROUND = 2**26  # elements of shared parameters that are exchanged together
 
 
 @contextmanager
 def state_stays_on_its_ranks() -> Iterator[None]:
-    """Inside, the distributed optimizer's sharded state takes no memory but for parameters that ranks share.
+    """Inside, the distributed optimizer's sharded state takes memory for no more than a rank's share of a stage.
 
-    Data parallel ranks hold equal pieces of a buffer, so that most parameters lie on one rank, which saves and loads
-    its own tensors. Of the others the rank with the largest part saves all, gathered over gloo in host memory; each
-    rank loads them whole and takes its part. Format and files' contents are upstream's.
+    Data parallel ranks hold equal pieces of each bucket. A parameter that lies on one rank is saved from, and loaded
+    to, that rank's own tensors. One that ranks share has an owner among them, which has it whole in host memory: it
+    gathers it over gloo before a save and scatters it after a load. The format is upstream's.
     """
-    with _replaced("sharded_param_state_fully_reshardable", lambda upstream: _sharded_state, "memory of whole stages"):
+    why = "each data parallel rank takes host memory for the whole state of its stage"
+    with (
+        _replaced("sharded_param_state_fully_reshardable", lambda upstream: _sharded_state, why),
+        _replaced("load_parameter_state_from_fully_reshardable", lambda upstream: _take_loaded, why),
+    ):
         yield
 
 
@@ -69,26 +75,24 @@ class Placed:
         index: its place in upstream's state.
         parameter: the model's.
         parts: data parallel rank -> [start, end) of the flat parameter whose state it holds.
+        owner: the one of them that saves and loads all of it.
     """
 
     index: int
     parameter: Tensor
     parts: dict[int, tuple[int, int]]
-
-    @property
-    def owner(self) -> int:
-        """The rank with the largest part, the first of them."""
-        return max(self.parts, key=lambda rank: self.parts[rank][1] - self.parts[rank][0])
+    owner: int
 
 
 def placed_parameters(optimizer: Any) -> list[Placed]:
-    """Where the state of each parameter of a ``DistributedOptimizer`` lies, in upstream's order.
+    """Where the state of each parameter of a ``DistributedOptimizer`` lies, in upstream's order; alike on all ranks.
 
     Raises:
         EnvironmentUnsupported: this megatron-core cuts buckets in another way.
     """
     size, here = optimizer.data_parallel_group.size(), optimizer.data_parallel_group.rank()
     found: list[Placed] = []
+    owned = [0] * size  # elements of shared parameters
     for buffer, ranges in zip(optimizer.buffers, optimizer.gbuf_ranges, strict=True):
         (own,) = ranges.values()  # by the buffer's type
         for parameter, (start, end, number) in buffer.param_index_map.items():
@@ -106,7 +110,11 @@ def placed_parameters(optimizer: Any) -> list[Placed]:
                     f"{here}, and not {parts.get(here)}: its state cannot be saved or loaded. Use a megatron-core "
                     "that `mtp-megatron --version` calls supported."
                 )
-            found.append(Placed(len(found), parameter, parts))
+            # The one with the least of others', and of them the one with the largest part.
+            owner = min(parts, key=lambda rank: (owned[rank], parts[rank][0] - parts[rank][1]))
+            if len(parts) > 1:
+                owned[owner] += end - start
+            found.append(Placed(len(found), parameter, parts, owner))
     return found
 
 
@@ -118,64 +126,89 @@ def _sharded_state(optimizer: Any, model_state: dict[str, Any], is_loading: bool
 
     described = {base.data: base for base in nested_values(extract_sharded_tensors_and_factories(model_state)[0])}
     parameters, here = placed_parameters(optimizer), optimizer.data_parallel_group.rank()
-    flat = _to_load(optimizer, parameters) if is_loading else _to_save(optimizer, parameters)
-    state = {}
+    state: dict[int, dict[str, Tensor]] = {}
     for placed in parameters:
-        if placed.index in flat:
-            replica = optimizer.distributed_optimizer_instance_id if placed.owner == here else 1
-            state[placed.index] = {
-                key: _described(described[placed.parameter], key, tensor, replica)
-                for key, tensor in flat[placed.index].items()
-            }
-    # An empty table would be in the part of a checkpoint that rank 0 saves for all.
-    return state or LocalNonpersistentObject({})
-
-
-def _to_load(optimizer: Any, parameters: Sequence[Placed]) -> dict[int, dict[str, Tensor]]:
-    """Where the state goes of each parameter of which this rank holds a part: the optimizer's own tensors if it holds
-    all, or host memory."""
-    here = optimizer.data_parallel_group.rank()
-    flat = {}
-    for placed in parameters:
-        if here in placed.parts:
+        if placed.owner == here:
             held = _held(optimizer, placed)
             if len(placed.parts) > 1:
                 held = {k: torch.empty(placed.parameter.numel(), dtype=t.dtype, device="cpu") for k, t in held.items()}
-            flat[placed.index] = held
-    return flat
+            state[placed.index] = held
+    if not is_loading:
+        _exchange(optimizer, parameters, state, gather=True)
+    replica = optimizer.distributed_optimizer_instance_id
+    sharded = {
+        placed.index: {
+            key: _described(described[placed.parameter], key, tensor, replica)
+            for key, tensor in state[placed.index].items()
+        }
+        for placed in parameters
+        if placed.owner == here
+    }
+    # An empty table would be in the part of a checkpoint that rank 0 saves for all.
+    return sharded or LocalNonpersistentObject({})
 
 
-def _to_save(optimizer: Any, parameters: Sequence[Placed]) -> dict[int, dict[str, Tensor]]:
-    """State of each parameter that this rank saves: the optimizer's own tensors if it holds all, or gathered in host
-    memory. Collective over the data parallel ranks."""
-    group = optimizer.data_parallel_group_gloo
-    here = optimizer.data_parallel_group.rank()
-    flat = {p.index: _held(optimizer, p) for p in parameters if list(p.parts) == [here]}
+@torch.no_grad()
+def _take_loaded(optimizer: Any, state: dict[int, dict[str, Tensor]]) -> None:
+    """In place of ``load_parameter_state_from_fully_reshardable``: what owners have loaded, to all. Collective."""
+    parameters, here = placed_parameters(optimizer), optimizer.data_parallel_group.rank()
+    for placed in parameters:
+        if list(placed.parts) == [here]:  # mostly there already: it was loaded in place
+            flat = {key: tensor.flatten() for key, tensor in state[placed.index].items()}
+            optimizer._set_main_param_and_optimizer_states(placed.parameter, flat)
+    _exchange(optimizer, parameters, state, gather=False)
+
+
+def _exchange(
+    optimizer: Any, parameters: Sequence[Placed], whole: dict[int, dict[str, Tensor]], *, gather: bool
+) -> None:
+    """Gather the parts of shared parameters into ``whole`` on their owners, or scatter them from there to the
+    optimizers of the data parallel ranks. Collective over these."""
+    group, here = optimizer.data_parallel_group_gloo, optimizer.data_parallel_group.rank()
     shared = [placed for placed in parameters if len(placed.parts) > 1 and here in placed.parts]
     if shared and group is None:
         raise EnvironmentUnsupported(
-            "the distributed optimizer's state is gathered over gloo, and there are no gloo groups: initialize "
+            "the distributed optimizer's state is exchanged over gloo, and there are no gloo groups: initialize "
             "megatron's model parallel groups with create_gloo_process_groups=True."
         )
-    for key in _KEYS:
-        waiting = []
-        for placed in shared:
-            own = _held(optimizer, placed)[key]
-            if placed.owner != here:
-                owner = dist.get_global_rank(group, placed.owner)
-                waiting.append(dist.isend(own.cpu(), owner, group=group, tag=placed.index))
-                continue
-            whole = torch.empty(placed.parameter.numel(), dtype=own.dtype, device="cpu")
-            flat.setdefault(placed.index, {})[key] = whole
-            for rank, (start, end) in placed.parts.items():
-                if rank == here:
-                    whole[start:end].copy_(own)
+    for few in _rounds(shared):
+        waiting, parts = [], []
+        for placed in few:
+            held, owns = _held(optimizer, placed), placed.owner == here
+            send_or_receive = dist.irecv if owns == gather else dist.isend
+            own: dict[str, Tensor] = {}
+            for number, (key, part) in enumerate(held.items()):
+                if owns:
+                    flat = whole[placed.index][key].flatten()
+                    pieces = {rank: flat[start:end] for rank, (start, end) in placed.parts.items()}
+                    own[key] = pieces.pop(here)
+                    if gather:
+                        own[key].copy_(part)
                 else:
-                    source = dist.get_global_rank(group, rank)
-                    waiting.append(dist.irecv(whole[start:end], source, group=group, tag=placed.index))
+                    own[key] = part.cpu() if gather else torch.empty_like(part, device="cpu")
+                    pieces = {placed.owner: own[key]}
+                for rank, piece in pieces.items():
+                    other = dist.get_global_rank(group, rank)
+                    tag = len(held) * placed.index + number
+                    waiting.append(send_or_receive(piece, other, group=group, tag=tag))
+            parts.append(own)
         for work in waiting:
             work.wait()  # type: ignore[union-attr]  # None is for ranks outside of the group
-    return flat
+        if not gather:
+            for placed, own in zip(few, parts, strict=True):
+                optimizer._set_main_param_and_optimizer_states(placed.parameter, own)
+
+
+def _rounds(shared: Sequence[Placed]) -> Iterator[list[Placed]]:
+    """The same parameters a few at a time, which bounds what is under way."""
+    few: list[Placed] = []
+    for placed in shared:
+        if few and sum(each.parameter.numel() for each in [*few, placed]) > _ROUND:
+            yield few
+            few = []
+        few.append(placed)
+    if few:
+        yield few
 
 
 def _held(optimizer: Any, placed: Placed) -> dict[str, Tensor]:
@@ -188,7 +221,7 @@ def _described(base: Any, key: str, flat: Tensor, replica: int) -> Any:
     """A parameter's state as part of a checkpoint, sharded as the parameter (``base``) is.
 
     Args:
-        replica: 0 on the rank that saves it, and counts for the others as the one that loads it.
+        replica: 0, or the number of a further copy of the optimizer, which does not save it.
     """
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 

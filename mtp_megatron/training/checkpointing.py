@@ -110,7 +110,8 @@ def load_checkpoint(recipe: Recipe, trainable: Trainable, folder: Path) -> int:
     put_models(trainable.models, loaded)
     fit_adam(trainable.optimizer, loaded["optimizer"])
     set_learning_rates(loaded["optimizer"], recipe.optimizer.lr, recipe.optimizer.min_lr)
-    trainable.optimizer.load_state_dict(loaded["optimizer"])
+    with state_stays_on_its_ranks():
+        trainable.optimizer.load_state_dict(loaded["optimizer"])
     if recipe.train.fp8_param:
         cast_parameters_again(trainable)
     trainable.scheduler.load_state_dict(loaded["opt_param_scheduler"])

@@ -106,6 +106,7 @@ def _peaks(rank: int, world_size: int, tree: dict[str, Any], old: bool, torchs_w
     """Most bytes of tensors made at a time by a save and by a load, and what each may take."""
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
+    from mtp_megatron import compat
     from mtp_megatron.data.manifest import load_manifest
     from mtp_megatron.planning.live_memory import LiveMemory
     from mtp_megatron.training import checkpoint_writer, checkpointing
@@ -114,7 +115,11 @@ def _peaks(rank: int, world_size: int, tree: dict[str, Any], old: bool, torchs_w
     from mtp_megatron.training.validate import check_recipe
     from mtp_megatron.training.world import model_parallel_world
 
+    compat.prepare()
+    from megatron.core import distributed
+
     manifest = load_manifest(tree["data"]["path"])
+    whole_config = distributed.DistributedDataParallelConfig
     recipe = check_recipe(parse_recipe(tree), world_size=world_size, tokenizer_vocab_size=manifest.vocab_size)
     way = padded_checkpoints if old else state_stays_on_its_ranks
     writer = FileSystemWriter if torchs_writer else checkpoint_writer.TensorByTensor
@@ -122,6 +127,9 @@ def _peaks(rank: int, world_size: int, tree: dict[str, Any], old: bool, torchs_w
         model_parallel_world(recipe),
         mock.patch.object(checkpointing, "state_stays_on_its_ranks", way),
         mock.patch.object(checkpoint_writer, "TensorByTensor", writer),
+        mock.patch.object(
+            distributed, "DistributedDataParallelConfig", lambda **of: whole_config(bucket_size=2**15, **of)
+        ),
     ):
         trainable = build_trainable(recipe)
         for parameter in trainable.models[0].parameters():
@@ -130,12 +138,17 @@ def _peaks(rank: int, world_size: int, tree: dict[str, Any], old: bool, torchs_w
         (optimizer,) = chained(trainable.optimizer)
         placed = placed_parameters(optimizer)
         shared = [each for each in placed if rank in each.parts and len(each.parts) > 1]
-        largest = max(each.parameter.numel() for each in placed)
+        sizes = [each.parameter.numel() for each in placed]
+        owned = 12 * sum(each.parameter.numel() for each in shared if each.owner == rank)
+        received = 12 * sum(each.parts[rank][1] - each.parts[rank][0] for each in shared if each.owner != rank)
         rest = 2**16  # states of random generators, Adam's steps
         result = {
-            "parameters": sum(each.parameter.numel() for each in placed),
-            "save may": 12 * sum(each.parameter.numel() for each in shared if each.owner == rank) + 4 * largest + rest,
-            "load may": 12 * sum(each.parameter.numel() for each in shared) + 8 * largest + rest,
+            "parameters": sum(sizes),
+            "shared": sum(each.parameter.numel() for each in placed if len(each.parts) > 1),
+            "owned": owned // 12,
+            "largest": max(sizes),
+            "save may": owned + 4 * max(sizes) + rest,
+            "load may": owned + max(received, 8 * max(sizes)) + rest,
         }
         checkpoints = Path(tree["run"]["path"])
         trained = [
@@ -157,12 +170,21 @@ def _peaks(rank: int, world_size: int, tree: dict[str, Any], old: bool, torchs_w
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_a_save_and_a_load_take_memory_for_what_ranks_share(world: int, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("small_buckets", [False, True])
+def test_a_save_and_a_load_take_memory_for_a_ranks_share(
+    world: int, small_buckets: bool, data: Path, tmp_path: Path
+) -> None:
+    """In small buckets ranks share every parameter."""
     tree = tiny_tree(data, tmp_path / "run", model__hidden_size=128, model__ffn_hidden_size=256)
-    tree["optimizer"]["distributed"] = True
+    tree["optimizer"] |= {"distributed": True, "overlap_grad_reduce": small_buckets}
     for taken in run_world(_peaks, world, tree, False, False):
-        assert taken["save"] <= taken["save may"] < 2 * taken["parameters"]
-        assert taken["load"] <= taken["load may"] < 4 * taken["parameters"]
+        assert taken["save"] <= taken["save may"]
+        assert taken["load"] <= taken["load may"]
+        assert taken["owned"] <= taken["shared"] / world + taken["largest"]
+        if small_buckets:
+            assert taken["shared"] > taken["parameters"] / 2
+        else:
+            assert taken["save may"] < 2 * taken["parameters"]
 
 
 def test_it_would_be_noticed_if_they_took_more(data: Path, tmp_path: Path) -> None:
