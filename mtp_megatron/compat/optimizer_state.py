@@ -23,7 +23,7 @@ from mtp_megatron.compat.versions import EnvironmentUnsupported
 
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
 _KEYS = ("param", "exp_avg", "exp_avg_sq")
-_ROUND = 2**26  # elements of shared parameters that are exchanged together
+ROUND = 2**26  # elements of shared parameters that are exchanged together
 
 
 @contextmanager
@@ -203,7 +203,7 @@ def _rounds(shared: Sequence[Placed]) -> Iterator[list[Placed]]:
     """The same parameters a few at a time, which bounds what is under way."""
     few: list[Placed] = []
     for placed in shared:
-        if few and sum(each.parameter.numel() for each in [*few, placed]) > _ROUND:
+        if few and sum(each.parameter.numel() for each in [*few, placed]) > ROUND:
             yield few
             few = []
         few.append(placed)
