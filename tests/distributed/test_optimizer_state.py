@@ -252,3 +252,27 @@ def test_what_it_needs_of_megatron_core_is_checked() -> None:
     for without_gloo, other_cuts in run_world(_refused, 2):
         assert "create_gloo_process_groups=True" in without_gloo
         assert "its state cannot be saved or loaded" in other_cuts
+
+
+def test_ranks_that_own_nothing_save_and_resume(data: Path, tmp_path: Path) -> None:
+    """All that is trained is one matrix, of which each of four ranks holds a quarter."""
+    one = {
+        "heads__n": 1,
+        "heads__kind": "linear",
+        "train__steps": 1,
+        "optimizer__warmup_steps": 0,
+        "train__eval_batches": 0,
+    }
+    run_world(train_body, 1, tiny_tree(data, tmp_path / "one", **one))
+    settings = {
+        "heads__n": 2,
+        "heads__kind": "linear",
+        "heads__trainable": "new_heads",
+        "optimizer__distributed": True,
+        "run__load": str(tmp_path / "one"),
+    }
+    whole = tmp_path / "whole"
+    run_world(train_body, 4, tiny_tree(data, whole, **settings))
+    resumed = interrupted_copy(whole, tmp_path / "resumed", step=4)
+    run_world(train_body, 4, tiny_tree(data, resumed, **settings))
+    assert metrics(resumed) == metrics(whole)
