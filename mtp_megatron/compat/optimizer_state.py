@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtp_megatron.compat import patching
-from mtp_megatron.compat.versions import EnvironmentUnsupported
+from mtp_megatron.compat.versions import SUPPORTED, EnvironmentUnsupported
 
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
 _KEYS = ("param", "exp_avg", "exp_avg_sq")
@@ -107,10 +107,10 @@ def placed_parameters(optimizer: Any) -> list[Placed]:
             if parts.get(here) != (upstream and (upstream["param"].start, upstream["param"].end)):
                 raise EnvironmentUnsupported(
                     f"megatron-core's distributed optimizer holds {upstream} of a parameter on data parallel rank "
-                    f"{here}, and not {parts.get(here)}: its state cannot be saved or loaded. Use a megatron-core "
-                    "that `mtp-megatron --version` calls supported."
+                    f"{here}, and not {parts.get(here)}: its state cannot be saved or loaded. Use a released "
+                    f"megatron-core ({SUPPORTED})."
                 )
-            # The one with the least of others', and of them the one with the largest part.
+            # Of them the one that owns least so far; of such, the one with the largest part.
             owner = min(parts, key=lambda rank: (owned[rank], parts[rank][0] - parts[rank][1]))
             if len(parts) > 1:
                 owned[owner] += end - start

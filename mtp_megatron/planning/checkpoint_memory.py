@@ -12,7 +12,7 @@ _STATE = 12  # bytes of a parameter's fp32 weight and Adam's two moments
 
 
 def checkpoint_host_memory(recipe: Recipe, cost: RankCost, world_size: int) -> int:
-    """Bytes for each GPU of a pipeline rank, beyond what its process holds anyway; an upper bound for like stages.
+    """Bytes for each GPU of a pipeline rank, beyond what its process holds anyway, at most.
 
     A tensor is written or read at a time. With the distributed optimizer, a rank has besides the state of parameters
     that it owns among those that ranks share, and parts of it under way (:mod:`mtp_megatron.compat.optimizer_state`).
