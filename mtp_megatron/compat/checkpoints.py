@@ -1,12 +1,11 @@
 """Distributed checkpoints across versions of megatron-core: 0.19 reads older ones, older ones here those of 0.19;
-across optimizers: Adam's step, the distributed one's state where its buffers are padded or parameters are in FP8."""
+across optimizers: Adam's step, parameters in FP8. The distributed optimizer's state: :mod:`.optimizer_state`."""
 
 from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_torch_dist
 
 from mtp_megatron.compat.devices import device
-from mtp_megatron.compat.patching import Replacement, replace
 
 
 def load_strategies() -> dict[str, Any]:
@@ -78,6 +76,31 @@ def take_unsaved_states(state: dict[str, Any], folder: Path) -> list[tuple[str, 
     for key, name in unsaved:
         del state[key][name]
     return unsaved
+
+
+def merge_in_place(state: dict[str, Any]) -> None:
+    """Keep a load of this sharded state from copying what is saved in parts, as both halves of a gated MLP's first
+    matrix are: the parts are read to where they lie in the whole, which upstream would put together from them anew."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+    from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+
+    for base in nested_values(extract_sharded_tensors_and_factories(state)[0]):
+        if isinstance(base, ShardedTensorFactory) and type(base.data) in (torch.Tensor, torch.nn.Parameter):
+            base.merge_fn = _merged_in_place(base.merge_fn, base.data)
+
+
+def _merged_in_place(merge: Callable[[Any], Any], whole: torch.Tensor) -> Callable[[Any], Any]:
+    """``merge``, which copies, but for parts that lie in ``whole``."""
+    storage = whole.untyped_storage().data_ptr()
+
+    def merged(parts: Any) -> Any:
+        within = isinstance(parts, list) and all(
+            type(part) is torch.Tensor and part.untyped_storage().data_ptr() == storage for part in parts
+        )
+        return whole if within else merge(parts)
+
+    return merged
 
 
 def add_step(optimizer_state: dict[str, Any]) -> None:
@@ -189,68 +212,3 @@ def cast_parameters_again(trainable: Any) -> None:
         optimizer._copy_main_params_to_model_params()
     for chunk in trainable.chunks:
         chunk.start_param_sync(force_sync=True)
-
-
-@contextmanager
-def padded_optimizer_state() -> Iterator[None]:
-    """Inside, the distributed optimizer's sharded state (``fully_reshardable``) is right whatever padding its buckets
-    have.
-
-    megatron-core (0.16.1 to 0.19.2) leaves the padding at buckets' ends out of the state that it gathers, and then
-    takes each parameter's state from where the parameter lies in the padded buffer: after a padded bucket that is
-    another parameter's. Buckets are padded to a multiple of the data parallel size and of 128.
-    """
-    with _replaced(
-        "get_parameter_state_dp_zero",
-        lambda upstream: lambda self, *args, **kwargs: _with_padding(self, upstream(self, *args, **kwargs)),
-    ):
-        yield
-
-
-@contextmanager
-def padded_checkpoints() -> Iterator[None]:
-    """The same for a loop that saves in whichever format it is told to: others are left as they are."""
-
-    def padded(upstream: Callable[..., Any]) -> Callable[..., Any]:
-        def sharded_state(self: Any, *args: Any, **kwargs: Any) -> Any:
-            with padded_optimizer_state():
-                return upstream(self, *args, **kwargs)
-
-        return sharded_state
-
-    with _replaced("sharded_param_state_fully_reshardable", padded):
-        yield
-
-
-@contextmanager
-def _replaced(method: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    undo: list[Callable[[], None]] = []
-    row = Replacement(
-        "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer",
-        method,
-        make,
-        "parameters after a padded bucket are saved with others' Adam moments and fp32 weights",
-    )
-    replace(row, undo)
-    try:
-        yield
-    finally:
-        undo[0]()
-
-
-def _with_padding(optimizer: Any, state: dict[Any, Any] | None) -> dict[Any, Any] | None:
-    """``state`` with its flat tensors as long as the buffers, each bucket where it lies there."""
-    for index, by_dtype in (state or {}).items():
-        if not isinstance(index, int):
-            continue
-        buffer = optimizer.buffers[index]
-        for tensors in by_dtype.values():
-            for key, compact in tensors.items():
-                if isinstance(compact, torch.Tensor):
-                    whole, taken = compact.new_zeros(buffer.numel), 0
-                    for bucket in buffer.buckets:
-                        part = compact[taken : taken + bucket.numel_unpadded]
-                        whole[bucket.offset : bucket.offset + bucket.numel_unpadded] = part
-                        taken += bucket.numel_unpadded
-                    tensors[key] = whole
-    return state

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mtp_megatron.compat import cpu, devices, versions
-from mtp_megatron.compat.checkpoints import padded_checkpoints
+from mtp_megatron.compat.optimizer_state import padded_checkpoints
 from mtp_megatron.compat.patching import Replacement, replace
 from mtp_megatron.compat.versions import EnvironmentUnsupported
 

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from mtp_megatron.planning.advice import Advice
+from mtp_megatron.planning.checkpoint_memory import checkpoint_host_memory
 from mtp_megatron.planning.estimate import Estimate, Hardware
 from mtp_megatron.planning.lines import recipe_tree, settings
 from mtp_megatron.planning.tensors import CATEGORIES, largest_category
@@ -30,7 +31,14 @@ def as_json(
         "world_size": world_size,
         "hardware": dataclasses.asdict(hardware),
         "layout": recipe.parallel.layout,
-        "ranks": [{**dataclasses.asdict(rank), "memory": rank.memory} for rank in plan.ranks],
+        "ranks": [
+            {
+                **dataclasses.asdict(rank),
+                "memory": rank.memory,
+                "checkpoint_host_memory": checkpoint_host_memory(recipe, rank, world_size),
+            }
+            for rank in plan.ranks
+        ],
         "fits": advice is None,
         "advice": None if advice is None else {**dataclasses.asdict(advice), "settings": settings(advice.changes)},
         "step_seconds": plan.step_seconds,
@@ -73,11 +81,21 @@ def table(recipe: Recipe, world_size: int, hardware: Hardware, plan: Estimate, a
         f"step {plan.step_seconds:.2f} s, bubble {plan.schedule.bubble:.1%}, MFU {plan.mfu:.1%}, "
         f"{plan.tokens_per_second:,.0f} tokens/s, at {hardware.efficiency:.0%} of {hardware.tflops:g} TFLOP/s",
         *_remarks(recipe, hardware),
+        _host(recipe, world_size, hardware, plan),
         f"of the step: arithmetic {terms.arithmetic:.2f} s, tensor parallel exchange {terms.exchange:.2f} s, slowest "
         f"stage {terms.slowest_stage:.2f} s ({plan.imbalance:.2f} of the mean), waiting {terms.bubble:.2f} s, "
         f"gradients and parameters {terms.reduction:.2f} s",
     ]
     return "\n".join(lines)
+
+
+def _host(recipe: Recipe, world_size: int, hardware: Hardware, plan: Estimate) -> str:
+    most = max(checkpoint_host_memory(recipe, rank, world_size) for rank in plan.ranks)
+    here = min(hardware.gpus_per_node, world_size)
+    return (
+        f"saving or resuming takes no memory of a GPU and up to {here * most / 1e9:.1f} GB of a node's own, for "
+        f"{here} {'GPUs' if here > 1 else 'GPU'}, beyond what the processes hold"
+    )
 
 
 def _remarks(recipe: Recipe, hardware: Hardware) -> list[str]:

@@ -60,12 +60,13 @@ def largest_tensors(recipe: Recipe, cost: RankCost, world_size: int, category: s
         }[category]
         found = [
             Tensors(what, shape, count, int(each * count * shape[0] * shape[1]))
-            for what, shape, count in _matrices(recipe, sizes, cost)
+            for what, shape, count in matrices(recipe, sizes, cost)
         ]
     return max(found, key=lambda tensors: tensors.bytes)
 
 
-def _matrices(recipe: Recipe, sizes: Sizes, cost: RankCost) -> Iterator[tuple[str, tuple[int, int], int]]:
+def matrices(recipe: Recipe, sizes: Sizes, cost: RankCost) -> Iterator[tuple[str, tuple[int, int], int]]:
+    """Of a rank's weights: what they are, the shape on this GPU and how many there are."""
     h = sizes.hidden
     layers = cost.layers + (cost.heads if recipe.heads.kind == "transformer" else 0)
     yield "the MLP's first matrix", (2 * sizes.ffn, h), layers

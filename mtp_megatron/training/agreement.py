@@ -91,7 +91,8 @@ def preflight_together(recipe: Recipe, world_size: int, store: Store | None) -> 
         return _preflight_with_gpu(recipe, world_size)
     tell = _exchange(store, "preflight", world_size, recipe.train.timeout_minutes)
     try:
-        plan = _preflight_with_gpu(recipe, world_size)
+        # Rank 0 warns for all: they must have chosen the same.
+        plan = _preflight_with_gpu(recipe, world_size, warn=_rank() == 0)
     except MTPError as error:
         with contextlib.suppress(JobError):  # also without an answer, its own complaint is what this rank has to say
             tell(_statement(str(error), {}))
@@ -100,9 +101,9 @@ def preflight_together(recipe: Recipe, world_size: int, store: Store | None) -> 
     return plan
 
 
-def _preflight_with_gpu(recipe: Recipe, world_size: int) -> Plan:
+def _preflight_with_gpu(recipe: Recipe, world_size: int, *, warn: bool = True) -> Plan:
     require_usable_gpu()
-    return preflight(recipe, world_size)
+    return preflight(recipe, world_size, warn=warn)
 
 
 def compare(statements: Sequence[Statement]) -> None:
@@ -185,6 +186,8 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "megatron-core version": str(compat.MCORE_VERSION),
         "torch version": torch.__version__.partition("+")[0],
         "fused kernels": compat.fusions(),  # where a host lacks a compiler, say, all would wait for it in every step
+        # Not where rank 0 resumes: the others follow it, and may not see yet what it saved.
+        **({} if plan.initial is None else {"checkpoint of run.load": plan.initial.name}),
     }
 
 

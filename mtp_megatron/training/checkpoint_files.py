@@ -173,8 +173,11 @@ def warn_of_older_tracker(checkpoints: Path, used: Path) -> None:
     )
 
 
-def find_checkpoint(path: str | Path) -> Path:
+def find_checkpoint(path: str | Path, *, warn: bool = True) -> Path:
     """The complete checkpoint folder meant by a run, a checkpoints folder or a checkpoint folder itself.
+
+    Args:
+        warn: say which damaged ones are passed over.
 
     Raises:
         CheckpointError: there is none, or the one named is damaged.
@@ -188,7 +191,7 @@ def find_checkpoint(path: str | Path) -> Path:
             raise CheckpointError(f"{path}: {problem}. Name another checkpoint of the run.")
         return path
     for folder in (path / "checkpoints", path):
-        found = latest_complete(folder)
+        found = latest_complete(folder, warn=warn)
         if found:
             return found
     raise CheckpointError(

@@ -20,10 +20,11 @@ from mtp_megatron.compat.checkpoints import (
     fit_adam,
     keep_empty_masters_local,
     load_strategies,
-    padded_optimizer_state,
+    merge_in_place,
     set_learning_rates,
     take_unsaved_states,
 )
+from mtp_megatron.compat.optimizer_state import state_stays_on_its_ranks
 from mtp_megatron.data.manifest import Manifest
 from mtp_megatron.errors import CheckpointError
 from mtp_megatron.training import checkpoint_files as files
@@ -106,7 +107,8 @@ def load_checkpoint(recipe: Recipe, trainable: Trainable, folder: Path) -> int:
     put_models(trainable.models, loaded)
     fit_adam(trainable.optimizer, loaded["optimizer"])
     set_learning_rates(loaded["optimizer"], recipe.optimizer.lr, recipe.optimizer.min_lr)
-    trainable.optimizer.load_state_dict(loaded["optimizer"])
+    with state_stays_on_its_ranks():
+        trainable.optimizer.load_state_dict(loaded["optimizer"])
     if recipe.train.fp8_param:
         cast_parameters_again(trainable)
     trainable.scheduler.load_state_dict(loaded["opt_param_scheduler"])
@@ -119,7 +121,7 @@ def load_checkpoint(recipe: Recipe, trainable: Trainable, folder: Path) -> int:
 
 def _optimizer_state(trainable: Trainable, model: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
     """The optimizer's sharded state beside the model's (:func:`model_state`)."""
-    with padded_optimizer_state():
+    with state_stays_on_its_ranks():
         state: dict[str, Any] = trainable.optimizer.sharded_state_dict(
             model, is_loading=is_loading, metadata=metadata()
         )
@@ -166,6 +168,7 @@ def read_state(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     try:
         unsaved = take_unsaved_states(state, folder)
+        merge_in_place(state)
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder), **load_strategies())
     except (CheckpointingException, CheckpointException, OSError, EOFError, pickle.UnpicklingError, KeyError) as error:
         raise CheckpointError(

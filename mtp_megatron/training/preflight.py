@@ -42,8 +42,11 @@ class Plan:
     changes: tuple[str, ...] = ()
 
 
-def preflight(recipe: Recipe, world_size: int) -> Plan:
+def preflight(recipe: Recipe, world_size: int, *, warn: bool = True) -> Plan:
     """Check recipe, data, run folder and named checkpoints against one another; changes nothing on disk.
+
+    Args:
+        warn: say which damaged checkpoints of ``run.load`` are passed over.
 
     Raises:
         ConfigError: a setting that cannot work, or a run folder that belongs to something else.
@@ -65,7 +68,7 @@ def preflight(recipe: Recipe, world_size: int) -> Plan:
         _check_same_host(resumed, recipe)
         _check_same_data(resumed, manifest, recipe)
         return Plan(recipe, manifest, folder, None, world_size, changes)
-    initial = find_checkpoint(recipe.run.load) if recipe.run.load else None
+    initial = find_checkpoint(recipe.run.load, warn=warn) if recipe.run.load else None
     if initial is not None:
         check_architecture(initial, recipe, initial=True)
         changes += _other_tokenizer(initial, manifest, recipe)

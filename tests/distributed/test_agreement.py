@@ -134,6 +134,51 @@ def test_an_index_that_one_rank_cannot_write_ends_them_all(data: Path, tmp_path:
         assert not built
 
 
+def start_and_listen(
+    rank: int, world_size: int, trees: list[dict[str, Any]]
+) -> tuple[tuple[str, str, bool], list[str]]:
+    """For ``run_world``: :func:`start_body`, and this rank's warnings of checkpoints."""
+    from mtp_megatron.training import checkpoint_files
+
+    with mock.patch.object(checkpoint_files.logger, "warning") as warning:
+        outcome = start_body(rank, world_size, trees)
+    return outcome, [call.args[0] % call.args[1:] for call in warning.call_args_list]
+
+
+def test_a_damaged_checkpoint_to_start_from_is_named_once(data: Path, tmp_path: Path) -> None:
+    run_world(train_body, 1, tiny_tree(data, tmp_path / "first"))  # saves at 4 and 8
+    (tmp_path / "first" / "checkpoints" / "iter_0000008" / ".metadata").unlink()
+    tree = tiny_tree(data, tmp_path / "run", parallel__pipeline=2, run__load=str(tmp_path / "first"))
+    (outcome, said), (other, nothing) = run_world(start_and_listen, 2, [tree, tree])
+    assert outcome == other == ("MTPError", "built", True)
+    assert len(said) == 1
+    assert ".metadata is missing is passed over; continuing from iter_0000004" in said[0]
+    assert nothing == []
+
+
+def with_another_view_on_rank_1(rank: int, world_size: int, trees: list[dict[str, Any]]) -> tuple[str, str, bool]:
+    """For ``run_world``: as ``start_body``; rank 1 does not see that step 8 is whole, as a network file system may."""
+    from mtp_megatron.training import checkpoint_files
+
+    whole = checkpoint_files.problem_of
+
+    def late(folder: Path) -> str | None:
+        return "it is not there yet" if rank == 1 and folder.name == "iter_0000008" else whole(folder)
+
+    with mock.patch.object(checkpoint_files, "problem_of", late):
+        return start_body(rank, world_size, trees)
+
+
+def test_hosts_that_would_start_from_different_checkpoints_are_told(data: Path, tmp_path: Path) -> None:
+    run_world(train_body, 1, tiny_tree(data, tmp_path / "first"))
+    tree = tiny_tree(data, tmp_path / "run", parallel__pipeline=2, run__load=str(tmp_path / "first"))
+    for kind, said, built in run_world(with_another_view_on_rank_1, 2, [tree, tree]):
+        assert kind == "ConfigError"
+        assert said.startswith("checkpoint of run.load='iter_0000008': rank 1 on ")
+        assert "'iter_0000004' here" in said
+        assert not built
+
+
 def with_an_old_driver_on_rank_1(rank: int, world_size: int, trees: list[dict[str, Any]]) -> tuple[str, str, bool]:
     """For ``run_world``: as ``start_body``."""
     from mtp_megatron.compat import devices

@@ -1,4 +1,4 @@
-"""The distributed optimizer's checkpoint where its buckets end in padding (compat.checkpoints)."""
+"""Upstream's own state of the distributed optimizer where buckets end in padding (compat.optimizer_state)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from mtp_megatron.compat.checkpoints import padded_checkpoints, padded_optimizer_state
+from mtp_megatron.compat.optimizer_state import padded_checkpoints
 from tests.harness import parallel, run_world
 from tests.parity import Case, build_chunks, make_parameters, wrap
 
-MENDS = {"not": nullcontext, "by our loop": padded_optimizer_state, "by Megatron-LM's": padded_checkpoints}
+MENDS = {"not": nullcontext, "for Megatron-LM": padded_checkpoints}
 
 
 def _saved_masters_are_the_weights(rank: int, world: int, mended: str) -> bool:

@@ -15,6 +15,7 @@ import pytest
 from mtp_megatron import cli
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.planning import cost
+from mtp_megatron.planning.checkpoint_memory import checkpoint_host_memory
 from mtp_megatron.planning.cli import checked
 from mtp_megatron.planning.cost import RankCost, rank_costs
 from mtp_megatron.planning.estimate import Hardware, estimate
@@ -305,7 +306,27 @@ def test_what_a_plan_takes_for_granted_is_said(capsys: Any, monkeypatch: pytest.
     text = output(capsys, "1.3B")
     assert "sequences of 4096 tokens (train.seq_length=" in text
     assert "in fp32" not in text
+    assert "saving or resuming takes no memory of a GPU and up to " in text
     assert "--tflops 989 should be the GPU's in fp32" in output(capsys, "1.3B", "train.precision=fp32")
+
+
+def test_host_memory_of_a_save_grows_with_what_ranks_share() -> None:
+    """1.3B on one pipeline stage: its largest matrix is the unembedding. Measured in test_optimizer_state.py."""
+
+    def planned(gpus: int, **optimizer: bool) -> int:
+        settings = [f"optimizer.{name}={str(value).lower()}" for name, value in optimizer.items()]
+        plan = ["parallel.tensor=1", "parallel.pipeline=1", "model.vocab_size=131072", *settings]
+        recipe = checked(read_plan("1.3B", plan), gpus)
+        return checkpoint_host_memory(recipe, rank_costs(recipe, gpus)[0], gpus)
+
+    largest = 131072 * 2048
+    whole = planned(8, distributed=False, overlap_grad_reduce=False, overlap_param_gather=False)
+    assert whole == 2 * 4 * largest
+    one_bucket = planned(8, distributed=True, overlap_grad_reduce=False, overlap_param_gather=False)
+    many = {gpus: planned(gpus, distributed=True, overlap_grad_reduce=True) for gpus in (8, 64)}
+    assert whole < many[64] < many[8]
+    assert whole < one_bucket <= many[8]
+    assert many[64] < 12 * (2 * largest)
 
 
 def test_more_microbatches_make_the_bubble_smaller(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,35 @@
+"""Host memory that a save or a load of a checkpoint takes; on the GPU it takes none."""
+
+from __future__ import annotations
+
+from mtp_megatron.compat.optimizer_state import ROUND
+from mtp_megatron.planning.cost import RankCost, optimizer_shards
+from mtp_megatron.planning.shapes import Sizes
+from mtp_megatron.planning.tensors import matrices
+from mtp_megatron.training.recipe import Recipe
+
+_STATE = 12  # bytes of a parameter's fp32 weight and Adam's two moments
+
+
+def checkpoint_host_memory(recipe: Recipe, cost: RankCost, world_size: int) -> int:
+    """Bytes for each GPU of a pipeline rank, beyond what its process holds anyway, at most.
+
+    A tensor is written or read at a time. With the distributed optimizer, a rank has besides the state of parameters
+    that it owns among those that ranks share, and parts of it under way (:mod:`mtp_megatron.compat.optimizer_state`).
+    Where gradients are reduced early, each bucket is cut among all ranks: they share what may be all, and own even
+    parts of it. Elsewhere there is one bucket for each chunk, and a rank shares one parameter at each of its ends.
+
+    Args:
+        cost: of the pipeline rank.
+        world_size: GPUs of the job.
+    """
+    largest = max(rows * columns for _, (rows, columns), _ in matrices(recipe, Sizes.of(recipe), cost))
+    shards, read = optimizer_shards(recipe, world_size), 2 * 4 * largest
+    if shards == 1:
+        return read
+    share = -(-cost.parameters // shards)
+    owned, under_way = share + largest, min(share, max(ROUND, largest))
+    if not recipe.optimizer.overlap_grad_reduce:
+        ends = 2 * (recipe.parallel.virtual_pipeline or 1) * largest
+        owned, under_way = min(owned, ends), min(under_way, ends)
+    return _STATE * owned + max(_STATE * under_way, read)
