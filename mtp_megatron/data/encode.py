@@ -41,11 +41,14 @@ def encode_documents(
     # spawn: forking a process that has threads (torch, sentencepiece) can deadlock the child.
     context = multiprocessing.get_context("spawn")
     arguments = (tokenizer.files().get(MODEL_FILE), tokenizer.name)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=arguments)
+    with (
+        children_leave_stopping_to_parent()
+    ):  # this starts multiprocessing's own helper, which knows two of the signals
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=arguments)
     pending: deque[Future[list[np.ndarray]]] = deque()
     try:
         for batch in _batches(documents):
-            with children_leave_stopping_to_parent():  # this starts the processes
+            with children_leave_stopping_to_parent():  # and this the processes
                 pending.append(pool.submit(_encode_batch, batch))
             if len(pending) > 2 * workers:
                 yield from pending.popleft().result()
