@@ -41,14 +41,13 @@ def encode_documents(
     # spawn: forking a process that has threads (torch, sentencepiece) can deadlock the child.
     context = multiprocessing.get_context("spawn")
     arguments = (tokenizer.files().get(MODEL_FILE), tokenizer.name)
-    with (
-        children_leave_stopping_to_parent()
-    ):  # this starts multiprocessing's own helper, which knows two of the signals
+    # The pool starts multiprocessing's own helper, and what is submitted the workers.
+    with children_leave_stopping_to_parent():
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=arguments)
     pending: deque[Future[list[np.ndarray]]] = deque()
     try:
         for batch in _batches(documents):
-            with children_leave_stopping_to_parent():  # and this the processes
+            with children_leave_stopping_to_parent():
                 pending.append(pool.submit(_encode_batch, batch))
             if len(pending) > 2 * workers:
                 yield from pending.popleft().result()

@@ -14,8 +14,7 @@ from mtp_megatron.data.formats import JSON, JSON_LINES, UnreadableError, decompr
 from mtp_megatron.errors import DataError
 
 UNREADABLE_REMEDY = (
-    "Nothing was written. Copy it again or give yourself the permission, or leave out what cannot be read with "
-    "--skip-unreadable."
+    "Copy it again or give yourself the permission, or leave out what cannot be read with --skip-unreadable."
 )
 _MOST_BYTES = 1 << 30  # sentencepiece takes about 47 bytes of memory for each byte of a document
 _MOST = "1 GiB"

@@ -187,7 +187,7 @@ def long(tmp_path_factory):
     """A corpus that takes a while, and the data set of it."""
     folder = tmp_path_factory.mktemp("long")
     with (folder / "corpus.jsonl").open("w") as stream:
-        for i in range(400):
+        for i in range(150):
             stream.write(json.dumps({"text": f"line {i} of a long text\n" * 4000}) + "\n")
     assert preprocess(folder / "corpus.jsonl", "--output", folder / "whole") == 0
     return folder / "corpus.jsonl", folder / "whole"
@@ -213,9 +213,9 @@ def test_a_signal_to_all_processes_ends_them_and_the_same_command_goes_on(tmp_pa
     assert "keeps what was done. The same command goes on" in said
     wait_until_gone(process.pid)
     assert preprocess(*arguments) == 0
-    said = re.search(r"going on at document (\d+) of 400 \((.*)%\)", capsys.readouterr().err)
-    assert 2 <= int(said[1]) < 400
-    assert float(said[2]) == pytest.approx(int(said[1]) / 4, abs=2)
+    said = re.search(r"going on at document (\d+) of 150 \((.*)%\)", capsys.readouterr().err)
+    assert 2 <= int(said[1]) < 150
+    assert float(said[2]) == pytest.approx(int(said[1]) / 1.5, abs=2)
     for path in whole.iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
 
