@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -54,6 +55,54 @@ def stop_on_signal() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def unwind_on_signal() -> Iterator[None]:
+    """Let the signals end the process through ``finally`` blocks, as Ctrl-C does, not past them: SIGTERM and its like
+    raise ``SystemExit(128 + number)``. In a thread other than the main one, which Python gives no signals, nothing.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    with _handling({number: stop for number in caught_signals() if number != signal.SIGINT}):
+        yield
+
+
+@contextmanager
+def die_on_signal() -> Iterator[None]:
+    """Let the signals end the process at once: for a long call of C++ that Python's handlers would have to wait for,
+    where nothing is left to do at the end."""
+    with _handling(dict.fromkeys(caught_signals(), signal.SIG_DFL)):
+        yield
+
+
+@contextmanager
+def _handling(handlers: dict[signal.Signals, Any]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def children_leave_stopping_to_parent() -> Iterator[None]:
+    """Processes that are started inside begin with the signals blocked, all their threads, until
+    :func:`leave_stopping_to_parent` waits for them there."""
+    if sys.platform != "linux":
+        yield
+        return
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
 def end_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
     """Have the kernel send ``number`` to this process when the one that started it, ``parent``, dies; Linux alone."""
     if sys.platform != "linux":
@@ -64,8 +113,8 @@ def end_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> Non
 
 
 def leave_stopping_to_parent(worker: int) -> None:
-    """A DataLoader's ``worker_init_fn``: a process that reads data goes on when it is asked to stop, until its parent
-    ends it.
+    """A DataLoader's ``worker_init_fn``: a process that reads or tokenizes data goes on when it is asked to stop, until
+    its parent ends it.
 
     torchrun signals all processes of a rank and SLURM all of a job step, and a rank whose readers died of that fails
     before it has saved. The parent's own SIGTERM still ends them: an interpreter that exits sends it and then waits.

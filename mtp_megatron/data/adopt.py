@@ -20,15 +20,10 @@ from mtp_megatron.data.atomic import new_folder
 from mtp_megatron.data.corpus import Tally
 from mtp_megatron.data.manifest import Manifest, SourceInfo, SplitInfo, TokenizerInfo, load_manifest
 from mtp_megatron.data.megatron_index import IndexWriter, MegatronIndex, Places
-from mtp_megatron.data.preprocess import (
-    PreprocessResult,
-    data_set_there,
-    difference_of,
-    fingerprint_of,
-    hold_out,
-    identity_of,
-)
+from mtp_megatron.data.preprocess import PreprocessResult, data_set_there, fingerprint_of, identity_of
+from mtp_megatron.data.scan import hold_out
 from mtp_megatron.data.tokenizer_store import choose_tokenizer, write_tokenizer
+from mtp_megatron.data.work_folder import differences
 from mtp_megatron.errors import ConfigError, DataError
 
 Naming = Literal["link", "symlink", "copy"]
@@ -120,9 +115,9 @@ def adopt(options: AdoptOptions) -> AdoptResult:
 
     if old is not None:
         if old.fingerprint != fingerprint:
+            changes = differences(old.options, recorded) or "made from other ids"
             raise DataError(
-                f"{options.output}: holds another data set ({difference_of(old, recorded)}). "
-                "Choose another --output, or remove the folder."
+                f"{options.output}: holds another data set ({changes}). Choose another --output, or remove the folder."
             )
         return result(old, up_to_date=True)
     with new_folder(options.output) as folder:

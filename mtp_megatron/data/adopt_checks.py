@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mtp_megatron.data.huggingface import HuggingFaceTokenizer
 from mtp_megatron.data.megatron_index import MegatronIndex, Places
-from mtp_megatron.data.preprocess import document_key
+from mtp_megatron.data.scan import key_of
 from mtp_megatron.data.tokenizer import Tokenizer
 from mtp_megatron.errors import DataError
 
@@ -101,7 +101,7 @@ def scan_ids(index: MegatronIndex, tokenizer: Tokenizer, seed: int, *, quiet: bo
             cuts.update(places.tokens.tobytes())
             view = memoryview(data)
             for end, tokens in zip((ends * index.item).tolist(), (places.tokens * index.item).tolist(), strict=True):
-                keys.append(document_key(bytes(view[end - tokens : end]), seed))
+                keys.append(key_of(bytes(view[end - tokens : end]), seed))
             documents += len(places.tokens)
             bar.update(len(data))
     identity = hashlib.sha256(whole.digest() + cuts.digest()).hexdigest()

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 from mtp_megatron.data.adopt import AdoptOptions, adopt
-from mtp_megatron.data.cli import sigterm_unwinds, summary_table
+from mtp_megatron.data.cli import summary_table
+from mtp_megatron.signals import unwind_on_signal
 
 SUMMARY = "make a data set of a .bin and .idx that Megatron-LM's preprocess_data.py wrote, without copying it"
 
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         quiet=args.quiet,
     )
     start = time.monotonic()
-    with sigterm_unwinds():
+    with unwind_on_signal():
         result = adopt(options)
     if result.inner_ends:
         print(

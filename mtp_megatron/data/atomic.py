@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from mtp_megatron.errors import DataError
+from mtp_megatron.file_lock import try_lock
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -34,12 +37,11 @@ def new_folder(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise DataError(f"{target}: cannot be created ({error}). Choose a folder that you may write.") from error
     try:
-        _claim(lock, partial)
+        claim(lock, partial)
         try:
-            _empty(partial)  # what a killed run left
+            empty(partial)  # what a killed run left
             yield partial
-            _sync(partial)
-            os.rename(partial, target)
+            publish(partial, target)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError):
@@ -49,24 +51,37 @@ def new_folder(target: Path) -> Iterator[Path]:
         os.close(lock)  # and so releases the lock
 
 
-def _claim(lock: int, partial: Path) -> None:
-    """Lock the folder itself: the lock ends with the process, so a killed run never blocks the next one."""
-    busy = DataError(f"{partial}: another process is writing this folder. Wait, or choose another --output.")
+def claim(lock: int, path: Path) -> None:
+    """Lock a folder that is being written, by the descriptor ``lock`` of it or of a file in it, which ``path`` names.
+
+    Raises:
+        DataError: another process is writing it.
+    """
+    busy = DataError(f"{path}: another process is writing this folder. Wait, or choose another --output.")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if none := try_lock(lock):
+            logger.warning(
+                "%s: its file system has no locks (%s), so nobody notices a second process that writes it too. Mount "
+                "it with them (Lustre: -o flock), or take care: two of them damage the folder.",
+                path,
+                none,
+            )
     except BlockingIOError as error:
         raise busy from error
-    # Between opening and locking, the other run may have finished and renamed the folder that was opened.
+    except OSError as error:
+        raise DataError(f"{path}: cannot be locked ({error}). Choose another --output.") from error
+    # Between opening and locking, the other run may have finished and renamed or removed what was opened.
     mine = os.fstat(lock)
     try:
-        there = os.stat(partial)
+        there = os.stat(path)
     except FileNotFoundError:
         raise busy from None
     if (mine.st_dev, mine.st_ino) != (there.st_dev, there.st_ino):
         raise busy
 
 
-def _empty(folder: Path) -> None:
+def empty(folder: Path) -> None:
+    """Remove everything in a folder."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -74,11 +89,23 @@ def _empty(folder: Path) -> None:
             entry.unlink()
 
 
-def _sync(folder: Path) -> None:
+def publish(folder: Path, target: Path) -> None:
     """Put the content on the disk before the name: a power cut must not leave a whole-looking folder of nothing."""
+    sync_all(folder)
+    os.rename(folder, target)
+    sync(target.parent)
+
+
+def sync_all(folder: Path) -> None:
+    """Put a folder and everything in it on the disk."""
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Put a file's content, or a folder's names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 from mtp_megatron.data.huggingface import HuggingFaceTokenizer
 from mtp_megatron.data.preprocess import PreprocessOptions, PreprocessResult, preprocess
 from mtp_megatron.data.sources import DEFAULT_EXTENSIONS
+from mtp_megatron.signals import unwind_on_signal
 
 SUMMARY = "turn files and folders into a tokenizer and an indexed training set"
 
@@ -61,6 +57,13 @@ A document's text stays text: where it spells "<|endoftext|>" it does not end, a
 end-of-document token.
 
 The folder appears when it is complete. Running the same command again finds it up to date and does nothing.
+
+when it is stopped:
+  By Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 (SLURM's --signal), kill -9, a crash or an error such as a full disk: the same
+  command goes on where it was, and makes the same data set, byte for byte. What was done lies in .NAME.preprocess
+  beside the output folder NAME; the last 10 seconds or so of it are done again, and less than that is not kept.
+  --workers may differ. Other options, or a file that has changed since it was read, are an error that says which:
+  --restart removes that folder and begins anew. One preprocess at a time works on an output.
 """
 
 
@@ -125,6 +128,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "error; of a file that fails midway the documents before are kept",
     )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenize (default 1)")
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="begin anew: remove what an interrupted preprocess to this --output did, in place of going on with it",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
 
 
@@ -144,10 +152,11 @@ def run(args: argparse.Namespace) -> int:
         with_tests=args.with_tests,
         skip_unreadable=args.skip_unreadable,
         workers=args.workers,
+        restart=args.restart,
         quiet=args.quiet,
     )
     start = time.monotonic()
-    with sigterm_unwinds():
+    with unwind_on_signal():
         result = preprocess(options)
     _report_rejected(result)
     if not result.tokenizer.lossless:
@@ -207,20 +216,3 @@ def _report_rejected(result: PreprocessResult, most: int = 10) -> None:
         print(f"left out: {item}", file=sys.stderr)
     if tally.rejected > most:
         print(f"left out: {tally.rejected - most} more, {tally.rejected} in all", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def sigterm_unwinds() -> Iterator[None]:
-    """Let SIGTERM (a scheduler's way to stop a job) end the process through ``finally`` blocks, not past them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + signum)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

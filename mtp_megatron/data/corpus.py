@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from mtp_megatron.data.reading import Document, Rejected, Source, read
+from mtp_megatron.data.reading import Cursor, Document, Rejected, Source, read
 from mtp_megatron.errors import DataError
 
 _MOST_EXAMPLES = 20  # a line for each record of a large corpus would fill the memory
@@ -27,6 +27,11 @@ class Tally:
         if len(self.examples) < _MOST_EXAMPLES:
             self.examples.append(item)
 
+    def and_then(self, later: Tally) -> Tally:
+        """Both as one."""
+        examples = [*self.examples, *later.examples][:_MOST_EXAMPLES]
+        return Tally(self.rejected + later.rejected, examples, self.empty + later.empty)
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -44,31 +49,38 @@ class Corpus:
     max_documents: int | None = None
     skip_unreadable: bool = False
 
-    def documents(self, tally: Tally | None = None) -> Iterator[Document]:
+    def documents(self, tally: Tally | None = None, cursor: Cursor | None = None) -> Iterator[Document]:
         """Yield the documents in order; what is rejected or empty is added to ``tally``.
+
+        Args:
+            tally: where to count; nowhere when None.
+            cursor: where to begin; after each document it is moved behind that.
 
         Raises:
             DataError: a file cannot be read, a document is longer than 1 GiB, or the first 10,000 JSON lines are all
                 unusable, so that the key is most likely wrong.
         """
         tally = Tally() if tally is None else tally
-        count = 0
-        unusable: _Unusable | None = _Unusable(self.json_key)  # None once a line has text
-        for source in self.sources:
-            if count == self.max_documents:
-                return
-            for item in read(source, self.json_key, skip_unreadable=self.skip_unreadable):
-                if unusable is not None and item.from_json_line:
-                    unusable = unusable.add(item) if isinstance(item, Rejected) else None
+        cursor = Cursor() if cursor is None else cursor
+        unusable = _Unusable(self.json_key)
+        while cursor.source < len(self.sources) and cursor.documents != self.max_documents:
+            source = self.sources[cursor.source]
+            for item in read(source, self.json_key, cursor, skip_unreadable=self.skip_unreadable):
                 if isinstance(item, Rejected):
+                    if item.from_json_line and not cursor.json_text:
+                        unusable.add(item)
                     tally.reject(item)
-                elif not item.data:
-                    tally.empty += 1
-                else:
+                    continue
+                cursor.json_text |= item.from_json_line
+                if item.data:
+                    cursor.documents += 1
                     yield item
-                    count += 1
-                    if count == self.max_documents:
+                    if cursor.documents == self.max_documents:
                         return
+                else:
+                    tally.empty += 1
+            cursor.source += 1
+            cursor.byte = cursor.line = 0
 
 
 @dataclass
@@ -79,7 +91,7 @@ class _Unusable:
     count: int = 0
     first: Rejected | None = None
 
-    def add(self, item: Rejected) -> _Unusable:
+    def add(self, item: Rejected) -> None:
         """Count one more, and end the pass when it is one too many."""
         self.count += 1
         if self.first is None or (item.fields and not self.first.fields):
@@ -89,7 +101,6 @@ class _Unusable:
                 f"--json-key={self.json_key!r}: the first {_HOPELESS:,} JSON lines are all unusable "
                 f"({self.first.explanation}). Name the field that holds the text with --json-key."
             )
-        return self
 
 
 def digest(data: bytes) -> bytes:

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
@@ -17,12 +17,15 @@ import numpy as np
 
 from mtp_megatron.data.tokenizer import Tokenizer
 from mtp_megatron.errors import DataError
+from mtp_megatron.signals import children_leave_stopping_to_parent, leave_stopping_to_parent
 
 _BATCH_BYTES = 1 << 20
 _worker_tokenizer: Tokenizer | None = None
 
 
-def encode_documents(documents: Iterable[bytes], tokenizer: Tokenizer, workers: int = 1) -> Iterator[np.ndarray]:
+def encode_documents(
+    documents: Iterable[bytes], tokenizer: Tokenizer, workers: int = 1
+) -> Generator[np.ndarray, None, None]:
     """Yield each document's ids, ``eod`` included (int32 ``[tokens]``), in the order given.
 
     Args:
@@ -37,11 +40,14 @@ def encode_documents(documents: Iterable[bytes], tokenizer: Tokenizer, workers: 
         return
     # spawn: forking a process that has threads (torch, sentencepiece) can deadlock the child.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(tokenizer,))
+    # The pool starts multiprocessing's own helper, and what is submitted the workers.
+    with children_leave_stopping_to_parent():
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(tokenizer,))
     pending: deque[Future[list[np.ndarray]]] = deque()
     try:
         for batch in _batches(documents):
-            pending.append(pool.submit(_encode_batch, batch))
+            with children_leave_stopping_to_parent():
+                pending.append(pool.submit(_encode_batch, batch))
             if len(pending) > 2 * workers:
                 yield from pending.popleft().result()
         while pending:
@@ -70,7 +76,9 @@ def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
 def _start_worker(tokenizer: Tokenizer) -> None:
     global _worker_tokenizer
     _worker_tokenizer = tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
+    # Ctrl-C reaches the whole group, a scheduler's signal every process of the job; the parent ends the workers.
+    leave_stopping_to_parent(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -10,12 +10,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import BinaryIO
 
-from mtp_megatron.data.formats import JSON, JSON_LINES, UnreadableError, extension, opened
+from mtp_megatron.data.formats import JSON, JSON_LINES, UnreadableError, decompressed, extension, opened
 from mtp_megatron.errors import DataError
 
 UNREADABLE_REMEDY = (
-    "Nothing was written. Copy it again or give yourself the permission, or leave out what cannot be read with "
-    "--skip-unreadable."
+    "Copy it again or give yourself the permission, or leave out what cannot be read with --skip-unreadable."
 )
 _MOST_BYTES = 1 << 30  # sentencepiece takes about 47 bytes of memory for each byte of a document
 _MOST = "1 GiB"
@@ -30,6 +29,29 @@ class Source:
 
     path: Path
     name: str
+
+
+@dataclass
+class Cursor:
+    """How far a pass over a corpus has come; it begins there, and moves it along.
+
+    Attributes:
+        source: number of the file.
+        byte: how much of that file (decompressed) was read.
+        line: how many lines of it, where it has JSON lines.
+        documents: how many were drawn from it and the files before.
+        json_text: whether a line of JSON had text, which shows that the key is right.
+    """
+
+    source: int = 0
+    byte: int = 0
+    line: int = 0
+    documents: int = 0
+    json_text: bool = False
+
+    def copy(self) -> Cursor:
+        """The place where it is now."""
+        return Cursor(self.source, self.byte, self.line, self.documents, self.json_text)
 
 
 @dataclass(frozen=True)
@@ -63,28 +85,37 @@ class Rejected:
         return f"{self}; its fields: {self.fields}" if self.fields else str(self)
 
 
-def read(source: Source, json_key: str, *, skip_unreadable: bool = False) -> Iterator[Document | Rejected]:
+def read(
+    source: Source, json_key: str, cursor: Cursor | None = None, *, skip_unreadable: bool = False
+) -> Iterator[Document | Rejected]:
     """Yield the documents of one file, and what of it is none.
 
     Args:
         source: the file.
         json_key: the field that holds the text of a JSON line.
+        cursor: where in the file to begin: at its beginning, or after an item that was drawn before.
         skip_unreadable: what cannot be read is left out, in place of the error.
 
     Raises:
         DataError: the file cannot be read, which says nothing about its text; or a text is longer than 1 GiB.
     """
+    cursor = Cursor() if cursor is None else cursor
     try:
         with opened(source.path) as stream:
-            lines = _lines(source, stream)
+            lines = _lines(source, stream, cursor)
+            begun = cursor.byte > 0  # in its lines, or at its end
             kind = extension(source.path)
-            head = _head(lines) if kind == JSON else []
-            if kind in JSON_LINES or _are_records(head, json_key):
-                for number, line in enumerate(chain(head, lines), start=1):
+            head = _head(lines) if kind == JSON and not begun else []
+            if begun or kind in JSON_LINES or _are_records(head, json_key):
+                for line in chain(head, lines):
+                    cursor.byte += len(line)
+                    cursor.line += 1
                     if line.strip():
-                        yield _json_line(f"{source.name}:{number}", line, json_key)
+                        yield _json_line(f"{source.name}:{cursor.line}", line, json_key)
             else:
-                yield _one_text(source, _whole(source, head, stream), json_key)
+                data = _whole(source, head, stream)
+                cursor.byte = len(data)
+                yield _one_text(source, data, json_key)
     except UnreadableError as error:
         reason = f"cannot be read ({error})"
         if not skip_unreadable:
@@ -92,8 +123,13 @@ def read(source: Source, json_key: str, *, skip_unreadable: bool = False) -> Ite
         yield Rejected(source.name, reason)
 
 
-def _lines(source: Source, stream: BinaryIO) -> Iterator[bytes]:
-    number = 0
+def _lines(source: Source, stream: BinaryIO, cursor: Cursor) -> Iterator[bytes]:
+    """The lines from the cursor on."""
+    number, passed = 0, cursor.byte
+    if cursor.byte and decompressed(source.path) is None:
+        number, passed = cursor.line, 0
+        stream.seek(cursor.byte)
+    # Compressed files are read from the beginning, in the same steps: in a damaged one these decide how far it is read.
     while line := stream.readline(_MOST_BYTES + 1):
         number += 1
         if len(line) > _MOST_BYTES:
@@ -101,7 +137,10 @@ def _lines(source: Source, stream: BinaryIO) -> Iterator[bytes]:
                 f"{source.path}: line {number} is longer than {_MOST}, the most that one document may have. Split it, "
                 "or check that the file has one JSON object a line."
             )
-        yield line
+        if passed > 0:
+            passed -= len(line)
+        else:
+            yield line
 
 
 def _whole(source: Source, head: list[bytes], stream: BinaryIO) -> bytes:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import logging
 import os
 from io import FileIO
 
 from mtp_megatron.errors import ConfigError
+from mtp_megatron.file_lock import try_lock
 from mtp_megatron.training.run_folder import RunFolder
 
-# What flock says on a file system without locks, as Lustre mounted without its option `flock`.
-_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 logger = logging.getLogger(__name__)
 
 
@@ -26,16 +23,12 @@ def take_lock(folder: RunFolder, token: str) -> FileIO:
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         lock = folder.lock.open("ab", buffering=0)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
+        if none := try_lock(lock.fileno()):
             logger.warning(
                 "run.path=%r: its file system has no locks (%s), so nobody notices a second job that is started in it. "
                 "Mount it with them (Lustre: -o flock), or take care: two jobs in one folder damage the run.",
                 path,
-                error,
+                none,
             )
         lock.truncate(0)
         lock.write(token.encode())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,8 +15,6 @@ import pytest
 
 from mtp_megatron.cli import main
 from mtp_megatron.data.manifest import load_manifest
-
-COMMAND = [sys.executable, "-m", "mtp_megatron", "preprocess"]
 
 
 def preprocess(*arguments):
@@ -117,46 +117,120 @@ def test_help_shows_examples(capsys):
         assert name in text.partition("what is read:")[2]
 
 
-@pytest.fixture
-def stuck(tmp_path):
+def started(every, *arguments, **options):
+    """The command, which makes a record every so many seconds."""
+    code = (
+        "import sys; from mtp_megatron.data import journal; from mtp_megatron.cli import main; "
+        f"journal.EVERY = {every}; journal._SHARE = 0; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", code, "preprocess", *map(str, arguments)]
+    # Whoever started pytest may ignore SIGHUP, and so would the command.
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL), **options
+    )
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[1].decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(params=[0, 1000])
+def stuck(tmp_path, request):
     """A preprocess that has begun to write and waits for its last document, which comes from a pipe."""
     for i in range(5):
         (tmp_path / f"{i}.py").write_text(f"x = {i}\n")
     pipe = tmp_path / "pipe.py"
     os.mkfifo(pipe)
     files = [tmp_path / f"{i}.py" for i in range(5)]
-    process = subprocess.Popen([*COMMAND, *files, pipe, "--output", tmp_path / "out"], stderr=subprocess.PIPE)
+    process = started(request.param, *files, pipe, "--output", tmp_path / "out")
     try:
         pipe.write_text("y = 1\n")  # the scan reads it, the second reading will wait
-        partial = tmp_path / ".out.partial" / "train.bin"
-        deadline = time.monotonic() + 60
-        while not partial.exists():
-            assert process.poll() is None, process.communicate()[1].decode()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        yield process, tmp_path, [*files, pipe]
+        wait_for((tmp_path / ".out.preprocess" / "data" / "train.bin").exists, process)
+        yield process, tmp_path, [*files, pipe], request.param
     finally:
         process.kill()
         process.communicate()
 
 
-def test_sigterm_leaves_nothing(stuck):
-    process, folder, _ = stuck
+def test_sigterm_ends_at_once_and_keeps_what_took_long_enough(stuck):
+    process, folder, _, every = stuck
     assert not (folder / "out").exists()
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == 128 + signal.SIGTERM
+    said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 128 + signal.SIGTERM
     assert not (folder / "out").exists()
-    assert not (folder / ".out.partial").exists()
+    assert (folder / ".out.preprocess").exists() == (every == 0)
+    assert ("keeps what was done. The same command goes on" in said) == (every == 0)
 
 
-def test_after_kill_nothing_looks_finished_and_the_same_command_works(stuck, capsys):
-    process, folder, files = stuck
+def test_after_kill_nothing_looks_finished(stuck, capsys):
+    process, folder, files, _ = stuck
     process.kill()
     process.wait(timeout=20)
     assert not (folder / "out").exists()
-    assert (folder / ".out.partial").exists()
+    assert (folder / ".out.preprocess").exists()
     files[-1].unlink()
     files[-1].write_text("y = 1\n")
-    assert preprocess(*files, "--output", folder / "out") == 0
+    assert preprocess(*files, "--output", folder / "out") == 2
+    assert "on other files (pipe.py had 0 bytes, now 6)" in capsys.readouterr().err
+    assert preprocess(*files, "--output", folder / "out", "--restart") == 0
     assert load_manifest(folder / "out").train.documents == 5
-    assert not (folder / ".out.partial").exists()
+    assert not (folder / ".out.preprocess").exists()
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    """A corpus that takes a while, and the data set of it."""
+    folder = tmp_path_factory.mktemp("long")
+    with (folder / "corpus.jsonl").open("w") as stream:
+        for i in range(150):
+            stream.write(json.dumps({"text": f"line {i} of a long text\n" * 4000}) + "\n")
+    assert preprocess(folder / "corpus.jsonl", "--output", folder / "whole") == 0
+    return folder / "corpus.jsonl", folder / "whole"
+
+
+@pytest.mark.parametrize(
+    ("number", "workers"),
+    [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 2), (signal.SIGHUP, 2), (signal.SIGUSR1, 2)],
+)
+def test_a_signal_to_all_processes_ends_them_and_the_same_command_goes_on(tmp_path, long, capsys, number, workers):
+    """As a terminal's Ctrl-C, a terminal that closes, and SLURM's signals to a job step."""
+    corpus, whole = long
+    arguments = (corpus, "--workers", workers, "--output", tmp_path / "out")
+    process = started(0, *arguments, start_new_session=True)
+    try:
+        wait_for(lambda: b'"documents": 2,' in read_if_there(tmp_path / ".out.preprocess/tokenize.json"), process)
+        os.killpg(process.pid, number)
+        said = process.communicate(timeout=60)[1].decode()
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number
+    assert "Traceback" not in said
+    assert "keeps what was done. The same command goes on" in said
+    wait_until_gone(process.pid)
+    assert preprocess(*arguments) == 0
+    said = re.search(r"going on at document (\d+) of 150 \((.*)%\)", capsys.readouterr().err)
+    assert 2 <= int(said[1]) < 150
+    assert float(said[2]) == pytest.approx(int(said[1]) / 1.5, abs=2)
+    for path in whole.iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+def read_if_there(path):
+    return path.read_bytes() if path.exists() else b""
+
+
+def wait_until_gone(group):
+    """Until the group has no process: the tokenizing ones have ended."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -15,13 +15,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mtp_megatron.data import journal, sample
 from mtp_megatron.data import preprocess as module
 from mtp_megatron.data.atomic import new_folder
-from mtp_megatron.data.corpus import Tally
 from mtp_megatron.data.manifest import check_vocab, load_manifest
 from mtp_megatron.data.preprocess import PreprocessOptions, preprocess
 from mtp_megatron.data.reading import Document
+from mtp_megatron.data.scan import Reader, scan_in
+from mtp_megatron.data.splits import begin, write_splits
 from mtp_megatron.data.tokenizer import ByteTokenizer
+from mtp_megatron.data.work_folder import work_folder
 from mtp_megatron.data.writer import SplitWriter, optimal_dtype, split_writer
 from mtp_megatron.errors import ConfigError, DataError
 
@@ -33,6 +36,12 @@ def corpus_of(folder, count=40):
     for i in range(count):
         (folder / f"f{i:03}.py").write_text(f"def function_{i}(x):\n\treturn x + {i * i}\r\n" * (1 + i % 5))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _keep_nothing(monkeypatch):
+    """As after a few seconds, however slow the machine is."""
+    monkeypatch.setattr(journal, "EVERY", 1000.0)
 
 
 @pytest.fixture
@@ -91,7 +100,7 @@ def test_a_large_corpus_is_sampled_for_the_tokenizer(options, monkeypatch):
     seen = []
     real = module.train_tokenizer
     monkeypatch.setattr(module, "train_tokenizer", lambda texts, size: real(seen.extend(texts) or seen, size))
-    monkeypatch.setattr(module, "_TOKENIZER_SAMPLE_BYTES", 1500)
+    monkeypatch.setattr(sample, "_MOST_BYTES", 1500)
     preprocess(replace(options, train_vocab=300))
     texts = read_back(options.output)
     assert set(seen) < set(texts["train"])
@@ -212,31 +221,25 @@ def test_a_corpus_that_changes_underway_is_refused(options, monkeypatch, tmp_pat
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, OSError(28, "No space left on device")])
-def test_an_interruption_leaves_nothing(options, monkeypatch, tmp_path, stop):
-    written = []
+def test_a_new_folder_that_is_interrupted_leaves_nothing(tmp_path, stop):
+    def interrupted():
+        with new_folder(tmp_path / "out") as folder:
+            assert folder == tmp_path / ".out.partial"
+            (folder / "train.bin").write_bytes(b"half")
+            raise stop
 
-    def fail(folder, *args):
-        written.append(folder.name)
-        (folder / "train.bin").write_bytes(b"half")
-        raise stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "_write_splits", fail)
-        with pytest.raises(DataError if isinstance(stop, OSError) else stop):
-            preprocess(options)
-    assert written == [".out.partial"]
-    assert [path.name for path in tmp_path.iterdir()] == ["src"]
-    assert not preprocess(options).up_to_date
+    with pytest.raises(DataError if isinstance(stop, OSError) else stop):
+        interrupted()
+    assert not list(tmp_path.iterdir())
 
 
-def test_what_a_killed_run_left_is_replaced(options, tmp_path):
+def test_what_a_killed_process_left_of_a_new_folder_is_replaced(tmp_path):
     left = tmp_path / ".out.partial"
     (left / "cache").mkdir(parents=True)
     (left / "stale.bin").write_bytes(b"x")
-    preprocess(options)
-    assert sorted(p.name for p in options.output.iterdir()) == sorted(
-        ["dataset.json", *(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "idx"))]
-    )
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "new").write_text("")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
     assert not left.exists()
 
 
@@ -387,8 +390,11 @@ class ManyDocuments:
     def __init__(self, count):
         self.count = count
 
-    def documents(self, tally=None):
+    sources = ()
+
+    def documents(self, tally=None, cursor=None):
         for i in range(self.count):
+            cursor.documents += 1
             yield Document("f", b"%d" % i * 60)
 
 
@@ -402,22 +408,32 @@ def peak_memory(work):
 
 
 def test_memory_grows_by_a_key_for_each_document_and_no_more(options, tmp_path, monkeypatch):
-    """Corpora have 1e9 documents: a Python integer for each is 40 GB. (megatron-core's own lists are not counted.)"""
-    corpus = ManyDocuments(20_000)
-    scans = []
-    assert peak_memory(lambda: scans.append(module._scan(corpus, options, Tally()))) < 20 * corpus.count
-    written = Counter()
-    monkeypatch.setattr(SplitWriter, "add", lambda self, ids, size, name: written.update(bytes=size))
-    monkeypatch.setattr(SplitWriter, "finish", lambda self: None)
-    optimal_dtype(257)  # imports megatron-core before memory is looked at
-    arguments = (tmp_path, corpus, scans[0], np.zeros(corpus.count, dtype=bool), ByteTokenizer(), options)
-    assert peak_memory(lambda: module._write_splits(*arguments)) < 20 * corpus.count
+    """Corpora have 1e9 documents: a Python integer for each is 40 GB. (the index is not counted.)"""
+    reader = Reader(ManyDocuments(20_000), options.seed, quiet=True)
+    count = reader.corpus.count
+    with work_folder(options.output) as work:
+        scans = []
+        assert peak_memory(lambda: scans.append(scan_in(work, reader, {}))) < 20 * count
+        written = Counter()
+        monkeypatch.setattr(SplitWriter, "add", lambda self, ids, size, name: written.update(bytes=size))
+        monkeypatch.setattr(SplitWriter, "finish", lambda self: None)
+        optimal_dtype(257)  # imports megatron-core before memory is looked at
+        begin(work, ByteTokenizer(), {})
+        arguments = (work, reader, scans[0], np.zeros(count, dtype=bool), ByteTokenizer(), 1)
+        assert peak_memory(lambda: write_splits(*arguments)) < 20 * count
     assert written["bytes"] == scans[0].text_bytes
+
+
+def test_memory_grows_by_the_index_for_each_document_that_is_written(tmp_path):
+    """Beside what megatron-core makes at the end: a length of 4 bytes and a boundary of 8."""
+    ids, count = np.zeros(3, dtype=np.int32), 20_000
+    with split_writer(tmp_path / "train", "uint16", tmp_path / "lengths") as writer:
+        assert peak_memory(lambda: [writer.add(ids, 2, "f") for _ in range(count)] and None) < 8 * count + 20 * count
 
 
 def test_a_document_that_the_index_cannot_hold_is_refused_by_name(tmp_path, monkeypatch):
     """Its length alone matters, so no memory is taken for it, and no disk where this fails."""
-    with split_writer(tmp_path / "train", "uint16") as writer:
+    with split_writer(tmp_path / "train", "uint16", tmp_path / "lengths") as writer:
         writer.add(np.zeros(3, dtype=np.int32), 2, "small")
         written = []
         monkeypatch.setattr(writer._builder, "add_document", lambda ids, lengths: written.append(lengths))
