@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mtp_megatron.data.manifest import Manifest
+from mtp_megatron.data.blend import Blend
 from mtp_megatron.data.tokenizer import MODEL_FILE
 from mtp_megatron.deepspeed import universal
 from mtp_megatron.deepspeed.generators import generators, restore_generators
@@ -29,9 +29,7 @@ from mtp_megatron.training.recipe import Recipe
 logger = logging.getLogger(__name__)
 
 
-def save_checkpoint(
-    recipe: Recipe, manifest: Manifest, trainer: DeepSpeedTrainer, checkpoints: Path, step: int
-) -> Path:
+def save_checkpoint(recipe: Recipe, data: Blend, trainer: DeepSpeedTrainer, checkpoints: Path, step: int) -> Path:
     """Write the engine's checkpoint after ``step`` steps; collective over all ranks.
 
     Everything goes to a temporary folder that is renamed when it is whole; a crash at any moment leaves the previous
@@ -52,10 +50,10 @@ def save_checkpoint(
     trainer.engine.save_checkpoint(str(checkpoints), tag=temporary.name, client_state=state, save_latest=False)
     dist.barrier()
     if rank == 0:
-        description = model_description(recipe, manifest, step) | {"engine": _engine(trainer)}
+        description = model_description(recipe, data, step) | {"engine": _engine(trainer)}
         (temporary / files.CONFIG).write_text(json.dumps(description, indent=2))
-        if manifest.tokenizer.kind == "sentencepiece":
-            shutil.copyfile(manifest.path / MODEL_FILE, temporary / MODEL_FILE)
+        if data.first.tokenizer.kind == "sentencepiece":
+            shutil.copyfile(data.first.path / MODEL_FILE, temporary / MODEL_FILE)
         final = files.publish(checkpoints, step)
         files.write_atomically(checkpoints / files.DEEPSPEED_LATEST, final.name)
         files.prune(checkpoints, recipe.run.keep_last, step)

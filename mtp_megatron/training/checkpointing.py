@@ -25,7 +25,7 @@ from mtp_megatron.compat.checkpoints import (
     set_learning_rates,
     take_unsaved_states,
 )
-from mtp_megatron.data.manifest import Manifest
+from mtp_megatron.data.blend import Blend
 from mtp_megatron.data.tokenizer import MODEL_FILE
 from mtp_megatron.errors import CheckpointError
 from mtp_megatron.training import checkpoint_files as files
@@ -43,7 +43,7 @@ _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_
 logger = logging.getLogger(__name__)
 
 
-def save_checkpoint(recipe: Recipe, manifest: Manifest, trainable: Trainable, checkpoints: Path, step: int) -> Path:
+def save_checkpoint(recipe: Recipe, data: Blend, trainable: Trainable, checkpoints: Path, step: int) -> Path:
     """Write model, optimizer, schedule and generators after ``step`` steps; collective over all ranks.
 
     Everything goes to a temporary folder that is renamed when it is whole; a crash at any moment leaves the previous
@@ -72,9 +72,9 @@ def save_checkpoint(recipe: Recipe, manifest: Manifest, trainable: Trainable, ch
     }
     dist_checkpointing.save(state, str(temporary), sharded_strategy=InProcessSave(), content_metadata=dict(_SHARDING))
     if rank == 0:
-        (temporary / files.CONFIG).write_text(json.dumps(model_description(recipe, manifest, step), indent=2))
-        if manifest.tokenizer.kind == "sentencepiece":
-            shutil.copyfile(manifest.path / MODEL_FILE, temporary / MODEL_FILE)
+        (temporary / files.CONFIG).write_text(json.dumps(model_description(recipe, data, step), indent=2))
+        if data.first.tokenizer.kind == "sentencepiece":
+            shutil.copyfile(data.first.path / MODEL_FILE, temporary / MODEL_FILE)
         files.publish(checkpoints, step)
         files.prune(checkpoints, recipe.run.keep_last, step)
     dist.barrier()  # nobody goes on, and perhaps fails, before the checkpoint is the latest

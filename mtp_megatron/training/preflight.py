@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from mtp_megatron.data.manifest import Manifest, load_manifest
+from mtp_megatron.data.blend import Blend, changes, load_blend
 from mtp_megatron.errors import CheckpointError, ConfigError
 from mtp_megatron.training.architecture import check_architecture
 from mtp_megatron.training.checkpoint_files import find_checkpoint, latest_complete, read_mtp_config
@@ -24,7 +24,7 @@ class Plan:
 
     Attributes:
         recipe: resolved: every derived value is filled in.
-        manifest: the data.
+        data: one data set, or several blended.
         folder: where the run lives.
         initial: checkpoint folder that gives the initial weights of a new run; None: draw them.
         world_size: ranks of the job.
@@ -32,7 +32,7 @@ class Plan:
     """
 
     recipe: Recipe
-    manifest: Manifest
+    data: Blend
     folder: RunFolder
     initial: Path | None
     world_size: int
@@ -47,25 +47,25 @@ def preflight(recipe: Recipe, world_size: int) -> Plan:
         DataError: a missing or damaged data set or tokenizer.
         CheckpointError: a checkpoint of another architecture, or only damaged ones.
     """
-    manifest = load_manifest(recipe.data.path)
+    data = load_blend(recipe.data.parts)
     if recipe.data.cache is not None and Path(recipe.data.cache).is_file():
         raise ConfigError("data.cache", recipe.data.cache, "it is a file", "Choose a folder.")
     recipe = _merged(recipe, world_size)
-    recipe = check_recipe(recipe, world_size=world_size, tokenizer_vocab_size=manifest.vocab_size)
+    recipe = check_recipe(recipe, world_size=world_size, tokenizer_vocab_size=data.first.vocab_size)
     check_machine(recipe)
     folder = check_run_folder(recipe)
-    changes = tuple(folder.changes(recipe).values())
+    accepted = tuple(folder.changes(recipe).values())
     resumed = latest_complete(folder.checkpoints, warn=False)
     refuse_repetition(folder, recipe, resumed)
     if resumed is not None:
         check_architecture(resumed, recipe)
         _check_same_host(resumed, recipe)
-        _check_same_data(resumed, manifest, recipe)
-        return Plan(recipe, manifest, folder, None, world_size, changes)
+        _check_same_data(resumed, data, recipe)
+        return Plan(recipe, data, folder, None, world_size, accepted)
     initial = find_checkpoint(recipe.run.load) if recipe.run.load else None
     if initial is not None:
         check_architecture(initial, recipe, initial=True)
-    return Plan(recipe, manifest, folder, initial, world_size, changes)
+    return Plan(recipe, data, folder, initial, world_size, accepted)
 
 
 def check_launcher() -> None:
@@ -114,11 +114,19 @@ def _check_same_host(checkpoint: Path, recipe: Recipe) -> None:
     )
 
 
-def _check_same_data(checkpoint: Path, manifest: Manifest, recipe: Recipe) -> None:
-    if read_mtp_config(checkpoint).get("data_fingerprint") != manifest.fingerprint:
-        raise ConfigError(
-            "data.path",
-            recipe.data.path,
-            f"not the data set that the run in run.path={recipe.run.path} was trained on so far",
-            "Set data.path to that data set, or choose another run.path (with run.load to keep the weights).",
-        )
+def _check_same_data(checkpoint: Path, data: Blend, recipe: Recipe) -> None:
+    """Also ``run.accept_changes`` does not let them differ: a position in one order of samples is none in another."""
+    saved = read_mtp_config(checkpoint)
+    if saved.get("data_fingerprint") == data.fingerprint:
+        return
+    section = recipe.data
+    field, value = ("data.path", section.path) if section.blend is None else ("data.blend", section.blend)
+    found = changes(saved["data"], data) if "data" in saved else []
+    raise ConfigError(
+        field,
+        value,
+        f"not the data set that the run in run.path={recipe.run.path} was trained on so far"
+        + (f" ({'; '.join(found)})" if found else ""),
+        "Give that data as it was, folders and weights in the same order, or choose another run.path (with run.load to "
+        "keep the weights).",
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.recipe_io import dump_recipe, parse_recipe
 from mtp_megatron.training.run_folder import RunFolder, check_run_folder
 from mtp_megatron.training.validate import check_recipe, data_parallel_size, num_microbatches
-from tests.training_runs import tiny_tree
+from tests.training_runs import complete, tiny_tree
 
 SPREAD = {"parallel__pipeline": 2, "parallel__layout": "Ettttmm|mL"}  # heads on two stages
 
@@ -227,20 +226,6 @@ def test_foreign_files_and_a_file_are_refused(tmp_path: Path) -> None:
         check_run_folder(resolved(tmp_path))
     with pytest.raises(ConfigError, match="it is a file"):
         check_run_folder(resolved(tmp_path / "thesis.tex"))
-
-
-def complete(run: Path, step: int, recipe: Recipe, **changes: Any) -> Path:
-    folder = run / "checkpoints" / f"iter_{step:07d}"
-    folder.mkdir(parents=True)
-    described = {
-        "model": recipe.model.model_dump(mode="json"),
-        "heads": recipe.heads.model_dump(mode="json"),
-        "padded_vocab_size": 384,
-        **changes,
-    }
-    (folder / "mtp_config.json").write_text(json.dumps(described))
-    (folder / "files.json").write_text("{}")
-    return folder
 
 
 def test_resume_never_and_must(tmp_path: Path) -> None:
