@@ -2,8 +2,8 @@
 
 Nothing is imported here, so that a command pays only for what it uses:
 
-- :mod:`.tokenizer` (``load_tokenizer``) and :mod:`.manifest` (``load_manifest``, ``check_vocab``) need neither torch
-  nor megatron;
+- :mod:`.tokenizer` (``load_tokenizer``), :mod:`.manifest` (``load_manifest``, ``check_vocab``) and :mod:`.blend`
+  (``load_blend``) need neither torch nor megatron;
 - :mod:`.preprocess` (``preprocess``) writes a data set and imports megatron-core when it comes to writing;
 - :mod:`.dataset` (``build_datasets``) and :mod:`.loader` (``build_train_iterator``, ``build_valid_batches``) feed
   training.

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from mtp_megatron.errors import ConfigError
+from mtp_megatron.training.preflight import preflight
+from mtp_megatron.training.recipe_io import parse_recipe
 from tests.deepspeed_runs import TIMEOUT, deepspeed_tree, zero
 from tests.distributed.test_agreement import started
 from tests.harness import run_world
@@ -84,6 +87,11 @@ def test_a_run_that_is_made_longer_trains_as_if_it_had_been_from_the_start(
     run_world(train_body, 1, blend_tree(folders, whole, **settings))
     assert list(metrics(longer)) == list(range(1, 13))
     assert metrics(longer) == metrics(whole)
+
+
+def test_its_checkpoints_say_what_it_was_trained_on(folders: Folders, single: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{folders[0]} had a weight of 0.2, and has 0.8; {folders[1]} had"):
+        preflight(parse_recipe(blend_tree(folders, single, (4, 1))), 1)
 
 
 def said_at_the_start(rank: int, world_size: int, tree: dict[str, Any]) -> list[str]:

@@ -129,6 +129,7 @@ def test_a_path_and_a_blend_exclude_each_other(tmp_path: Path) -> None:
 def test_weights_are_shares_however_they_are_written(folders: tuple[Path, Path]) -> None:
     shares = blended(folders, (0.7, 0.3)).weights
     assert shares == (0.7, 0.3)
+    assert blended(folders, (0.84, 0.76)).weights[0] == 0.84 / 1.6 == 0.525, "and 0.84 / (0.84 + 0.76) is less"
     for scale in (1, 3, 7, 1e-3, 12345.678):
         scaled = tuple(float(f"{weight * scale:.10g}") for weight in (7, 3))
         assert blended(folders, scaled).weights == shares
