@@ -140,7 +140,7 @@ def interrupted_copy(run: Path, copy: Path, step: int) -> Path:
     return copy
 
 
-def complete(run: Path, step: int, recipe: Any, **changes: Any) -> Path:
+def complete(run: Path, step: int, recipe: Any, /, **changes: Any) -> Path:
     """As much of a checkpoint of a run as the checks before a training look at; ``changes`` go into its description."""
     folder = run / "checkpoints" / f"iter_{step:07d}"
     folder.mkdir(parents=True)

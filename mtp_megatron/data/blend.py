@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import zip_longest
 from typing import Any
@@ -24,10 +24,16 @@ class Blend:
     Attributes:
         parts: one or more, in the order in which the user named them.
         weights: their shares; they add up to 1.
+        since: samples that the run had used when it went on with this blend; 0: it began with it.
+        before: how many of these each part gave: its next one is the first that it gives now.
+        left: how many data sets gave that have no part in it now, as ``(folder, fingerprint, samples)``.
     """
 
     parts: tuple[Manifest, ...]
     weights: tuple[float, ...]
+    since: int
+    before: tuple[int, ...]
+    left: tuple[tuple[str, str, int], ...] = ()
 
     @property
     def first(self) -> Manifest:
@@ -43,16 +49,38 @@ class Blend:
         """Equal exactly when content, weights and order are; of one data set it is that one's own."""
         if len(self.parts) == 1:
             return self.first.fingerprint
-        return hashlib.sha256(
-            json.dumps([[part["weight"], part["fingerprint"]] for part in self.record()]).encode()
-        ).hexdigest()
+        content = [[weight, part.fingerprint] for weight, part in zip(self.weights, self.parts, strict=True)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def record(self) -> list[dict[str, Any]]:
-        """Every part as plain data, for checkpoints and for comparisons: folder, weight, fingerprint."""
-        return [
-            {"folder": str(part.path), "weight": weight, "fingerprint": part.fingerprint}
-            for part, weight in zip(self.parts, self.weights, strict=True)
-        ]
+    def used(self, samples: int) -> tuple[int, ...]:
+        """How many samples each part has given when the run has used so many, not fewer than ``since``."""
+        if len(self.parts) == 1:
+            return (self.before[0] + samples - self.since,)
+        from mtp_megatron.data.blend_order import BlendOrder  # imports megatron: not needed before a training
+
+        given = BlendOrder(self.weights).counts(samples - self.since)
+        return tuple(before + int(count) for before, count in zip(self.before, given, strict=True))
+
+    def record(self, samples: int) -> dict[str, Any]:
+        """What a checkpoint says of the data when the run has used so many samples; see :func:`resumed`."""
+        rows = zip(self.parts, self.weights, self.before, self.used(samples), strict=True)
+        return {
+            "since": self.since,
+            "folders": [
+                {
+                    "folder": str(part.path),
+                    "fingerprint": part.fingerprint,
+                    "weight": weight,
+                    "before": before,
+                    "samples": used,
+                }
+                for part, weight, before, used in rows
+            ],
+            "left": [
+                {"folder": folder, "fingerprint": fingerprint, "samples": used}
+                for folder, fingerprint, used in self.left
+            ],
+        }
 
 
 def load_blend(parts: Sequence[tuple[float | None, str]]) -> Blend:
@@ -87,21 +115,39 @@ def load_blend(parts: Sequence[tuple[float | None, str]]) -> Blend:
         for (weight, _), manifest in zip(parts, manifests, strict=True)
     ]
     # Fractions of the numbers as they are written: [7, 3] and [0.7, 0.3] give the same shares, to the last bit.
-    return Blend(manifests, tuple(float(weight / sum(weights)) for weight in weights))
+    return Blend(manifests, tuple(float(weight / sum(weights)) for weight in weights), 0, (0,) * len(manifests))
 
 
-def changes(there: Sequence[dict[str, Any]], here: Blend) -> list[str]:
-    """In what ``here`` is another blend than the recorded one (:meth:`Blend.record`), in words."""
+def resumed(record: dict[str, Any], here: Blend) -> tuple[Blend, list[str]]:
+    """``here`` as it goes on from a checkpoint's :meth:`Blend.record`, and in what it is another blend, in words.
+
+    The same blend goes on where it was. Another one begins here, and in it every data set with the sample that would
+    have been its next one, whatever the weights were: one that is new begins at its first.
+    """
+    folders, left = record["folders"], record["left"]
+    found = _changes(folders, here)
+    if not found:
+        rest = tuple((old["folder"], old["fingerprint"], old["samples"]) for old in left)
+        return replace(here, since=record["since"], before=tuple(old["before"] for old in folders), left=rest), []
+    known = {old["fingerprint"]: old for old in [*left, *folders]}
+    since = sum(old["samples"] for old in known.values())
+    before = tuple(known.pop(part.fingerprint, {"samples": 0})["samples"] for part in here.parts)
+    rest = tuple((old["folder"], old["fingerprint"], old["samples"]) for old in known.values())
+    return replace(here, since=since, before=before, left=rest), found
+
+
+def _changes(folders: Sequence[dict[str, Any]], here: Blend) -> list[str]:
     texts = []
-    for number, (old, new) in enumerate(zip_longest(there, here.record()), start=1):
+    parts = zip(here.parts, here.weights, strict=True)
+    for number, (old, new) in enumerate(zip_longest(folders, parts), start=1):
         if old is None:
-            texts.append(f"folder {number}, {new['folder']}, is new")
+            texts.append(f"folder {number}, {new[0].path}, is new")
         elif new is None:
             texts.append(f"folder {number} was {old['folder']}, and is gone")
-        elif old["fingerprint"] != new["fingerprint"]:
-            texts.append(f"folder {number} was {old['folder']}, and {new['folder']} has other content")
-        elif old["weight"] != new["weight"]:
-            texts.append(f"{new['folder']} had a weight of {old['weight']:.6g}, and has {new['weight']:.6g}")
+        elif old["fingerprint"] != new[0].fingerprint:
+            texts.append(f"folder {number} was {old['folder']}, and {new[0].path} has other content")
+        elif old["weight"] != new[1]:
+            texts.append(f"{new[0].path} had a weight of {old['weight']:.6g}, and has {new[1]:.6g}")
     return texts
 
 

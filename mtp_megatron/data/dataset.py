@@ -74,10 +74,15 @@ class BlendedSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         parts: of each data set, as many samples as the order takes.
         order: which of them comes when.
         length: number of samples.
+        since: the sample with which the order begins; there are none before it.
+        before: which sample of each data set is its first one there.
     """
 
-    def __init__(self, parts: Sequence[Samples], order: BlendOrder, length: int) -> None:
+    def __init__(
+        self, parts: Sequence[Samples], order: BlendOrder, length: int, since: int, before: Sequence[int]
+    ) -> None:
         self.parts, self._order, self._length = tuple(parts), order, length
+        self.since, self._before = since, tuple(before)
 
     def __len__(self) -> int:
         return self._length
@@ -86,10 +91,10 @@ class BlendedSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         """As :meth:`Samples.__getitem__`."""
         if index is None:
             return self.parts[0][None]
-        if not 0 <= index < self._length:
-            raise IndexError(f"sample {index} of {self._length}")
-        part, within = self._order[index]
-        return self.parts[part][within]
+        if not self.since <= index < self._length:
+            raise IndexError(f"sample {index} is none of {self.since} to {self._length - 1}")
+        part, within = self._order[index - self.since]
+        return self.parts[part][self._before[part] + within]
 
 
 AnySamples = Samples | BlendedSamples
@@ -142,16 +147,18 @@ def build_datasets(
     ]
     held_out = sum(len(valid) for _, valid in passes)
     held_out = held_out if valid_samples is None else min(valid_samples, held_out)
-    if len(passes) == 1:
+    if len(passes) == 1 and not data.since:
         ((train, valid),) = passes
         return Samples(train, train_samples, seed), Samples(valid, held_out, seed)
     order = BlendOrder(data.weights)
     held_out = order.covered([len(valid) for _, valid in passes], held_out)
-    trains = [
-        Samples(train, count, seed) for (train, _), count in zip(passes, order.counts(train_samples), strict=True)
-    ]
-    valids = [Samples(valid, count, seed) for (_, valid), count in zip(passes, order.counts(held_out), strict=True)]
-    return BlendedSamples(trains, order, train_samples), BlendedSamples(valids, BlendOrder(data.weights), held_out)
+    train_samples = max(train_samples, data.since)
+    trains = [Samples(train, used, seed) for (train, _), used in zip(passes, data.used(train_samples), strict=True)]
+    valids = [Samples(valid, int(used), seed) for (_, valid), used in zip(passes, order.counts(held_out), strict=True)]
+    return (
+        BlendedSamples(trains, order, train_samples, data.since, data.before),
+        BlendedSamples(valids, BlendOrder(data.weights), held_out, 0, [0] * len(valids)),
+    )
 
 
 def _check_tokens(manifest: Manifest, name: Literal["train", "valid"], split: SplitInfo, seq_length: int) -> None:

@@ -43,4 +43,5 @@ def blend_lines(data: Blend, train: BlendedSamples, valid: BlendedSamples, valid
     table = [
         "  ".join([*(cell.rjust(width) for cell, width in zip(row[:4], widths, strict=True)), row[4]]) for row in rows
     ]
-    return [f"{FIELD}, over all {len(train):,} samples of the run:", *table, *odd]
+    begins = f", this blend from sample {data.since:,} on" if data.since else ""
+    return [f"{FIELD}, over all {len(train):,} samples of the run{begins}:", *table, *odd]

@@ -191,9 +191,10 @@ def _facts(plan: Plan) -> dict[str, Any]:
 
 def _data_facts(data: Blend) -> dict[str, Any]:
     """Folders may be mounted elsewhere on other hosts; their content, weights and order must be the same."""
-    return {
-        f"folder {number}": {"weight": part["weight"], "fingerprint": part["fingerprint"]}
-        for number, part in enumerate(data.record(), start=1)
+    rows = zip(data.parts, data.weights, data.before, strict=True)
+    return {"since": data.since} | {
+        f"folder {number}": {"weight": weight, "fingerprint": part.fingerprint, "before": before}
+        for number, (part, weight, before) in enumerate(rows, start=1)
     }
 
 

@@ -43,7 +43,7 @@ def model_description(recipe: Recipe, data: Blend, step: int) -> dict[str, Any]:
             "file": MODEL_FILE if manifest.tokenizer.kind == "sentencepiece" else None,
         },
         "data_fingerprint": data.fingerprint,
-        "data": data.record(),
+        "data": data.record(step * recipe.train.global_batch_size),
         "precision": recipe.train.precision,
         "parallel": recipe.parallel.model_dump(mode="json"),
         "megatron_core": str(compat.MCORE_VERSION),

@@ -7,7 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from mtp_megatron.data.blend import Blend, changes, load_blend
+from mtp_megatron.data import blend
+from mtp_megatron.data.blend import Blend
 from mtp_megatron.errors import CheckpointError, ConfigError
 from mtp_megatron.training.architecture import check_architecture
 from mtp_megatron.training.checkpoint_files import find_checkpoint, latest_complete, read_mtp_config
@@ -47,25 +48,25 @@ def preflight(recipe: Recipe, world_size: int) -> Plan:
         DataError: a missing or damaged data set or tokenizer.
         CheckpointError: a checkpoint of another architecture, or only damaged ones.
     """
-    data = load_blend(recipe.data.parts)
+    data = blend.load_blend(recipe.data.parts)
     if recipe.data.cache is not None and Path(recipe.data.cache).is_file():
         raise ConfigError("data.cache", recipe.data.cache, "it is a file", "Choose a folder.")
     recipe = _merged(recipe, world_size)
     recipe = check_recipe(recipe, world_size=world_size, tokenizer_vocab_size=data.first.vocab_size)
     check_machine(recipe)
     folder = check_run_folder(recipe)
-    accepted = tuple(folder.changes(recipe).values())
+    changes = tuple(folder.changes(recipe).values())
     resumed = latest_complete(folder.checkpoints, warn=False)
     refuse_repetition(folder, recipe, resumed)
     if resumed is not None:
         check_architecture(resumed, recipe)
         _check_same_host(resumed, recipe)
-        _check_same_data(resumed, data, recipe)
-        return Plan(recipe, data, folder, None, world_size, accepted)
+        data, changed = _resumed_data(resumed, data, recipe)
+        return Plan(recipe, data, folder, None, world_size, (*changes, *changed))
     initial = find_checkpoint(recipe.run.load) if recipe.run.load else None
     if initial is not None:
         check_architecture(initial, recipe, initial=True)
-    return Plan(recipe, data, folder, initial, world_size, accepted)
+    return Plan(recipe, data, folder, initial, world_size, changes)
 
 
 def check_launcher() -> None:
@@ -114,19 +115,35 @@ def _check_same_host(checkpoint: Path, recipe: Recipe) -> None:
     )
 
 
-def _check_same_data(checkpoint: Path, data: Blend, recipe: Recipe) -> None:
-    """Also ``run.accept_changes`` does not let them differ: a position in one order of samples is none in another."""
+def _resumed_data(checkpoint: Path, data: Blend, recipe: Recipe) -> tuple[Blend, list[str]]:
+    """The data as the run goes on with it, and what ``run.accept_changes`` has let differ.
+
+    Every folder goes on where it was, so what the run has used up is used up; another tokenizer is another language.
+    """
     saved = read_mtp_config(checkpoint)
-    if saved.get("data_fingerprint") == data.fingerprint:
-        return
+    if "data" not in saved:  # of a release that had no blends: one folder from the start
+        samples = saved.get("step", 0) * recipe.train.global_batch_size
+        folder = {"folder": "another one", "fingerprint": saved.get("data_fingerprint"), "weight": 1.0, "before": 0}
+        saved["data"] = {"since": 0, "folders": [{**folder, "samples": samples}], "left": []}
+    resumed, found = blend.resumed(saved["data"], data)
+    tokenizer = saved.get("tokenizer", {}).get("sha256")
+    same_tokenizer = tokenizer == data.first.tokenizer.sha256
+    if not found or (recipe.run.accept_changes and same_tokenizer):
+        return resumed, [f"{recipe.data.setting}: {text}" for text in found]
     section = recipe.data
     field, value = ("data.path", section.path) if section.blend is None else ("data.blend", section.blend)
-    found = changes(saved["data"], data) if "data" in saved else []
+    other = "" if same_tokenizer else "; another tokenizer"
+    remedy = (
+        "Give that data as it was, folders and weights in the same order, or choose another run.path (with run.load "
+    )
+    remedy += "to keep the weights)."
+    if same_tokenizer:
+        remedy += (
+            " Or set run.accept_changes=true to go on with this data, each folder where the run has come to in it."
+        )
     raise ConfigError(
         field,
         value,
-        f"not the data set that the run in run.path={recipe.run.path} was trained on so far"
-        + (f" ({'; '.join(found)})" if found else ""),
-        "Give that data as it was, folders and weights in the same order, or choose another run.path (with run.load to "
-        "keep the weights).",
+        f"not the data that the run in run.path={recipe.run.path} was trained on so far ({'; '.join(found)}{other})",
+        remedy,
     )

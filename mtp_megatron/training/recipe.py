@@ -302,7 +302,7 @@ class RunSection(Section):
     accept_changes: bool = Field(
         default=False,
         description="resume although optimizer.lr, min_lr, warmup_steps, decay_steps, weight_decay, clip_grad, "
-        "heads.loss_weights, loss_decay or curriculum_steps are not as they were; that is then recorded",
+        "heads.loss_weights, loss_decay, curriculum_steps or the data are not as they were; that is then recorded",
     )
     load: str | None = Field(
         default=None,

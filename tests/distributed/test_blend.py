@@ -5,6 +5,7 @@ Not covered here: GPUs, hosts without a shared disk (of a single data set: tests
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -94,8 +95,33 @@ def test_its_checkpoints_say_what_it_was_trained_on(folders: Folders, single: Pa
         preflight(parse_recipe(blend_tree(folders, single, (4, 1))), 1)
 
 
-def said_at_the_start(rank: int, world_size: int, tree: dict[str, Any]) -> list[str]:
-    """For ``run_world``: what a training says before its first step."""
+def test_a_run_goes_on_with_another_blend_where_that_is_said(
+    folders: Folders, single: Path, data: Path, tmp_path: Path
+) -> None:
+    """And is resumed on it without saying it again; each folder goes on where it was."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    settings = {"train__save_interval": 2, "train__eval_batches": 0}
+    for copy, world in ((run, 1), (other, 2)):
+        interrupted_copy(single, copy, 4)
+        tree = blend_tree(folders, copy, (4, 1), run__accept_changes=True, **settings)
+        said, *_ = run_world(said_at_the_start, world, tree, "run.accept_changes")
+        assert len(said) == 1
+        assert f"{folders[0]} had a weight of 0.2, and has 0.8" in said[0]
+    assert largest_difference(metrics(run), metrics(other)) < 1e-5
+    assert metrics(run)[4] == metrics(single)[4]
+    assert metrics(run)[5] != metrics(single)[5]
+    resumed = interrupted_copy(run, tmp_path / "resumed", 6)
+    assert run_world(said_at_the_start, 1, blend_tree(folders, resumed, (4, 1), **settings), "run.acc") == [[]]
+    assert metrics(resumed) == metrics(run)
+    for step, used in ((4, [3, 13]), (6, [9, 15]), (8, [16, 16])):
+        folder = run / "checkpoints" / f"iter_{step:07d}"
+        record = json.loads((folder / "mtp_config.json").read_text())["data"]
+        assert [entry["samples"] for entry in record["folders"]] == used
+        assert record["since"] == (0 if step == 4 else 16)
+
+
+def said_at_the_start(rank: int, world_size: int, tree: dict[str, Any], begins: str) -> list[str]:
+    """For ``run_world``: train; returns what it says that begins so."""
     from mtp_megatron.training.run_log import RunLog
 
     said: list[str] = []
@@ -104,12 +130,12 @@ def said_at_the_start(rank: int, world_size: int, tree: dict[str, Any]) -> list[
         train_body(rank, world_size, tree)
     finally:
         RunLog.message = message
-    return [text for text in said if text.startswith("data.blend")]
+    return [text for text in said if text.startswith(begins)]
 
 
 def test_what_each_folder_gives_is_said_once(folders: Folders, tmp_path: Path) -> None:
     settings = {"train__steps": 1, "optimizer__warmup_steps": 0}
-    (said,), silent = run_world(said_at_the_start, 2, blend_tree(folders, tmp_path / "run", **settings))
+    (said,), silent = run_world(said_at_the_start, 2, blend_tree(folders, tmp_path / "run", **settings), "data.blend")
     assert silent == []
     _, _, first, second, *_ = said.splitlines()
     assert (first.split()[0], first.split()[-1]) == ("0.2", str(folders[0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from mtp_megatron.data.blend import Blend, changes, load_blend
+from mtp_megatron.data.blend import Blend, load_blend, resumed
 from mtp_megatron.data.dataset import BlendedSamples, build_datasets
 from mtp_megatron.data.loader import build_train_iterator
 from mtp_megatron.data.manifest import load_manifest
@@ -17,7 +18,8 @@ from mtp_megatron.data.passes import blend_lines
 from mtp_megatron.data.preprocess import PreprocessOptions, preprocess
 from mtp_megatron.errors import ConfigError, DataError
 from mtp_megatron.planning.cli import vocabulary
-from mtp_megatron.training.preflight import preflight
+from mtp_megatron.training.architecture import model_description
+from mtp_megatron.training.preflight import Plan, preflight
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.recipe_io import describe_fields, dump_recipe, load_recipe, parse_recipe
 from mtp_megatron.training.run_folder import RunFolder
@@ -47,7 +49,11 @@ def build(data: Blend, train: int = 300, valid: int | None = None, seed: int = 5
 
 
 def texts(samples: Any, count: int | None = None) -> list[bytes]:
-    return [bytes(samples[i]["tokens"].clamp(max=255).to(torch.uint8).numpy()) for i in range(count or len(samples))]
+    return [texts_at(samples, position) for position in range(count or len(samples))]
+
+
+def texts_at(samples: Any, position: int) -> bytes:
+    return bytes(samples[position]["tokens"].clamp(max=255).to(torch.uint8).numpy())
 
 
 # --- how it is written ---
@@ -129,7 +135,9 @@ def test_a_path_and_a_blend_exclude_each_other(tmp_path: Path) -> None:
 def test_weights_are_shares_however_they_are_written(folders: tuple[Path, Path]) -> None:
     shares = blended(folders, (0.7, 0.3)).weights
     assert shares == (0.7, 0.3)
-    assert blended(folders, (0.84, 0.76)).weights[0] == 0.84 / 1.6 == 0.525, "and 0.84 / (0.84 + 0.76) is less"
+    assert blended(folders, (0.84, 0.76)).weights[0] == 0.525 != 0.84 / (0.84 + 0.76), (
+        "84 : 76, and not what floats make of it"
+    )
     for scale in (1, 3, 7, 1e-3, 12345.678):
         scaled = tuple(float(f"{weight * scale:.10g}") for weight in (7, 3))
         assert blended(folders, scaled).weights == shares
@@ -211,7 +219,7 @@ def test_raising_the_steps_goes_on_with_the_same_order(folders: tuple[Path, Path
     assert texts(few) == texts(many, 50)
     other, _ = build(blended(folders, (6, 4)), 50)
     assert texts(other) != texts(few)
-    with pytest.raises(IndexError, match="sample 50 of 50"):
+    with pytest.raises(IndexError, match="sample 50 is none of 0 to 49"):
         few[50]
 
 
@@ -299,19 +307,19 @@ def test_preflight_reads_every_folder_and_changes_nothing(folders: tuple[Path, P
         preflight(parse_recipe(tree(folders, tmp_path / "run", model__vocab_size=100)), 1)
 
 
-@pytest.mark.parametrize("accept", [False, True])
-def test_another_blend_is_refused_on_resume_by_what_differs(
-    accept: bool, folders: tuple[Path, Path], tmp_path: Path
-) -> None:
-    """``run.accept_changes`` is no way: which samples would be next?"""
-    run = tmp_path / "run"
-    plan = preflight(parse_recipe(tree(folders, run)), 1)
+def stopped(run: Path, folders: tuple[Path, ...], weights: tuple[float, ...], **settings: Any) -> Plan:
+    """A run after five steps."""
+    plan = preflight(parse_recipe(tree(folders, run, weights, **settings)), 1)
     RunFolder(run).write_recipe(plan.recipe)
-    complete(run, 5, plan.recipe, data_fingerprint=plan.data.fingerprint, data=plan.data.record())
-    assert (
-        preflight(parse_recipe(tree(folders, run, (0.7, 0.3), train__steps=99, optimizer__decay_steps=8)), 1).data
-        == plan.data
-    )
+    complete(run, 5, plan.recipe, **model_description(plan.recipe, plan.data, 5))
+    return plan
+
+
+def test_another_blend_is_refused_on_resume_by_what_differs(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    plan = stopped(run, folders, WEIGHTS)
+    longer = tree(folders, run, (0.7, 0.3), train__steps=99, optimizer__decay_steps=8)
+    assert preflight(parse_recipe(longer), 1).data == plan.data
     third = make_data(tmp_path / "third", seed=2, documents=6)
     cases: dict[str, dict[str, Any]] = {
         f"{folders[0]} had a weight of 0.7, and has 0.6": tree(folders, run, (6, 4)),
@@ -321,19 +329,89 @@ def test_another_blend_is_refused_on_resume_by_what_differs(
         "weight of 0.7, and has 1": tiny_tree(folders[0], run),
     }
     for says, changed in cases.items():
-        changed["run"]["accept_changes"] = accept
-        with pytest.raises(ConfigError, match="not the data set that the run") as caught:
+        with pytest.raises(ConfigError, match="not the data that the run") as caught:
             preflight(parse_recipe(changed), 1)
         assert caught.value.field == ("data.blend" if changed["data"].get("blend") else "data.path")
         assert says in caught.value.problem
         assert "run.load" in caught.value.remedy
+        assert "run.accept_changes=true" in caught.value.remedy
+        changed["run"]["accept_changes"] = True
+        accepted = preflight(parse_recipe(changed), 1)
+        assert accepted.data.since == 20, "five steps of four samples"
+        assert any(says in change for change in accepted.changes)
+
+
+def test_another_tokenizer_is_refused_also_where_changes_are_accepted(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run, sources = tmp_path / "run", folders[0].parent / "source"
+    stopped(run, folders, WEIGHTS, model__vocab_size=300)
+    options = PreprocessOptions(tmp_path / "other", (sources,), valid_fraction=0.2, train_vocab=272, quiet=True)
+    other = preprocess(options).manifest.path
+    with pytest.raises(ConfigError, match="another tokenizer") as caught:
+        preflight(parse_recipe(tiny_tree(other, run, run__accept_changes=True, model__vocab_size=300)), 1)
+    assert "accept_changes" not in caught.value.remedy
+
+
+def test_a_run_of_one_folder_from_before_there_were_blends(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    plan = preflight(parse_recipe(tiny_tree(folders[0], run)), 1)
+    RunFolder(run).write_recipe(plan.recipe)
+    described = model_description(plan.recipe, plan.data, 5)
+    del described["data"]
+    complete(run, 5, plan.recipe, **described)
+    assert preflight(parse_recipe(tiny_tree(folders[0], run)), 1).data == plan.data
+    with pytest.raises(ConfigError, match=r"data\.blend=.*not the data that the run"):
+        preflight(parse_recipe(tree(folders, run)), 1)
+    accepted = preflight(parse_recipe(tree(folders, run, run__accept_changes=True)), 1).data
+    assert (accepted.since, accepted.before) == (20, (20, 0))
+
+
+def test_every_folder_goes_on_where_it_was_when_the_blend_changes(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """New weights, a new folder, one that leaves and comes back: each gives its own samples one after another."""
+    third = make_data(tmp_path / "third", seed=2, documents=6)
+    every = (*folders, third)
+    phases: list[tuple[tuple[Path, ...], tuple[float, ...], int]] = [
+        (folders, (7, 3), 100),
+        ((third, folders[0]), (6, 4), 150),
+        (every, (1, 4, 1), 230),
+        (every[1:2], (1,), 250),
+        (every[::-1], (1, 1, 1), 300),
+    ]
+    alone = [texts(build(load_blend([(None, str(folder))]), 300)[0]) for folder in every]
+    taken = [0, 0, 0]
+    start, record = 0, None
+    for parts, weights, stop in phases:
+        blend = blended(parts, weights)
+        if record is not None:
+            blend, words = resumed(record, blend)
+            assert words
+            assert (blend.since, sum(blend.before) + sum(used for _, _, used in blend.left)) == (start, start)
+        train, _ = build(blend, stop)
+        longer, _ = build(blend, stop + 100)
+        for position in range(start, stop):
+            text = texts_at(train, position)
+            part = next(which for which in range(3) if every[which] in parts and alone[which][taken[which]] == text)
+            taken[part] += 1
+            assert texts_at(longer, position) == text
+        if start:
+            with pytest.raises(IndexError, match=f"sample {start - 1} is none of {start} to"):
+                train[start - 1]
+        record = json.loads(json.dumps(blend.record(stop)))
+        by_folder = {entry["folder"]: entry["samples"] for entry in (*record["folders"], *record["left"])}
+        assert by_folder == {str(folder): count for folder, count in zip(every, taken, strict=True) if count}
+        again, words = resumed(record, blended(parts, weights))
+        assert (again, words) == (blend, [])
+        start = stop
+    assert sum(taken) == 300
+    assert min(taken) > 30
 
 
 def test_moved_folders_are_no_change(folders: tuple[Path, Path], tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     moved.symlink_to(folders[0])
     assert blended((moved, folders[1])).fingerprint == blended(folders).fingerprint
-    assert changes(blended(folders).record(), blended((moved, folders[1]))) == []
+    assert resumed(blended(folders).record(20), blended((moved, folders[1])))[1] == []
 
 
 def test_the_recipe_of_a_blend_is_read_back(folders: tuple[Path, Path], tmp_path: Path) -> None:

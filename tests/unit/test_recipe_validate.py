@@ -271,7 +271,7 @@ def test_another_data_set_is_refused_on_resume(data: Path, tmp_path: Path) -> No
     recipe = preflight(parse_recipe(tiny_tree(data, tmp_path / "run")), 1).recipe
     RunFolder(tmp_path / "run").write_recipe(recipe)
     complete(tmp_path / "run", 5, recipe, data_fingerprint="another")
-    with pytest.raises(ConfigError, match="not the data set that the run") as caught:
+    with pytest.raises(ConfigError, match="not the data that the run") as caught:
         preflight(parse_recipe(tiny_tree(data, tmp_path / "run")), 1)
     assert caught.value.field == "data.path"
 
