@@ -115,7 +115,8 @@ def load_blend(parts: Sequence[tuple[float | None, str]]) -> Blend:
         for (weight, _), manifest in zip(parts, manifests, strict=True)
     ]
     # Fractions of the numbers as they are written: [7, 3] and [0.7, 0.3] give the same shares, to the last bit.
-    return Blend(manifests, tuple(float(weight / sum(weights)) for weight in weights), 0, (0,) * len(manifests))
+    total = sum(weights)
+    return Blend(manifests, tuple(float(weight / total) for weight in weights), 0, (0,) * len(manifests))
 
 
 def resumed(record: dict[str, Any], here: Blend) -> tuple[Blend, list[str]]:
@@ -152,16 +153,13 @@ def _changes(folders: Sequence[dict[str, Any]], here: Blend) -> list[str]:
 
 
 def _check_tokenizer(first: Manifest, other: Manifest) -> None:
-    mine, theirs = (
-        {
-            "tokenizer": part.tokenizer.kind,
-            "sha256": part.tokenizer.sha256,
-            "vocabulary": part.vocab_size,
-            "eod": part.eod,
-        }
-        for part in (first, other)
-    )
-    differing = [f"{name} {theirs[name]} and not {mine[name]}" for name in mine if theirs[name] != mine[name]]
+    compared = {
+        "tokenizer": (other.tokenizer.kind, first.tokenizer.kind),
+        "sha256": (other.tokenizer.sha256, first.tokenizer.sha256),
+        "vocabulary": (other.vocab_size, first.vocab_size),
+        "eod": (other.eod, first.eod),
+    }
+    differing = [f"{name} {theirs} and not {mine}" for name, (theirs, mine) in compared.items() if theirs != mine]
     if differing:
         raise ConfigError(
             FIELD,

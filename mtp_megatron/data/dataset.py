@@ -152,7 +152,7 @@ def build_datasets(
         return Samples(train, train_samples, seed), Samples(valid, held_out, seed)
     order = BlendOrder(data.weights)
     held_out = order.covered([len(valid) for _, valid in passes], held_out)
-    train_samples = max(train_samples, data.since)
+    train_samples = max(train_samples, data.since)  # train.steps may have been set back: then none is taken
     trains = [Samples(train, used, seed) for (train, _), used in zip(passes, data.used(train_samples), strict=True)]
     valids = [Samples(valid, int(used), seed) for (_, valid), used in zip(passes, order.counts(held_out), strict=True)]
     return (

@@ -17,18 +17,22 @@ def blend_lines(data: Blend, train: BlendedSamples, valid: BlendedSamples, valid
         valid_wanted: held-out samples that an evaluation would use; fewer are odd. 0: it does not matter.
     """
     rows = [("weight", "tokens", "samples", "passes", "folder")]
-    odd = []
+    unused, often, odd = [], [], []
     for manifest, weight, samples in zip(data.parts, data.weights, train.parts, strict=True):
         passes = len(samples) / samples.samples_per_epoch
         shown = f"{passes:.2f}" if passes >= 0.01 or not passes else f"{passes:.1g}"
         rows.append((f"{weight:.4g}", f"{manifest.train.tokens:,}", f"{len(samples):,}", shown, str(manifest.path)))
         if not len(samples):
-            odd.append(f"{FIELD}: {manifest.path} gives no sample: its weight is too small for {len(train):,} samples")
+            unused.append(str(manifest.path))
         if passes > MANY_PASSES:
-            odd.append(
-                f"{FIELD}: {manifest.path} is read {passes:.1f} times in this run; beyond about {MANY_PASSES:g} "
-                "times the same text teaches less (arXiv:2305.16264)"
-            )
+            often.append(f"{manifest.path} ({passes:.1f})")
+    if unused:
+        odd.append(f"{FIELD}: weights too small for {len(train):,} samples, so that no sample comes: {_some(unused)}")
+    if often:
+        odd.append(
+            f"{FIELD}: read more than {MANY_PASSES:g} times in this run, beyond which the same text teaches less "
+            f"(arXiv:2305.16264): {_some(often)}"
+        )
     if len(valid) < valid_wanted:
         scarce = [
             str(manifest.path)
@@ -37,7 +41,7 @@ def blend_lines(data: Blend, train: BlendedSamples, valid: BlendedSamples, valid
         ]
         odd.append(
             f"{FIELD}: {len(valid):,} of {valid_wanted:,} held-out samples are used for evaluation: in the blend's "
-            f"proportions there are no more of {', '.join(scarce)}"
+            f"proportions there are no more of {_some(scarce)}"
         )
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     table = [
@@ -45,3 +49,8 @@ def blend_lines(data: Blend, train: BlendedSamples, valid: BlendedSamples, valid
     ]
     begins = f", this blend from sample {data.since:,} on" if data.since else ""
     return [f"{FIELD}, over all {len(train):,} samples of the run{begins}:", *table, *odd]
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -116,34 +116,29 @@ def _check_same_host(checkpoint: Path, recipe: Recipe) -> None:
 
 
 def _resumed_data(checkpoint: Path, data: Blend, recipe: Recipe) -> tuple[Blend, list[str]]:
-    """The data as the run goes on with it, and what ``run.accept_changes`` has let differ.
+    """The data as the run goes on with it, and what ``run.accept_changes`` has let differ from what it was.
 
-    Every folder goes on where it was, so what the run has used up is used up; another tokenizer is another language.
+    Every folder goes on where it was, so no sample comes again before its folder's next pass.
+
+    Raises:
+        ConfigError: it differs, and that is not accepted; or its ids are another tokenizer's, which cannot be.
     """
     saved = read_mtp_config(checkpoint)
     if "data" not in saved:  # of a release that had no blends: one folder from the start
         samples = saved.get("step", 0) * recipe.train.global_batch_size
         folder = {"folder": "another one", "fingerprint": saved.get("data_fingerprint"), "weight": 1.0, "before": 0}
         saved["data"] = {"since": 0, "folders": [{**folder, "samples": samples}], "left": []}
-    resumed, found = blend.resumed(saved["data"], data)
-    tokenizer = saved.get("tokenizer", {}).get("sha256")
-    same_tokenizer = tokenizer == data.first.tokenizer.sha256
-    if not found or (recipe.run.accept_changes and same_tokenizer):
-        return resumed, [f"{recipe.data.setting}: {text}" for text in found]
-    section = recipe.data
-    field, value = ("data.path", section.path) if section.blend is None else ("data.blend", section.blend)
-    other = "" if same_tokenizer else "; another tokenizer"
-    remedy = (
-        "Give that data as it was, folders and weights in the same order, or choose another run.path (with run.load "
-    )
-    remedy += "to keep the weights)."
-    if same_tokenizer:
-        remedy += (
-            " Or set run.accept_changes=true to go on with this data, each folder where the run has come to in it."
-        )
+    data, changes = blend.resumed(saved["data"], data)
+    same_ids = saved.get("tokenizer", {}).get("sha256") == data.first.tokenizer.sha256
+    if not changes or (recipe.run.accept_changes and same_ids):
+        return data, [f"{recipe.data.setting}: {text}" for text in changes]
+    by_path = recipe.data.blend is None
+    also = "" if same_ids else "; another tokenizer"
+    go_on = " Or set run.accept_changes=true to go on with this data, each folder from where the run is in it."
     raise ConfigError(
-        field,
-        value,
-        f"not the data that the run in run.path={recipe.run.path} was trained on so far ({'; '.join(found)}{other})",
-        remedy,
+        "data.path" if by_path else "data.blend",
+        recipe.data.path if by_path else recipe.data.blend,
+        f"not the data that the run in run.path={recipe.run.path} was trained on so far ({'; '.join(changes)}{also})",
+        "Give that data as it was, with folders and weights in the same order, or choose another run.path (with "
+        f"run.load to keep the weights).{go_on if same_ids else ''}",
     )

@@ -268,15 +268,20 @@ def test_the_table_says_what_each_folder_gives(folders: tuple[Path, Path]) -> No
         assert cells[:3] == [weight, f"{manifest.train.tokens:,}", f"{count:,}"]
         assert float(cells[3]) == pytest.approx(count / part.samples_per_epoch, abs=0.006)
         assert cells[4] == str(manifest.path)
-    assert len(odd) == 2, "both are read more than four times"
-    assert f"{folders[1]} is read {1800 / train.parts[1].samples_per_epoch:.1f} times" in odd[1]
+    assert odd == [
+        "data.blend: read more than 4 times in this run, beyond which the same text teaches less (arXiv:2305.16264): "
+        + ", ".join(
+            f"{folder} ({count / part.samples_per_epoch:.1f})"
+            for folder, count, part in zip(folders, (4200, 1800), train.parts, strict=True)
+        )
+    ]
 
 
 def test_what_is_odd_is_said(folders: tuple[Path, Path]) -> None:
     blend = blended(folders, (1, 1e-6))
     train, valid = build(blend, 20, valid=8)
     *_, odd = blend_lines(blend, train, valid, 8)
-    assert odd == f"data.blend: {folders[1]} gives no sample: its weight is too small for 20 samples"
+    assert odd == f"data.blend: weights too small for 20 samples, so that no sample comes: {folders[1]}"
     blend = blended(folders)
     train, valid = build(blend, 20)
     *_, odd = blend_lines(blend, train, valid, 10_000)

@@ -58,6 +58,15 @@ def megatron_blend(sizes: list[int]) -> list[tuple[int, int]]:
     return list(zip(blend.dataset_index.tolist(), blend.dataset_sample_index.tolist(), strict=True))
 
 
+def test_the_order_by_hand() -> None:
+    """Written out, so that a change of the rule is seen: runs that go on would meet other samples."""
+    order = BlendOrder((0.5, 0.3, 0.2))
+    assert [order[position][0] for position in range(11)] == [0, 1, 2, 0, 1, 0, 2, 0, 1, 0, 1]
+    assert [order[position][1] for position in range(11)] == [0, 0, 0, 1, 1, 2, 1, 3, 2, 4, 3]
+    assert order.counts(65_536).tolist() == [32_768, 19_661, 13_107]
+    assert [order[position] for position in range(65_536, 65_539)] == [(0, 32_768), (1, 19_661), (2, 13_107)]
+
+
 @pytest.mark.parametrize("block", [0, 7])
 @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
 def test_within_a_block_the_order_is_megatron_cores(weights: list[float], block: int) -> None:
