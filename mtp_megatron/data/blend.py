@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import zip_longest
 from typing import Any
 
 from mtp_megatron.data.manifest import Manifest, load_manifest
@@ -138,17 +137,22 @@ def resumed(record: dict[str, Any], here: Blend) -> tuple[Blend, list[str]]:
 
 
 def _changes(folders: Sequence[dict[str, Any]], here: Blend) -> list[str]:
+    former = {old["fingerprint"]: old for old in folders}
+    current = {part.fingerprint: part for part in here.parts}
+    gone = [old["folder"] for fingerprint, old in former.items() if fingerprint not in current]
     texts = []
-    parts = zip(here.parts, here.weights, strict=True)
-    for number, (old, new) in enumerate(zip_longest(folders, parts), start=1):
-        if old is None:
-            texts.append(f"folder {number}, {new[0].path}, is new")
-        elif new is None:
-            texts.append(f"folder {number} was {old['folder']}, and is gone")
-        elif old["fingerprint"] != new[0].fingerprint:
-            texts.append(f"folder {number} was {old['folder']}, and {new[0].path} has other content")
-        elif old["weight"] != new[1]:
-            texts.append(f"{new[0].path} had a weight of {old['weight']:.6g}, and has {new[1]:.6g}")
+    for part, weight in zip(here.parts, here.weights, strict=True):
+        old = former.get(part.fingerprint)
+        if old is not None and old["weight"] != weight:
+            texts.append(f"{part.path} had a weight of {old['weight']:.6g}, and has {weight:.6g}")
+        elif old is None and str(part.path) in gone:
+            gone.remove(str(part.path))
+            texts.append(f"{part.path} has other content")
+        elif old is None:
+            texts.append(f"{part.path} is new")
+    texts += [f"{folder} is gone" for folder in gone]
+    if not texts and list(former) != list(current):
+        texts.append("the folders come in another order")
     return texts
 
 

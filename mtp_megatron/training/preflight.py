@@ -126,12 +126,17 @@ def _resumed_data(checkpoint: Path, data: Blend, recipe: Recipe) -> tuple[Blend,
     saved = read_mtp_config(checkpoint)
     if "data" not in saved:  # of a release that had no blends: one folder from the start
         samples = saved.get("step", 0) * recipe.train.global_batch_size
-        folder = {"folder": "another one", "fingerprint": saved.get("data_fingerprint"), "weight": 1.0, "before": 0}
+        folder = {
+            "folder": "the former folder",
+            "fingerprint": saved.get("data_fingerprint"),
+            "weight": 1.0,
+            "before": 0,
+        }
         saved["data"] = {"since": 0, "folders": [{**folder, "samples": samples}], "left": []}
     data, changes = blend.resumed(saved["data"], data)
     same_ids = saved.get("tokenizer", {}).get("sha256") == data.first.tokenizer.sha256
     if not changes or (recipe.run.accept_changes and same_ids):
-        return data, [f"{recipe.data.setting}: {text}" for text in changes]
+        return data, [f"data: {text}" for text in changes]
     by_path = recipe.data.blend is None
     also = "" if same_ids else "; another tokenizer"
     go_on = " Or set run.accept_changes=true to go on with this data, each folder from where the run is in it."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -328,9 +329,9 @@ def test_another_blend_is_refused_on_resume_by_what_differs(folders: tuple[Path,
     third = make_data(tmp_path / "third", seed=2, documents=6)
     cases: dict[str, dict[str, Any]] = {
         f"{folders[0]} had a weight of 0.7, and has 0.6": tree(folders, run, (6, 4)),
-        f"folder 1 was {folders[0]}, and {folders[1]} has other content": tree((folders[1], folders[0]), run),
-        f"folder 2 was {folders[1]}, and is gone": tree(folders[:1], run, (1,)),
-        f"folder 3, {third}, is new": tree((*folders, third), run, (7, 3, 1)),
+        "the folders come in another order": tree((folders[1], folders[0]), run, (3, 7)),
+        f"{folders[1]} is gone": tree(folders[:1], run, (1,)),
+        f"{third} is new": tree((*folders, third), run, (7, 3, 1)),
         "weight of 0.7, and has 1": tiny_tree(folders[0], run),
     }
     for says, changed in cases.items():
@@ -344,6 +345,16 @@ def test_another_blend_is_refused_on_resume_by_what_differs(folders: tuple[Path,
         accepted = preflight(parse_recipe(changed), 1)
         assert accepted.data.since == 20, "five steps of four samples"
         assert any(says in change for change in accepted.changes)
+
+
+def test_a_folder_whose_content_is_another_is_named_so(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    run, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(folders[0], data)
+    stopped(run, (data, folders[1]), WEIGHTS)
+    shutil.rmtree(data)
+    shutil.copytree(make_data(tmp_path / "third", seed=2, documents=6), data)
+    with pytest.raises(ConfigError, match=rf"so far \({data} has other content\)"):
+        preflight(parse_recipe(tree((data, folders[1]), run)), 1)
 
 
 def test_another_tokenizer_is_refused_also_where_changes_are_accepted(
