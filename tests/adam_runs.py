@@ -41,7 +41,7 @@ def adam_of(trainable: Any) -> Adam:
 
 def trained(recipe: Any, folder: Path, save: bool) -> tuple[dict[str, Tensor], Adam]:
     """Build, then save to the folder or load from it: the weights by name, and Adam a step later."""
-    from mtp_megatron.data.manifest import load_manifest
+    from mtp_megatron.data.blend import load_blend
     from mtp_megatron.training.build import build_trainable
     from mtp_megatron.training.checkpointing import latest_checkpoint, load_checkpoint, save_checkpoint
     from mtp_megatron.training.world import model_parallel_world
@@ -56,7 +56,7 @@ def trained(recipe: Any, folder: Path, save: bool) -> tuple[dict[str, Tensor], A
         (model,) = trainable.models
         if save:
             step()  # so that there are moments to be saved
-            save_checkpoint(recipe, load_manifest(folder / "data"), trainable, folder / "checkpoints", 3)
+            save_checkpoint(recipe, load_blend([(None, str(folder / "data"))]), trainable, folder / "checkpoints", 3)
         else:
             with torch.no_grad():
                 for parameter in model.parameters():

@@ -37,14 +37,14 @@ TINY: dict[str, Any] = {
 }
 
 
-def make_data(folder: Path) -> Path:
-    """A byte data set of a few documents with some structure in them."""
+def make_data(folder: Path, seed: int = 0, documents: int = 12) -> Path:
+    """A byte data set of a few documents with some structure in them; each seed makes another one."""
     from mtp_megatron.data.preprocess import PreprocessOptions, preprocess
 
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     source = folder / "source"
     source.mkdir(parents=True)
-    for index in range(12):
+    for index in range(documents):
         words = [f"w{number}" for number in rng.integers(0, 30, size=150)]
         (source / f"{index}.py").write_text(" ".join(words))
     preprocess(PreprocessOptions(output=folder / "data", paths=(source,), valid_fraction=0.2, quiet=True))
@@ -138,6 +138,21 @@ def interrupted_copy(run: Path, copy: Path, step: int) -> Path:
             shutil.rmtree(folder)
     (copy / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(step))
     return copy
+
+
+def complete(run: Path, step: int, recipe: Any, /, **changes: Any) -> Path:
+    """As much of a checkpoint of a run as the checks before a training look at; ``changes`` go into its description."""
+    folder = run / "checkpoints" / f"iter_{step:07d}"
+    folder.mkdir(parents=True)
+    described = {
+        "model": recipe.model.model_dump(mode="json"),
+        "heads": recipe.heads.model_dump(mode="json"),
+        "padded_vocab_size": 384,
+        **changes,
+    }
+    (folder / "mtp_config.json").write_text(json.dumps(described))
+    (folder / "files.json").write_text("{}")
+    return folder
 
 
 def largest_difference(one: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]]) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from mtp_megatron.data.dataset import Samples
+from mtp_megatron.data.dataset import AnySamples
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.signals import leave_stopping_to_parent
 
@@ -20,7 +20,7 @@ Batch = dict[str, torch.Tensor]
 
 
 def build_train_iterator(
-    dataset: Samples,
+    dataset: AnySamples,
     *,
     consumed_samples: int,
     micro_batch_size: int,
@@ -56,7 +56,7 @@ def build_train_iterator(
 
 
 def build_valid_batches(
-    dataset: Samples,
+    dataset: AnySamples,
     *,
     micro_batch_size: int,
     global_batch_size: int,
@@ -79,7 +79,7 @@ def build_valid_batches(
     return iter(_loader(dataset, sampler, workers))
 
 
-def count_valid_batches(dataset: Samples, *, global_batch_size: int, batches: int | None = None) -> int:
+def count_valid_batches(dataset: AnySamples, *, global_batch_size: int, batches: int | None = None) -> int:
     """Number of global batches that :func:`build_valid_batches` covers: as asked, or as many as the samples make."""
     there = -(-len(dataset) // global_batch_size)
     return there if batches is None else min(batches, there)
@@ -103,7 +103,7 @@ class _MicroBatches(Sampler[list[int | None]]):
         return len(range(self._start, self._stop, self._stride))
 
 
-def _loader(dataset: Samples, sampler: _MicroBatches, workers: int) -> DataLoader[Batch]:
+def _loader(dataset: AnySamples, sampler: _MicroBatches, workers: int) -> DataLoader[Batch]:
     return DataLoader(
         dataset,
         batch_sampler=sampler,

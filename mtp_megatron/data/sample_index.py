@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mtp_megatron import compat
+from mtp_megatron.data.compiled import compiled_helpers
 from mtp_megatron.data.manifest import Manifest, load_manifest
 from mtp_megatron.errors import DataError, MTPError
 from mtp_megatron.signals import end_with_parent
@@ -117,14 +118,7 @@ class SampleIndex:
         Raises:
             DataError: the cache cannot be written, or megatron-core lacks its compiled helpers.
         """
-        compat.prepare()
-        try:
-            from megatron.core.datasets import helpers_cpp  # noqa: F401
-        except ImportError as error:
-            raise DataError(
-                f"megatron-core was installed without its compiled data set helpers ({error}). Install the wheel for "
-                "this Python and platform, or build it here: pip install --no-binary megatron-core megatron-core"
-            ) from error
+        compiled_helpers()
         try:
             for name in _SPLITS:
                 self._split(name, room)

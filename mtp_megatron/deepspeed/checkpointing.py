@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mtp_megatron.data.manifest import Manifest
+from mtp_megatron.data.blend import Blend
 from mtp_megatron.deepspeed import universal
 from mtp_megatron.deepspeed.generators import generators, restore_generators
 from mtp_megatron.deepspeed.trainer import DeepSpeedTrainer
@@ -27,9 +27,7 @@ from mtp_megatron.training.recipe import Recipe
 logger = logging.getLogger(__name__)
 
 
-def save_checkpoint(
-    recipe: Recipe, manifest: Manifest, trainer: DeepSpeedTrainer, checkpoints: Path, step: int
-) -> Path:
+def save_checkpoint(recipe: Recipe, data: Blend, trainer: DeepSpeedTrainer, checkpoints: Path, step: int) -> Path:
     """Write the engine's checkpoint after the run's ``step``; collective over all ranks.
 
     Everything goes to a temporary folder that is renamed when it is whole; a crash at any moment leaves the previous
@@ -50,9 +48,9 @@ def save_checkpoint(
     trainer.engine.save_checkpoint(str(checkpoints), tag=temporary.name, client_state=state, save_latest=False)
     dist.barrier()
     if rank == 0:
-        description = model_description(recipe, manifest, step) | {"engine": _engine(trainer)}
+        description = model_description(recipe, data, step) | {"engine": _engine(trainer)}
         (temporary / files.CONFIG).write_text(json.dumps(description, indent=2))
-        manifest.copy_tokenizer(temporary)
+        data.first.copy_tokenizer(temporary)
         final = files.publish(checkpoints, step)
         files.write_atomically(checkpoints / files.DEEPSPEED_LATEST, final.name)
         files.prune(checkpoints, recipe.run.keep_last, step)

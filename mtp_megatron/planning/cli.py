@@ -10,7 +10,8 @@ import os
 import warnings
 from pathlib import Path
 
-from mtp_megatron.data.manifest import MANIFEST_FILE, load_manifest
+from mtp_megatron.data.blend import load_blend
+from mtp_megatron.data.manifest import MANIFEST_FILE
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.planning.estimate import Estimate, Hardware
 from mtp_megatron.planning.lines import changed, recipe_lines
@@ -179,11 +180,12 @@ def vocabulary(recipe: Recipe) -> int:
     """
     if recipe.model.vocab_size is not None:
         return recipe.model.vocab_size
-    if not (Path(recipe.data.path) / MANIFEST_FILE).is_file():
+    absent = [folder for _, folder in recipe.data.parts if not (Path(folder) / MANIFEST_FILE).is_file()]
+    if absent:
         raise ConfigError(
             "model.vocab_size",
             None,
-            f"a plan needs it, and data.path={recipe.data.path} holds no data set that says it",
+            f"a plan needs it, and {absent[0]} ({recipe.data.setting}) holds no data set that says it",
             "Give model.vocab_size=32000, for example, or preprocess the data first.",
         )
-    return load_manifest(recipe.data.path).vocab_size
+    return load_blend(recipe.data.parts).first.vocab_size

@@ -27,13 +27,14 @@ from torch.distributed.rendezvous import rendezvous
 
 from mtp_megatron import __version__, compat
 from mtp_megatron.compat.devices import require_usable_gpu
+from mtp_megatron.data.blend import Blend
 from mtp_megatron.errors import ConfigError, MTPError
 from mtp_megatron.training.checkpoint_files import differences
 from mtp_megatron.training.preflight import Plan, check_launcher, preflight
 from mtp_megatron.training.recipe import Recipe
 
 # May differ from host to host: where folders are mounted, and how many processes read.
-_LOCAL_KEYS = {"data": {"path", "cache", "workers"}, "run": {"path"}}
+_LOCAL_KEYS = {"data": {"path", "blend", "cache", "workers"}, "run": {"path"}}
 SEEN_WITHIN = 30.0  # seconds; network file systems show other hosts' writes late
 _READ_WITHIN = timedelta(seconds=30)
 
@@ -181,13 +182,22 @@ def _facts(plan: Plan) -> dict[str, Any]:
     }
     return {
         "recipe": kept,
-        "data fingerprint": plan.manifest.fingerprint,
+        "data": _data_facts(plan.data),
         "mtp_megatron version": __version__,
         "megatron-core version": str(compat.MCORE_VERSION),
         "torch version": torch.__version__.partition("+")[0],
         "fused kernels": compat.fusions(),  # where a host lacks a compiler, say, all would wait for it in every step
         # Not where rank 0 resumes: the others follow it, and may not see yet what it saved.
         **({} if plan.initial is None else {"checkpoint of run.load": plan.initial.name}),
+    }
+
+
+def _data_facts(data: Blend) -> dict[str, Any]:
+    """Folders may be mounted elsewhere on other hosts; their content, weights and order must be the same."""
+    rows = zip(data.parts, data.weights, data.before, strict=True)
+    return {"since": data.since} | {
+        f"folder {number}": {"weight": weight, "fingerprint": part.fingerprint, "before": before}
+        for number, (part, weight, before) in enumerate(rows, start=1)
     }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_megatron import __version__, compat
-from mtp_megatron.data.manifest import Manifest
+from mtp_megatron.data.blend import Blend
 from mtp_megatron.errors import CheckpointError
 from mtp_megatron.training import checkpoint_files as files
 from mtp_megatron.training.recipe import ModelSection, Recipe, padded_vocab_size
@@ -25,8 +25,9 @@ _ARCHITECTURE = {
 }
 
 
-def model_description(recipe: Recipe, manifest: Manifest, step: int) -> dict[str, Any]:
+def model_description(recipe: Recipe, data: Blend, step: int) -> dict[str, Any]:
     """Content of ``mtp_config.json``: everything that is needed to rebuild the model without the recipe."""
+    manifest = data.first
     return {
         "format": 1,
         "step": step,
@@ -35,7 +36,8 @@ def model_description(recipe: Recipe, manifest: Manifest, step: int) -> dict[str
         "vocab_size": recipe.model.vocab_size,
         "padded_vocab_size": padded_vocab_size(recipe),
         "tokenizer": manifest.tokenizer_entry,
-        "data_fingerprint": manifest.fingerprint,
+        "data_fingerprint": data.fingerprint,
+        "data": data.record(step * recipe.train.global_batch_size),
         "precision": recipe.train.precision,
         "parallel": recipe.parallel.model_dump(mode="json"),
         "megatron_core": str(compat.MCORE_VERSION),

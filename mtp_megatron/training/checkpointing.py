@@ -25,7 +25,7 @@ from mtp_megatron.compat.checkpoints import (
     take_unsaved_states,
 )
 from mtp_megatron.compat.optimizer_state import state_stays_on_its_ranks
-from mtp_megatron.data.manifest import Manifest
+from mtp_megatron.data.blend import Blend
 from mtp_megatron.errors import CheckpointError
 from mtp_megatron.training import checkpoint_files as files
 from mtp_megatron.training.architecture import check_architecture, model_description
@@ -42,7 +42,7 @@ _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_
 logger = logging.getLogger(__name__)
 
 
-def save_checkpoint(recipe: Recipe, manifest: Manifest, trainable: Trainable, checkpoints: Path, step: int) -> Path:
+def save_checkpoint(recipe: Recipe, data: Blend, trainable: Trainable, checkpoints: Path, step: int) -> Path:
     """Write model, optimizer, schedule and generators after the run's ``step``; collective over all ranks.
 
     Everything goes to a temporary folder that is renamed when it is whole; a crash at any moment leaves the previous
@@ -71,8 +71,8 @@ def save_checkpoint(recipe: Recipe, manifest: Manifest, trainable: Trainable, ch
     }
     dist_checkpointing.save(state, str(temporary), sharded_strategy=InProcessSave(), content_metadata=dict(_SHARDING))
     if rank == 0:
-        (temporary / files.CONFIG).write_text(json.dumps(model_description(recipe, manifest, step), indent=2))
-        manifest.copy_tokenizer(temporary)
+        (temporary / files.CONFIG).write_text(json.dumps(model_description(recipe, data, step), indent=2))
+        data.first.copy_tokenizer(temporary)
         files.publish(checkpoints, step)
         files.prune(checkpoints, recipe.run.keep_last, step)
     dist.barrier()  # nobody goes on, and perhaps fails, before the checkpoint is the latest

@@ -17,7 +17,7 @@ class Host:
     Attributes:
         build: ``(recipe, initial)`` -> a :class:`.step.Trainer` with the weights of the checkpoint ``initial``, or with
             fresh ones.
-        save: ``(recipe, manifest, trainer, checkpoints, step)`` -> the checkpoint's folder.
+        save: ``(recipe, data, trainer, checkpoints, step)`` -> the checkpoint's folder.
         load: ``(recipe, trainer, folder)`` -> the step at which that checkpoint was saved.
     """
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from mtp_megatron import compat
-from mtp_megatron.data.dataset import build_datasets
+from mtp_megatron.data.dataset import BlendedSamples, build_datasets
 from mtp_megatron.data.loader import build_train_iterator, build_valid_batches, count_valid_batches
+from mtp_megatron.data.passes import blend_lines
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.signals import Stopped, StopRequest, stop_on_signal
 from mtp_megatron.training.agreement import job_store, preflight_together, require_shared
@@ -103,7 +104,7 @@ class _Session:
         # Before the model: what can be wrong with the index of samples is found before minutes of loading.
         batch, train = self.recipe.train.global_batch_size, self.recipe.train
         self.train_data, self.valid_data = build_datasets(
-            self.plan.manifest,
+            self.plan.data,
             seq_length=self.recipe.train_seq_length,
             train_samples=train.steps * batch,
             valid_samples=train.eval_batches * batch or None,
@@ -131,6 +132,7 @@ class _Session:
         iterators = self._train_iterators()
         with RunLog(self.folder, self.recipe, start_step=self.step, enabled=dist.get_rank() == 0) as log:
             self._announce(log)
+            self._announce_blend(log)
             while self.step < steps and not stop:
                 trained = not self._pass_over(log)
                 if trained:
@@ -185,7 +187,7 @@ class _Session:
             return []
         consumed, workers = self.step * self.recipe.train.global_batch_size, self.recipe.data.workers
         loader = partial(build_train_iterator, self.train_data, consumed_samples=consumed, workers=workers)
-        return chunk_iterators(self.recipe, self.plan.manifest.eod, loader)
+        return chunk_iterators(self.recipe, self.plan.data.eod, loader)
 
     def _pass_over(self, log: RunLog) -> bool:
         """Where ``train.skip_steps`` has the next step, go to the end of its range; whether it did.
@@ -225,11 +227,17 @@ class _Session:
                 f"optimizer.decay_steps={self.recipe.optimizer.decay_steps}, the end of this run's schedule, to go on."
             )
 
+    def _announce_blend(self, log: RunLog) -> None:
+        train, valid = self.train_data, self.valid_data
+        if isinstance(train, BlendedSamples) and isinstance(valid, BlendedSamples):
+            wanted = self.recipe.train.eval_batches * self.recipe.train.global_batch_size
+            log.message("\n".join(blend_lines(self.plan.data, train, valid, wanted)))
+
     def _evaluate(self, log: RunLog) -> Evaluation:
         recipe = self.recipe
         batches, batch = recipe.train.eval_batches, recipe.train.global_batch_size
         loader = partial(build_valid_batches, self.valid_data, batches=batches)
-        iterators = chunk_iterators(recipe, self.plan.manifest.eod, loader)
+        iterators = chunk_iterators(recipe, self.plan.data.eod, loader)
         batches = count_valid_batches(self.valid_data, global_batch_size=batch, batches=batches)
         result = evaluate(recipe, self.trainable, iterators, batches, self.num_microbatches)
         log.evaluation(self.step, result)
@@ -238,7 +246,7 @@ class _Session:
     def _save(self, log: RunLog) -> None:
         start, checkpoints = time.perf_counter(), self.folder.checkpoints
         try:
-            saved = self.host.save(self.recipe, self.plan.manifest, self.trainable, checkpoints, self.step)
+            saved = self.host.save(self.recipe, self.plan.data, self.trainable, checkpoints, self.step)
         except BaseException as error:  # torch's CheckpointException is no Exception
             what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             if dist.get_rank() == 0:  # the disk may be full of it, and the next start writes small files first

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtp_megatron.data import blend
+from mtp_megatron.data.blend import Blend
 from mtp_megatron.data.huggingface import NO_FILES, HuggingFaceTokenizer
-from mtp_megatron.data.manifest import Manifest, load_manifest
+from mtp_megatron.data.manifest import Manifest
 from mtp_megatron.data.tokenizer_store import stored_tokenizer
 from mtp_megatron.errors import CheckpointError, ConfigError
 from mtp_megatron.training.architecture import check_architecture
@@ -27,7 +29,7 @@ class Plan:
 
     Attributes:
         recipe: resolved: every derived value is filled in.
-        manifest: the data.
+        data: one data set, or several blended.
         folder: where the run lives.
         initial: checkpoint folder that gives the initial weights of a new run; None: draw them.
         world_size: ranks of the job.
@@ -35,7 +37,7 @@ class Plan:
     """
 
     recipe: Recipe
-    manifest: Manifest
+    data: Blend
     folder: RunFolder
     initial: Path | None
     world_size: int
@@ -53,11 +55,11 @@ def preflight(recipe: Recipe, world_size: int, *, warn: bool = True) -> Plan:
         DataError: a missing or damaged data set or tokenizer.
         CheckpointError: a checkpoint of another architecture, or only damaged ones.
     """
-    manifest = load_manifest(recipe.data.path)
+    data = blend.load_blend(recipe.data.parts)
     if recipe.data.cache is not None and Path(recipe.data.cache).is_file():
         raise ConfigError("data.cache", recipe.data.cache, "it is a file", "Choose a folder.")
     recipe = _merged(recipe, world_size)
-    recipe = check_recipe(recipe, world_size=world_size, tokenizer_vocab_size=manifest.vocab_size)
+    recipe = check_recipe(recipe, world_size=world_size, tokenizer_vocab_size=data.first.vocab_size)
     check_machine(recipe)
     folder, accepted = check_run_folder(recipe)
     changes = tuple(accepted.values())
@@ -66,13 +68,13 @@ def preflight(recipe: Recipe, world_size: int, *, warn: bool = True) -> Plan:
     if resumed is not None:
         check_architecture(resumed, recipe)
         _check_same_host(resumed, recipe)
-        _check_same_data(resumed, manifest, recipe)
-        return Plan(recipe, manifest, folder, None, world_size, changes)
+        data, changed = _resumed_data(resumed, data, recipe)
+        return Plan(recipe, data, folder, None, world_size, (*changes, *changed))
     initial = find_checkpoint(recipe.run.load, warn=warn) if recipe.run.load else None
     if initial is not None:
         check_architecture(initial, recipe, initial=True)
-        changes += _other_tokenizer(initial, manifest, recipe)
-    return Plan(recipe, manifest, folder, initial, world_size, changes)
+        changes += _other_tokenizer(initial, data.first, recipe)
+    return Plan(recipe, data, folder, initial, world_size, changes)
 
 
 def _other_tokenizer(checkpoint: Path, manifest: Manifest, recipe: Recipe) -> tuple[str, ...]:
@@ -92,10 +94,9 @@ def _other_tokenizer(checkpoint: Path, manifest: Manifest, recipe: Recipe) -> tu
         f"{recipe.run.load} ({entry['kind']}, sha256 {entry['sha256'][:12]}): the same ids mean other text"
     )
     if recipe.run.accept_changes:
-        return (f"data.path={recipe.data.path}: {difference}",)
+        return (f"data: {difference}",)
     raise ConfigError(
-        "data.path",
-        recipe.data.path,
+        *recipe.data.named,
         difference,
         f"Make the data with the model's own: mtp-megatron preprocess --tokenizer {checkpoint}. Or set "
         "run.accept_changes=true to train the model on other ids than it knows.",
@@ -158,11 +159,33 @@ def _check_same_host(checkpoint: Path, recipe: Recipe) -> None:
     )
 
 
-def _check_same_data(checkpoint: Path, manifest: Manifest, recipe: Recipe) -> None:
-    if read_mtp_config(checkpoint).get("data_fingerprint") != manifest.fingerprint:
-        raise ConfigError(
-            "data.path",
-            recipe.data.path,
-            f"not the data set that the run in run.path={recipe.run.path} was trained on so far",
-            "Set data.path to that data set, or choose another run.path (with run.load to keep the weights).",
-        )
+def _resumed_data(checkpoint: Path, data: Blend, recipe: Recipe) -> tuple[Blend, list[str]]:
+    """The data as the run goes on with it, and what ``run.accept_changes`` has let differ from what it was.
+
+    Every folder goes on where it was, so no sample comes again before its folder's next pass.
+
+    Raises:
+        ConfigError: it differs, and that is not accepted; or its ids are another tokenizer's, which cannot be.
+    """
+    saved = read_mtp_config(checkpoint)
+    if "data" not in saved:  # of a release that had no blends: one folder from the start
+        samples = saved.get("step", 0) * recipe.train.global_batch_size
+        folder = {
+            "folder": "the former folder",
+            "fingerprint": saved.get("data_fingerprint"),
+            "weight": 1.0,
+            "before": 0,
+        }
+        saved["data"] = {"since": 0, "folders": [{**folder, "samples": samples}], "left": []}
+    data, changes = blend.resumed(saved["data"], data)
+    same_ids = saved.get("tokenizer", {}).get("sha256") == data.first.tokenizer.sha256
+    if not changes or (recipe.run.accept_changes and same_ids):
+        return data, [f"data: {text}" for text in changes]
+    also = "" if same_ids else "; another tokenizer"
+    go_on = " Or set run.accept_changes=true to go on with this data, each folder from where the run is in it."
+    raise ConfigError(
+        *recipe.data.named,
+        f"not the data that the run in run.path={recipe.run.path} was trained on so far ({'; '.join(changes)}{also})",
+        "Give that data as it was, with folders and weights in the same order, or choose another run.path (with "
+        f"run.load to keep the weights).{go_on if same_ids else ''}",
+    )

@@ -8,9 +8,9 @@ involve several settings, the world or the data are :mod:`mtp_megatron.training.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mtp_megatron.config import HeadsConfig
 from mtp_megatron.errors import ConfigError
@@ -118,16 +118,87 @@ class ParallelSection(Section):
 
 
 class DataSection(Section):
-    """A folder written by ``mtp-megatron preprocess``."""
+    """A folder written by ``mtp-megatron preprocess``, or several of them blended by weight."""
 
-    path: str = Field(default="data", min_length=1, description="folder with train.bin, valid.bin and dataset.json")
+    path: str | None = Field(
+        default="data", min_length=1, description="folder with train.bin, valid.bin and dataset.json; null with blend"
+    )
+    blend: list[list[float | str] | str] | None = Field(
+        default=None,
+        description="in place of path: [weight, folder] pairs, drawn in proportion to the weights; or folders "
+        "alone, drawn in proportion to their training tokens",
+    )
     cache: str | None = Field(
         default=None,
         min_length=1,
-        description="folder for the index of samples, shared by the hosts or not; null: cache inside data.path",
+        description="folder for the index of samples, shared by the hosts or not; null: cache inside each data folder",
     )
     seed: int = Field(default=1234, ge=0, description="seed of the order in which samples are drawn")
     workers: int = Field(default=0, ge=0, description="loader processes per rank; 0: load in the training process")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_them(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        blend = values.get("blend")
+        if blend is not None and values.get("path") is not None:
+            raise ConfigError(
+                "data.blend",
+                blend,
+                f"data.path={values['path']!r} is set, too",
+                "Set data.path=null to train on the blend, or data.blend=null to train on that folder.",
+            )
+        if blend is None and "path" in values and values["path"] is None:
+            raise ConfigError(
+                "data.path", None, "no folder is given, and no data.blend", "Set data.path to a str: the data's folder."
+            )
+        return {**values, "path": None} if blend is not None else values
+
+    @field_validator("blend", mode="before")
+    @classmethod
+    def _pairs(cls, blend: Any) -> Any:
+        if blend is None:
+            return None
+        remedy = "Write [weight, folder] pairs, for example [[0.7, data/web], [0.3, data/code]], or folders alone."
+        if not isinstance(blend, list) or not blend:
+            raise ConfigError("data.blend", blend, "it is no list of folders", remedy)
+        if not all(_is_folder(item) for item in blend):
+            for item in blend:
+                if not (isinstance(item, list) and len(item) == 2 and _is_weight(item[0]) and _is_folder(item[1])):
+                    raise ConfigError("data.blend", blend, f"{item!r} is no weight above 0 with its folder", remedy)
+        folders = [item if isinstance(item, str) else item[1] for item in blend]
+        for folder in folders:
+            if folders.count(folder) > 1:
+                raise ConfigError("data.blend", blend, f"it has {folder} twice", "Give it once, with a larger weight.")
+        return blend
+
+    @property
+    def parts(self) -> tuple[tuple[float | None, str], ...]:
+        """``(weight, folder)`` of every folder to be read; weights are None where sizes decide."""
+        if self.blend is None:
+            return ((None, str(self.path)),)
+        pairs = [(None, item) if isinstance(item, str) else (float(item[0]), str(item[1])) for item in self.blend]
+        return tuple(pairs)
+
+    @property
+    def named(self) -> tuple[str, Any]:
+        """Name and value of the setting that says what is read, for messages."""
+        return ("data.path", self.path) if self.blend is None else ("data.blend", self.blend)
+
+    @property
+    def setting(self) -> str:
+        """The same as one text."""
+        field, value = self.named
+        return f"{field}={value}"
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _is_folder(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 class OptimizerSection(Section):
@@ -237,8 +308,8 @@ class RunSection(Section):
     accept_changes: bool = Field(
         default=False,
         description="resume although optimizer.lr, min_lr, warmup_steps, decay_steps, weight_decay, clip_grad, "
-        "heads.loss_weights, loss_decay or curriculum_steps are not as they were, or start from a model (run.load) "
-        "whose tokenizer is not the data's; that is then recorded",
+        "heads.loss_weights, loss_decay, curriculum_steps or the data are not as they were, or start from a model "
+        "(run.load) whose tokenizer is not the data's; that is then recorded",
     )
     load: str | None = Field(
         default=None,

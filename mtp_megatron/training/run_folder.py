@@ -18,7 +18,7 @@ FREE_KEYS = frozenset(
     {
         *("parallel", "run"),
         *("heads.execution", "heads.loss_chunk_tokens", "heads.new_heads"),
-        *("data.path", "data.cache", "data.workers"),
+        *("data.path", "data.blend", "data.cache", "data.workers"),  # what the data is: preflight compares it
         *("optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather"),
         *(f"train.{key}" for key in ("steps", "micro_batch_size", "eval_interval", "eval_batches", "save_interval")),
         *(

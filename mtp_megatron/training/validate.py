@@ -71,7 +71,7 @@ def _check_vocabulary(recipe: Recipe, tokenizer_vocab_size: int) -> None:
         raise ConfigError(
             "model.vocab_size",
             size,
-            f"the tokenizer of data.path={recipe.data.path} has {tokenizer_vocab_size} ids",
+            f"the tokenizer of {recipe.data.setting} has {tokenizer_vocab_size} ids",
             f"Set it to null or to at least {tokenizer_vocab_size}.",
         )
 

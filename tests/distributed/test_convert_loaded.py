@@ -65,7 +65,7 @@ def load_and_save(rank: int, world_size: int, tree: dict[str, Any]) -> None:
     from mtp_megatron.training.checkpointing import save_checkpoint
 
     plan, trainable, world = loaded(tree, world_size)
-    save_checkpoint(plan.recipe, plan.manifest, trainable, plan.folder.checkpoints, 1)
+    save_checkpoint(plan.recipe, plan.data, trainable, plan.folder.checkpoints, 1)
     world.__exit__(None, None, None)
 
 

@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 
+from mtp_megatron.data.blend import load_blend
 from mtp_megatron.data.dataset import build_datasets
 from mtp_megatron.data.manifest import load_manifest
 from mtp_megatron.data.preprocess import PreprocessOptions, preprocess
@@ -35,7 +36,7 @@ def data(original, tmp_path):
 
 def build(data, **changes):
     arguments = {"seq_length": 64, "train_samples": 100, "seed": 1, **changes}
-    return build_datasets(load_manifest(data), **arguments)
+    return build_datasets(load_blend([(None, str(data))]), **arguments)
 
 
 def test_a_sample_is_consecutive_text_and_its_labels_are_one_ahead(data):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.recipe_io import dump_recipe, parse_recipe
 from mtp_megatron.training.run_folder import RunFolder, check_run_folder
 from mtp_megatron.training.validate import check_recipe, data_parallel_size, num_microbatches
-from tests.training_runs import tiny_tree
+from tests.training_runs import complete, tiny_tree
 
 SPREAD = {"parallel__pipeline": 2, "parallel__layout": "Ettttmm|mL"}  # heads on two stages
 
@@ -232,20 +231,6 @@ def test_foreign_files_and_a_file_are_refused(tmp_path: Path) -> None:
         check_run_folder(resolved(tmp_path / "thesis.tex"))
 
 
-def complete(run: Path, step: int, recipe: Recipe, **changes: Any) -> Path:
-    folder = run / "checkpoints" / f"iter_{step:07d}"
-    folder.mkdir(parents=True)
-    described = {
-        "model": recipe.model.model_dump(mode="json"),
-        "heads": recipe.heads.model_dump(mode="json"),
-        "padded_vocab_size": 384,
-        **changes,
-    }
-    (folder / "mtp_config.json").write_text(json.dumps(described))
-    (folder / "files.json").write_text("{}")
-    return folder
-
-
 def test_resume_never_and_must(tmp_path: Path) -> None:
     recipe = written(tmp_path)
     with pytest.raises(ConfigError, match="holds no checkpoint"):
@@ -302,7 +287,7 @@ def test_another_data_set_is_refused_on_resume(data: Path, tmp_path: Path) -> No
     recipe = preflight(parse_recipe(tiny_tree(data, tmp_path / "run")), 1).recipe
     RunFolder(tmp_path / "run").write_recipe(recipe)
     complete(tmp_path / "run", 5, recipe, data_fingerprint="another")
-    with pytest.raises(ConfigError, match="not the data set that the run") as caught:
+    with pytest.raises(ConfigError, match="not the data that the run") as caught:
         preflight(parse_recipe(tiny_tree(data, tmp_path / "run")), 1)
     assert caught.value.field == "data.path"
 

@@ -28,7 +28,7 @@ def keeps_state(norm: torch.nn.Module, given: list[Any]) -> None:
 
 
 def test_a_checkpoint_without_them_is_loaded_and_they_stay_as_they_are(tmp_path: Path) -> None:
-    from mtp_megatron.data.manifest import load_manifest
+    from mtp_megatron.data.blend import load_blend
     from mtp_megatron.training.build import build_trainable
     from mtp_megatron.training.checkpointing import latest_checkpoint, load_checkpoint, save_checkpoint
     from mtp_megatron.training.world import model_parallel_world
@@ -42,7 +42,7 @@ def test_a_checkpoint_without_them_is_loaded_and_they_stay_as_they_are(tmp_path:
         for parameter in model.parameters():
             parameter.main_grad.fill_(1e-3)
         trainable.update()  # a step, so that there are moments to be saved
-        save_checkpoint(recipe, load_manifest(tmp_path / "data"), trainable, tmp_path / "checkpoints", 1)
+        save_checkpoint(recipe, load_blend([(None, str(tmp_path / "data"))]), trainable, tmp_path / "checkpoints", 1)
         folder = latest_checkpoint(tmp_path / "checkpoints")
         assert folder is not None
         weight = model.final_norm.weight.detach().clone()
