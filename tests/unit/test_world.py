@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -184,7 +185,8 @@ def test_gpus_of_two_kinds_in_one_job(
         properties = SimpleNamespace(major=9, minor=0, multi_processor_count=count, total_memory=gib << 30)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         cuda_memory.cache_clear()
-        return agreement.Statement(rank, f"host{rank}", "", {"GPU": agreement._gpu(recipe)})
+        plan: Any = SimpleNamespace(recipe=recipe, manifest=SimpleNamespace(fingerprint="of the data"))
+        return agreement.Statement(rank, f"host{rank}", "", agreement._facts(plan))
 
     statements = [statement(0, 132, 80), statement(1, multiprocessors, memory)]
     cuda_memory.cache_clear()
