@@ -7,6 +7,7 @@ traced; Transformer Engine's own communication; what a collective reduces by; wh
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -46,17 +47,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         4,
         {"parallel": {"pipeline": 4, "virtual_pipeline": 2, "layout": "Et|t|t|t|m|m|m|mL"}},
     ),
-    "PP3 interleaved": (3, {"parallel": {"pipeline": 3, "virtual_pipeline": 2, "layout": "Et|t|t|t|mm|mmL"}}),
 }
-Meddle = Callable[[int, Any], None]
+Meddle = Callable[[Any], None]
 
 
-def traced(layout: str, meddle: Meddle = lambda rank, trainable: None) -> list[list[Operation]]:
-    """Operations of every rank in two training steps with an evaluation between them.
-
-    Args:
-        meddle: called with each rank's trainable before the first step.
-    """
+def recipe_of(layout: str) -> Any:
     from mtp_megatron.training.recipe_io import parse_recipe
     from mtp_megatron.training.validate import check_recipe
 
@@ -70,11 +65,21 @@ def traced(layout: str, meddle: Meddle = lambda rank, trainable: None) -> list[l
         "heads": {"n": 4, **sections.get("heads", {})},
         "train": train,
     }
-    recipe = check_recipe(parse_recipe(tree), world_size=world_size, tokenizer_vocab_size=1000)
-    return [traced_rank(recipe, rank, world_size, meddle) for rank in range(world_size)]
+    return check_recipe(parse_recipe(tree), world_size=world_size, tokenizer_vocab_size=1000)
 
 
-def traced_rank(recipe: Any, rank: int, world_size: int, meddle: Meddle) -> list[Operation]:
+@functools.cache
+def traced(layout: str) -> tuple[list[Operation], ...]:
+    """Operations of every rank."""
+    return tuple(traced_rank(layout, rank) for rank in range(LAYOUTS[layout][0]))
+
+
+def traced_rank(layout: str, rank: int, meddle: Meddle = lambda trainable: None) -> list[Operation]:
+    """Operations of one rank in two training steps with an evaluation between them.
+
+    Args:
+        meddle: called with the rank's trainable before the first step.
+    """
     import torch
 
     from mtp_megatron.compat.fake import fake_rank
@@ -84,6 +89,8 @@ def traced_rank(recipe: Any, rank: int, world_size: int, meddle: Meddle) -> list
     from mtp_megatron.training.step import train_step
     from mtp_megatron.training.validate import num_microbatches
     from mtp_megatron.training.world import model_parallel_world
+
+    recipe, world_size = recipe_of(layout), LAYOUTS[layout][0]
 
     def samples(*, micro_batch_size: int, **_: int) -> Iterator[dict[str, torch.Tensor]]:
         shape = (micro_batch_size, recipe.train_seq_length)
@@ -97,7 +104,7 @@ def traced_rank(recipe: Any, rank: int, world_size: int, meddle: Meddle) -> list
 
         trainable = build_trainable(recipe)
         trainable.config.deallocate_pipeline_outputs = True  # as on GPUs
-        meddle(rank, trainable)
+        meddle(trainable)
         count_parameters(trainable)
         count = num_microbatches(recipe, world_size)
         iterators = chunk_iterators(recipe, 0, samples)
@@ -120,21 +127,18 @@ def test_all_that_the_ranks_say_fits_together(layout: str) -> None:
         assert len(groups) <= 9
 
 
-def _copies_in_another_order(rank: int, trainable: Any) -> None:
-    if rank == 1:
-        trainable.head_stages._copies.reverse()
+def _copies_in_another_order(trainable: Any) -> None:
+    trainable.head_stages._copies.reverse()
 
 
-def _no_part_in_the_evaluation(rank: int, trainable: Any) -> None:
-    if rank == 1:
-        object.__setattr__(trainable.head_stages, "put_together", lambda reports: None)
+def _no_part_in_the_evaluation(trainable: Any) -> None:
+    trainable.head_stages.put_together = lambda reports: None
 
 
-def _in_another_type(rank: int, trainable: Any) -> None:
-    if rank == 1:
-        chunk = trainable.chunks[0]
-        former = chunk.forward
-        chunk.forward = lambda *a, **k: former(*a, **k).float()
+def _in_another_type(trainable: Any) -> None:
+    chunk = trainable.chunks[0]
+    former = chunk.forward
+    chunk.forward = lambda *args, **kwargs: former(*args, **kwargs).float()
 
 
 @pytest.mark.parametrize(
@@ -145,8 +149,11 @@ def _in_another_type(rank: int, trainable: Any) -> None:
         (_in_another_type, "rank 1 sends float32[64, 2, 64], and rank 2 receives bfloat16[64, 2, 64]"),
     ],
 )
-def test_ranks_that_do_otherwise_are_noticed(meddle: Meddle, said: str) -> None:
-    found = problems(traced("PP4, heads on three, one of them idle", meddle))
+def test_a_rank_that_does_otherwise_is_noticed(meddle: Meddle, said: str) -> None:
+    layout = "PP4, heads on three, one of them idle"
+    ranks = list(traced(layout))
+    ranks[1] = traced_rank(layout, 1, meddle)
+    found = problems(ranks)
     assert any(said in problem for problem in found), found
 
 
