@@ -197,8 +197,9 @@ def _facts(plan: Plan) -> dict[str, Any]:
 def _gpu(recipe: Recipe) -> dict[str, Any]:
     """What the GPUs of a job must have in common; empty without.
 
-    Which random numbers torch draws depends on how many multiprocessors draw them: data parallel ranks would start with
-    other weights each, and could keep them. The memory decides in how many chunks the loss is taken
+    Which random numbers torch draws depends on how many multiprocessors draw them (``calc_execution_policy`` in its
+    DistributionTemplates.h): data parallel ranks would start with other weights each, and without the distributed
+    optimizer keep them. The memory decides in how many chunks the loss is taken
     (:func:`mtp_megatron.loss.chunk_tokens_for`), and tensor parallel ranks wait for one another in each.
     """
     if not torch.cuda.is_available():
