@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,22 @@ def test_a_rank_takes_its_gpu_before_anything_is_imported_that_may_take_the_firs
     else:
         agreement.preflight_together(recipe, 1, None)
     assert gpu_3 == [torch.device("cuda", 3), "started", "imports"]
+
+
+@pytest.mark.parametrize(("said", "told"), [(None, "3"), ("5", "5")])
+def test_deepspeed_is_told_the_gpu_that_is_current(
+    said: str | None, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a script that has told its ranks apart without LOCAL_RANK; another number would send them all to GPU 0."""
+    from mtp_megatron.deepspeed import trainer
+
+    monkeypatch.setenv("LOCAL_RANK", said or "")  # so that it is put back
+    if said is None:
+        monkeypatch.delenv("LOCAL_RANK")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    trainer._tell_local_rank()
+    assert os.environ["LOCAL_RANK"] == told
 
 
 def test_a_gpu_that_does_not_answer_is_named(gpu_3: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
