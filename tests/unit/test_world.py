@@ -141,7 +141,7 @@ def test_a_rank_takes_its_gpu_before_anything_is_imported_that_may_take_the_firs
 ) -> None:
     monkeypatch.setattr(compat, "prepare", lambda: gpu_3.append("imports"))
     monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: 1 / 0)  # as far as this test goes
-    monkeypatch.setattr(agreement, "preflight", lambda *a: gpu_3.append("imports"))
+    monkeypatch.setattr(agreement, "preflight", lambda *a, **k: gpu_3.append("imports"))
     if start == "world":
         with pytest.raises(ZeroDivisionError), world.model_parallel_world(recipe):
             pass
@@ -202,7 +202,7 @@ def test_gpus_of_two_kinds_in_one_job(
         properties = SimpleNamespace(major=9, minor=0, multi_processor_count=count, total_memory=gib << 30)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         cuda_memory.cache_clear()
-        plan: Any = SimpleNamespace(recipe=recipe, manifest=SimpleNamespace(fingerprint="of the data"))
+        plan: Any = SimpleNamespace(recipe=recipe, initial=None, manifest=SimpleNamespace(fingerprint="data"))
         return agreement.Statement(rank, f"host{rank}", "", agreement._facts(plan))
 
     statements = [statement(0, 132, 80), statement(1, multiprocessors, memory)]
