@@ -125,6 +125,7 @@ def test_ranks_of_a_node_that_do_not_know_their_place_are_told_of_it(monkeypatch
 @pytest.fixture
 def gpu_3(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What the rank that owns GPU 3 of 8 does to CUDA, of which there is none here."""
+    compat.prepare()  # as on a CPU, before it passes for a GPU's machine
     done: list[object] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
