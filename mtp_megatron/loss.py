@@ -98,12 +98,12 @@ def chunk_tokens_for(
     tokens = max(16, min(MAX_CHUNK_TOKENS, CHUNK_ELEMENTS // rows))
     if device is None or device.type != "cuda":
         return tokens
-    elements = _cuda_memory(device) // CUDA_MEMORY_SHARE // bytes_per_logit
+    elements = cuda_memory(device) // CUDA_MEMORY_SHARE // bytes_per_logit
     return max(tokens, min(CUDA_MAX_CHUNK_TOKENS, elements // rows // 16 * 16))
 
 
 @functools.cache
-def _cuda_memory(device: torch.device) -> int:
+def cuda_memory(device: torch.device) -> int:
     """Bytes of a GPU, rounded down to a power of two: those of one model differ by some MB."""
     total: int = torch.cuda.get_device_properties(device).total_memory
     return 1 << (total.bit_length() - 1)

@@ -8,9 +8,11 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from mtp_megatron.compat import cpu, fallbacks, packages
-from mtp_megatron.compat.versions import UnusableGPUs, require_megatron_core
+from mtp_megatron.compat.versions import EnvironmentUnsupported, UnusableGPUs, require_megatron_core
+from mtp_megatron.errors import ConfigError
 from mtp_megatron.imports import imports_that_stay
 
 _DRIVER = Path("/dev/nvidiactl")  # there where NVIDIA's driver is loaded, of whatever version
@@ -95,6 +97,63 @@ def device() -> torch.device:
     if not torch.cuda.is_available():
         return cpu.CPU
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
+
+
+def take_own_gpu() -> None:
+    """Make the GPU of this rank the current one, and start CUDA on it; without GPUs, do nothing.
+
+    Before anything else touches CUDA: a rank that imports Transformer Engine first may leave a context on GPU 0, where
+    all ranks' contexts would take its memory; and a GPU that is broken, or held by another process, is found out where
+    the ranks still tell one another.
+
+    Raises:
+        ConfigError: this node starts more ranks than it has GPUs, or they do not see them all, or do not know which is
+            whose.
+        EnvironmentUnsupported: this rank's GPU does not answer.
+    """
+    if not torch.cuda.is_available():
+        return
+    _check_local_rank()
+    own = device()
+    try:
+        torch.cuda.set_device(own)
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        raise EnvironmentUnsupported(
+            f"GPU {own.index} of this node cannot be used: {said}. nvidia-smi shows whether it is broken or taken: "
+            "leave the node out, or end the process that holds the GPU."
+        ) from error
+
+
+def _check_local_rank() -> None:
+    # By every rank, so that the one that reports for its node does.
+    visible, local_rank = torch.cuda.device_count(), os.environ.get("LOCAL_RANK")
+    if local_rank is None and visible > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        raise ConfigError(
+            "LOCAL_RANK",
+            None,
+            f"this node has {visible} CUDA devices, and a rank that does not know its place on the node would take the "
+            "first one, as the others would",
+            "Start the ranks with torchrun, or export LOCAL_RANK for each (under srun LOCAL_RANK=$SLURM_LOCALID).",
+        )
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", int(local_rank or "0") + 1))
+    if started <= visible:
+        return
+    if visible == 1:  # of a small node, or because a scheduler binds each rank to a GPU of its own
+        raise ConfigError(
+            "processes per node",
+            started,
+            "each rank needs a CUDA device of its own, by its LOCAL_RANK, and this one sees a single device",
+            "Let every rank see all GPUs of its node (SLURM: no --gpus-per-task or --gpu-bind for srun; the same "
+            "CUDA_VISIBLE_DEVICES for all). If the node has only that one, start one rank there.",
+        )
+    raise ConfigError(
+        "processes per node",
+        started,
+        f"this node has {visible} CUDA devices, and each rank needs its own",
+        "Start fewer ranks per node, or set CUDA_VISIBLE_DEVICES= to train on the CPU.",
+    )
 
 
 def backend() -> str:

@@ -146,7 +146,7 @@ def build_trainer(recipe: Recipe, initial: Path | None = None) -> DeepSpeedTrain
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warn_of_stale_locks()
-    os.environ.setdefault("LOCAL_RANK", "0")  # asked for by DeepSpeed; a process that no launcher started has none
+    _tell_local_rank()
     if recipe.run.deepspeed is None:
         raise ValueError("run.deepspeed is null: the recipe names no DeepSpeed configuration")
     config = settings.engine_config(
@@ -178,6 +178,12 @@ def build_trainer(recipe: Recipe, initial: Path | None = None) -> DeepSpeedTrain
         dist_init_required=False,
     )
     return DeepSpeedTrainer(model, engine, build_scheduler(recipe.optimizer, engine.optimizer), config)
+
+
+def _tell_local_rank() -> None:
+    """DeepSpeed asks the environment which GPU is this rank's. A process that no launcher started says nothing there,
+    and may be one of several, each of which has made a GPU its current one."""
+    os.environ.setdefault("LOCAL_RANK", str(compat.device().index or 0))
 
 
 def _take(iterators: Sequence[BatchIterator], count: int) -> list[Microbatch]:

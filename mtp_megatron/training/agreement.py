@@ -3,7 +3,7 @@ them go on or none does.
 
 Each rank checks what its own host shows it (:mod:`.preflight`). Without this step a host on which a check fails would
 leave the others waiting for it until ``train.timeout_minutes``, and hosts with different recipes, data or versions
-would train something that nobody asked for. Nothing is allocated before the ranks agree.
+would train something that nobody asked for. No model is allocated before the ranks agree.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ from torch._C._distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from mtp_megatron import __version__, compat
-from mtp_megatron.compat.devices import require_usable_gpu
+from mtp_megatron.compat.devices import require_usable_gpu, take_own_gpu
 from mtp_megatron.data.blend import Blend
 from mtp_megatron.errors import ConfigError, MTPError
+from mtp_megatron.loss import cuda_memory
 from mtp_megatron.training.checkpoint_files import differences
 from mtp_megatron.training.preflight import Plan, check_launcher, preflight
 from mtp_megatron.training.recipe import Recipe
 
 # May differ from host to host: where folders are mounted, and how many processes read.
 _LOCAL_KEYS = {"data": {"path", "blend", "cache", "workers"}, "run": {"path"}}
+_GPU = "GPU"
 SEEN_WITHIN = 30.0  # seconds; network file systems show other hosts' writes late
 _READ_WITHIN = timedelta(seconds=30)
 
@@ -80,12 +82,12 @@ def job_store(recipe: Recipe) -> Store | None:
 
 
 def preflight_together(recipe: Recipe, world_size: int, store: Store | None) -> Plan:
-    """:func:`.preflight.preflight` on every rank, and a look at its GPUs; collective.
+    """:func:`.preflight.preflight` on every rank, and its GPU taken; collective.
 
     Raises:
         ConfigError, DataError, CheckpointError: this rank's own complaint; or, on all ranks, a setting in which they
             differ.
-        EnvironmentUnsupported: torch cannot use this rank's GPUs.
+        EnvironmentUnsupported: torch cannot use this rank's GPU.
         JobError: another rank has a complaint, or did not report within ``train.timeout_minutes``.
     """
     if store is None and not dist.is_initialized():
@@ -104,6 +106,7 @@ def preflight_together(recipe: Recipe, world_size: int, store: Store | None) -> 
 
 def _preflight_with_gpu(recipe: Recipe, world_size: int, *, warn: bool = True) -> Plan:
     require_usable_gpu()
+    take_own_gpu()
     return preflight(recipe, world_size, warn=warn)
 
 
@@ -130,7 +133,9 @@ def compare(statements: Sequence[Statement]) -> None:
                 field,
                 value if not isinstance(value, dict) else "...",
                 f"rank {other.rank} on {other.host} has another one than rank 0 on {zero.host} ({shown})",
-                "Start every host with the same command, data and environment.",
+                "Give the job nodes with GPUs of one kind."
+                if field == _GPU
+                else "Start every host with the same command, data and environment.",
             )
 
 
@@ -189,6 +194,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "fused kernels": compat.fusions(),  # where a host lacks a compiler, say, all would wait for it in every step
         # Not where rank 0 resumes: the others follow it, and may not see yet what it saved.
         **({} if plan.initial is None else {"checkpoint of run.load": plan.initial.name}),
+        _GPU: _gpu(plan.recipe),
     }
 
 
@@ -201,6 +207,27 @@ def _data_facts(data: Blend) -> dict[str, Any]:
     }
 
 
+def _gpu(recipe: Recipe) -> dict[str, Any]:
+    """What the GPUs of a job must have in common; empty without.
+
+    Which random numbers torch draws depends on how many multiprocessors draw them (``calc_execution_policy`` in its
+    DistributionTemplates.h): data parallel ranks would start with other weights each, and without the distributed
+    optimizer keep them. The memory decides in how many chunks the loss is taken
+    (:func:`mtp_megatron.loss.chunk_tokens_for`), and tensor parallel ranks wait for one another in each.
+    """
+    if not torch.cuda.is_available():
+        return {}
+    own = compat.device()
+    properties = torch.cuda.get_device_properties(own)
+    common: dict[str, Any] = {
+        "compute capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+    }
+    if recipe.parallel.tensor > 1 and recipe.heads.loss_chunk_tokens is None:
+        common["memory at least, GiB"] = cuda_memory(own) >> 30
+    return common
+
+
 def _exchange(store: Store | None, name: str, world_size: int, minutes: float) -> Exchange:
     if store is None:
         return _through_group
@@ -208,8 +235,6 @@ def _exchange(store: Store | None, name: str, world_size: int, minutes: float) -
 
 
 def _through_group(text: str) -> list[str]:
-    if torch.cuda.is_available():
-        torch.cuda.set_device(compat.device())  # NCCL sends from the current device
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, text)
     return told

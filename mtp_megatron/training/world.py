@@ -15,8 +15,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, Store
 
 from mtp_megatron import compat
-from mtp_megatron.compat.devices import gpus_left_out, require_usable_gpu
-from mtp_megatron.errors import ConfigError
+from mtp_megatron.compat.devices import gpus_left_out, require_usable_gpu, take_own_gpu
 from mtp_megatron.training.head_stages import embedding_ranks
 from mtp_megatron.training.recipe import Recipe
 
@@ -42,21 +41,19 @@ def model_parallel_world(recipe: Recipe, store: Store | None = None) -> Iterator
         store: the launcher's, if the ranks have met there already (:func:`.agreement.job_store`).
 
     Raises:
-        ConfigError: this node starts more ranks than it has GPUs, or they do not see them all.
+        ConfigError: the ranks of this node and its GPUs do not fit (:func:`.devices.take_own_gpu`).
         EnvironmentUnsupported: torch cannot use this node's GPUs.
     """
     require_usable_gpu()
     left_out = gpus_left_out()
     if left_out is not None and os.environ.get("LOCAL_RANK", "0") == "0":
         logger.warning("%s", left_out)
+    take_own_gpu()
     compat.prepare()
     from megatron.core import parallel_state
 
     timeout = timedelta(minutes=recipe.train.timeout_minutes)
     owns_group = not dist.is_initialized()
-    if torch.cuda.is_available():
-        _check_local_rank()
-        torch.cuda.set_device(compat.device())
     if owns_group and store is not None:
         rank, size = int(os.environ["RANK"]), launched_world_size()
         dist.init_process_group(compat.backend(), store=store, rank=rank, world_size=size, timeout=timeout)
@@ -102,28 +99,6 @@ def _leave(owns_group: bool) -> None:
     parallel_state.destroy_model_parallel()
     if owns_group:
         dist.destroy_process_group()
-
-
-def _check_local_rank() -> None:
-    # By every rank, so that the one that reports for its node does.
-    started = int(os.environ.get("LOCAL_WORLD_SIZE", int(os.environ.get("LOCAL_RANK", "0")) + 1))
-    visible = torch.cuda.device_count()
-    if started <= visible:
-        return
-    if visible == 1:  # of a small node, or because a scheduler binds each rank to a GPU of its own
-        raise ConfigError(
-            "processes per node",
-            started,
-            "each rank needs a CUDA device of its own, by its LOCAL_RANK, and this one sees a single device",
-            "Let every rank see all GPUs of its node (SLURM: no --gpus-per-task or --gpu-bind for srun; the same "
-            "CUDA_VISIBLE_DEVICES for all). If the node has only that one, start one rank there.",
-        )
-    raise ConfigError(
-        "processes per node",
-        started,
-        f"this node has {visible} CUDA devices, and each rank needs its own",
-        "Start fewer ranks per node, or set CUDA_VISIBLE_DEVICES= to train on the CPU.",
-    )
 
 
 def _seed(seed: int) -> None:

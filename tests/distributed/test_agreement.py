@@ -203,6 +203,32 @@ def test_an_old_driver_on_one_host_ends_them_all(data: Path, tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
+def with_a_gpu_less_on_rank_1(rank: int, world_size: int, trees: list[dict[str, Any]]) -> tuple[str, str, bool]:
+    """For ``run_world``: as ``start_body``, where the second host has one GPU less than ranks."""
+    from mtp_megatron.compat import devices
+    from mtp_megatron.training import agreement
+
+    def too_few() -> None:
+        with mock.patch.object(devices.torch.cuda, "device_count", return_value=7):
+            devices._check_local_rank()
+
+    os.environ["LOCAL_WORLD_SIZE"] = "8"
+    with mock.patch.object(agreement, "take_own_gpu", too_few if rank == 1 else lambda: None):
+        return start_body(rank, world_size, trees)
+
+
+def test_a_gpu_that_one_host_lacks_ends_them_all(data: Path, tmp_path: Path) -> None:
+    """The others would wait for that host until their first collective times out."""
+    tree = tiny_tree(data, tmp_path / "run", parallel__pipeline=2)
+    (kind, said, built), (own_kind, own_said, own_built) = run_world(with_a_gpu_less_on_rank_1, 2, [tree] * 2)
+    assert (kind, own_kind) == ("JobError", "ConfigError")
+    assert said.startswith("rank 1 on ")
+    assert own_said.startswith("processes per node=8: this node has 7 CUDA devices")
+    assert own_said in said
+    assert not built
+    assert not own_built
+
+
 def test_ranks_with_other_settings_are_refused_by_name(data: Path, tmp_path: Path) -> None:
     one = tiny_tree(data, tmp_path / "run", parallel__pipeline=2)
     other = tiny_tree(data, tmp_path / "run", parallel__pipeline=2, train__steps=9)

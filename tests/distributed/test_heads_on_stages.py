@@ -57,6 +57,18 @@ def test_spread_heads_equal_the_reference(name: str) -> None:
     assert copies_differ_by(ranks) == 0.0
 
 
+def _free_what_was_sent(chunks: list) -> None:
+    chunks[0].config.deallocate_pipeline_outputs = True
+
+
+@pytest.mark.parametrize("name", ["pp2", "pp4", "tp2-pp2-sp", "tied-pp4", "dp2-overlap", "idle-stage", "joint"])
+def test_outputs_that_are_freed_once_they_are_sent(name: str) -> None:
+    """As on GPUs; not interleaved, where gloo would still be reading them."""
+    case = CASES[name]
+    parameters = make_parameters(case)
+    assert_same_step(megatron_step(case, parameters, _free_what_was_sent), reference_step(case, parameters), 1e-5)
+
+
 def copies_differ_by(ranks: list[dict]) -> float:
     """Largest difference between gradients of one shard of a shared tensor on different stages (and replicas)."""
     first: dict[tuple[str, str], torch.Tensor] = {}

@@ -75,7 +75,7 @@ def of_the_whole_matrix(hidden: torch.Tensor, weight: torch.Tensor, targets: tor
 
 def local_rows(weight: torch.Tensor, rows: int, rank: int) -> torch.Tensor:
     """This rank's rows; padding rows hold values that would dominate everything if they took part."""
-    padded = torch.full((rows * dist.get_world_size(), weight.shape[1]), 1e4, dtype=weight.dtype)
+    padded = weight.new_full((rows * dist.get_world_size(), weight.shape[1]), 1e4)
     padded[: weight.shape[0]] = weight
     return padded[rank * rows : (rank + 1) * rows].contiguous()
 
