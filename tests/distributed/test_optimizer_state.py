@@ -107,7 +107,7 @@ def _peaks(rank: int, world_size: int, tree: dict[str, Any], old: bool, torchs_w
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
     from mtp_megatron import compat
-    from mtp_megatron.data.manifest import load_manifest
+    from mtp_megatron.data.blend import load_blend
     from mtp_megatron.planning.checkpoint_memory import checkpoint_host_memory
     from mtp_megatron.planning.cost import rank_costs
     from mtp_megatron.planning.live_memory import LiveMemory
@@ -120,9 +120,9 @@ def _peaks(rank: int, world_size: int, tree: dict[str, Any], old: bool, torchs_w
     compat.prepare()
     from megatron.core import distributed
 
-    manifest = load_manifest(tree["data"]["path"])
+    data = load_blend([(None, tree["data"]["path"])])
     whole_config = distributed.DistributedDataParallelConfig
-    recipe = check_recipe(parse_recipe(tree), world_size=world_size, tokenizer_vocab_size=manifest.vocab_size)
+    recipe = check_recipe(parse_recipe(tree), world_size=world_size, tokenizer_vocab_size=data.first.vocab_size)
     way = padded_checkpoints if old else state_stays_on_its_ranks
     writer = FileSystemWriter if torchs_writer else checkpoint_writer.TensorByTensor
     with (
@@ -164,7 +164,7 @@ def _peaks(rank: int, world_size: int, tree: dict[str, Any], old: bool, torchs_w
                 tensor.detach()  # it is seen as there before
             before = memory.current
             memory.restart_peak()
-            folder = checkpointing.save_checkpoint(recipe, manifest, trainable, checkpoints, 3)
+            folder = checkpointing.save_checkpoint(recipe, data, trainable, checkpoints, 3)
             result["save"] = memory.peak - before
             memory.restart_peak()
             checkpointing.load_checkpoint(recipe, trainable, folder)

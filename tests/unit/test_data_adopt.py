@@ -13,6 +13,7 @@ import pytest
 from mtp_megatron.cli import main
 from mtp_megatron.data import adopt_checks
 from mtp_megatron.data.adopt import AdoptOptions, AdoptResult, adopt
+from mtp_megatron.data.blend import load_blend
 from mtp_megatron.data.dataset import build_datasets
 from mtp_megatron.data.manifest import Manifest, load_manifest
 from mtp_megatron.data.megatron_index import HEADER, IndexWriter, MegatronIndex, Places
@@ -70,7 +71,7 @@ def test_samples_are_those_of_the_documents_that_are_left(upstream: Path, tmp_pa
     """By the data set that trains: the index skips what is held out."""
     adopted(upstream, tmp_path / "data", valid_fraction=0.2)
     manifest = load_manifest(tmp_path / "data")
-    train, valid = build_datasets(manifest, seq_length=8, train_samples=1, seed=1)
+    train, valid = build_datasets(load_blend([(None, str(tmp_path / "data"))]), seq_length=8, train_samples=1, seed=1)
     for samples, split in ((train, "train"), (valid, "valid")):
         stream = "\0".join(documents_of(manifest, split))
         seen = 0

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from mtp_megatron import compat
 from mtp_megatron.compat import devices
 from mtp_megatron.compat.versions import EnvironmentUnsupported
+from mtp_megatron.data.blend import Blend
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.loss import cuda_memory
 from mtp_megatron.training import agreement, cli, world
@@ -214,7 +215,7 @@ def test_gpus_of_two_kinds_in_one_job(
         properties = SimpleNamespace(major=9, minor=0, multi_processor_count=count, total_memory=gib << 30)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         cuda_memory.cache_clear()
-        plan: Any = SimpleNamespace(recipe=recipe, initial=None, manifest=SimpleNamespace(fingerprint="data"))
+        plan: Any = SimpleNamespace(recipe=recipe, initial=None, data=Blend((), (), 0, ()))
         return agreement.Statement(rank, f"host{rank}", "", agreement._facts(plan))
 
     statements = [statement(0, 132, 80), statement(1, multiprocessors, memory)]
