@@ -31,6 +31,8 @@ FILES = (
 )
 # Of these, what people add or change later: none of it decides the ids of a text.
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
+# What may have another size than it was written with: a template is often in the settings, whose rest ``is_of`` checks.
+MAY_CHANGE = (*_TEMPLATES, _GENERATION, SETTINGS)
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -103,6 +105,12 @@ class HuggingFaceTokenizer(Tokenizer):
         """As engines read a prompt: special tokens that it spells are tokens, unless the settings say otherwise."""
         return self._encode(text_of(text), special_tokens_are_text=bool(self.settings.get("split_special_tokens")))
 
+    def encode_again(self, ids: Sequence[int]) -> list[int]:
+        """Ids of the text of ``ids``, special tokens kept: what Megatron-LM's loops gave to texts that spell some."""
+        self._check_ids(ids)
+        text = str(self._library.decode(list(ids), skip_special_tokens=False))
+        return self._encode(text, special_tokens_are_text=False)
+
     def decode(self, ids: Sequence[int]) -> str:
         self._check_ids(ids)
         return str(self._library.decode(list(ids)))
@@ -142,7 +150,13 @@ class HuggingFaceTokenizer(Tokenizer):
         library = self._library
         library.encode_special_tokens = special_tokens_are_text
         # 1.4 to 2 times as fast as encode(), which also keeps the place of each token in the text.
-        (encoding,) = library.encode_batch_fast([text], add_special_tokens=False)
+        try:
+            (encoding,) = library.encode_batch_fast([text], add_special_tokens=False)
+        except Exception as error:  # the library raises no other
+            raise DataError(
+                f"{self.name}: the library tokenizers cannot encode a text that begins with {text[:40]!r} ({error}). Of "
+                f"an unknown token: {TOKENIZER_JSON} names none for characters that its vocabulary lacks."
+            ) from error
         return list(encoding.ids)
 
     def _without(self, *names: str) -> dict[str, bytes]:
@@ -228,10 +242,12 @@ def open_tokenizer(
         ends = [plain.token_ids[eod], *ends]
     ends = [token for token in dict.fromkeys(ends) if token >= 0]
     if not ends:
-        raise DataError(
-            f"{path}: names no token that ends a text (eos_token in {SETTINGS}, eos_token_id in {_MODEL_CONFIG}), and "
-            "every document is to end with one. Name it with --eod TOKEN."
-        )
+        named = plain.settings.get("eos_token")
+        named = named.get("content") if isinstance(named, dict) else named
+        problem = f"names no token that ends a text (eos_token in {SETTINGS}, eos_token_id in {_MODEL_CONFIG})"
+        if named is not None:
+            problem = f"its eos_token in {SETTINGS}, {named!r}, is no token of {TOKENIZER_JSON}"
+        raise DataError(f"{path}: {problem}, and every document is to end with one. Name it with --eod TOKEN.")
     if ends[0] not in plain.token_ids.values():
         raise DataError(
             f"{path}: the id that ends a text, {ends[0]}, is none of its tokens. Name one with --eod TOKEN."
@@ -316,7 +332,11 @@ def _without_template(file: str, data: bytes) -> bytes:
 def _what_decides(described: dict[str, Any]) -> dict[str, Any]:
     """Of a ``tokenizer.json`` what decides the ids of a text, the same for every release of the library that wrote it:
     older ones join the two halves of a merge by a space, and leave settings out that have their defaults."""
-    model = {key: value for key, value in (described.get("model") or {}).items() if value not in (None, False, "")}
+    model = {
+        key: value
+        for key, value in (described.get("model") or {}).items()
+        if value not in (None, "") and value is not False
+    }
     if "merges" in model:
         merges = model["merges"]
         model["merges"] = [merge.split(" ", 1) if isinstance(merge, str) else list(merge) for merge in merges]

@@ -118,6 +118,27 @@ def test_without_an_end_token_it_is_asked_for(folder: Path) -> None:
         open_tokenizer(folder, "<end>")
 
 
+def test_an_end_token_that_the_file_lacks_is_named(folder: Path) -> None:
+    change_json(folder / "tokenizer_config.json", eos_token={"content": "<|nowhere|>"})
+    with pytest.raises(
+        DataError, match=r"its eos_token in tokenizer_config.json, '<\|nowhere\|>', is no token of .*--eod"
+    ):
+        open_tokenizer(folder)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_text_that_the_library_cannot_encode_is_an_error_that_says_so(folder: Path, workers: int) -> None:
+    model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "<unk>"}
+    ends = {"id": 2, "content": "<end>", "special": True, "normalized": False}
+    ends |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    change_json(folder / "tokenizer.json", model=model, added_tokens=[ends], post_processor=None)
+    plain = HuggingFaceTokenizer(
+        {"tokenizer.json": (folder / "tokenizer.json").read_bytes()}, vocab_size=None, eod=2, bos=None, name="plain"
+    )
+    with pytest.raises(DataError, match=r"plain: .*cannot encode a text that begins with 'c d' .*\[UNK\]"):
+        list(encode_documents([b"c d"], plain, workers))
+
+
 def test_an_end_token_that_is_not_marked_special_is_one_all_the_same(folder: Path) -> None:
     described = json.loads((folder / "tokenizer.json").read_text())
     for token in described["added_tokens"]:
