@@ -154,8 +154,8 @@ class HuggingFaceTokenizer(Tokenizer):
             (encoding,) = library.encode_batch_fast([text], add_special_tokens=False)
         except Exception as error:  # the library raises no other
             raise DataError(
-                f"{self.name}: the library tokenizers cannot encode a text that begins with {text[:40]!r} ({error}). Of "
-                f"an unknown token: {TOKENIZER_JSON} names none for characters that its vocabulary lacks."
+                f"{self.name}: the library tokenizers cannot encode a text that begins with {text[:40]!r} ({error}). "
+                f"Of an unknown token: {TOKENIZER_JSON} names none for characters that its vocabulary lacks."
             ) from error
         return list(encoding.ids)
 

@@ -6,8 +6,8 @@ Layout (Megatron-LM's)::
     checkpoints/latest_checkpointed_iteration.txt    the step of the latest one, replaced last
 
 Each checkpoint folder holds megatron-core's files, ``mtp_config.json`` (what the model is), ``files.json`` (every
-file's size, so that truncation is noticed before a load) and the tokenizer's model file, or a folder of its files, whose
-chat template and settings of generation people may change.
+file's size, so that truncation is noticed before a load) and the tokenizer's model file, or a folder of its files,
+whose chat template and settings of generation people may change.
 """
 
 from __future__ import annotations

@@ -189,5 +189,5 @@ def test_a_checkpoints_chat_template_may_change_and_its_ids_may_not(model: Path,
 
     with (folder / "tokenizer/tokenizer.json").open("a") as file:
         file.write(" ")
-    with pytest.raises(CheckpointError, match="tokenizer/tokenizer.json has"):
+    with pytest.raises(CheckpointError, match=r"tokenizer/tokenizer\.json has"):
         find_checkpoint(tmp_path / "start")
