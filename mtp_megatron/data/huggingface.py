@@ -40,7 +40,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     Args:
         content: the files by name; may be empty, for a model that came without a tokenizer.
-        vocab_size: ids of the model, which may have more than the tokenizer; None: those of ``tokenizer.json``.
+        vocab_size: ids of the model, which may have more than the tokenizer, or less, where tokens were added to it
+            that the model has no embeddings for; None: those of ``tokenizer.json``.
         eod: the id that ends a text, -1 where the model has none.
         bos: the id that begins one.
         name: where it came from, for messages.
@@ -84,14 +85,17 @@ class HuggingFaceTokenizer(Tokenizer):
             return model is not None and hashlib.sha256(model).hexdigest() == other.sha256
         if TOKENIZER_JSON not in self._content or TOKENIZER_JSON not in other._content:
             return False
-        return _what_decides(self._described()) == _what_decides(other._described())
+        if _what_decides(self._described()) == _what_decides(other._described()):
+            return True
+        return _what_decides(self._as_written_now()) == _what_decides(other._as_written_now())
 
     def encode(self, text: str | bytes) -> list[int]:
         """Token ids of a text in which special tokens are text like any other.
 
         Raises:
-            DataError: not valid Unicode; no library; or a text that encodes to ``eod`` all the same, as it can where
-                the vocabulary of ``tokenizer.json`` itself has it.
+            DataError: not valid Unicode; no library; a text that encodes to ``eod`` all the same, as it can where the
+                vocabulary of ``tokenizer.json`` itself has it; or one that the library cannot encode or that has ids
+                outside the model's vocabulary.
         """
         ids = self._encode(text_of(text), special_tokens_are_text=True)
         if self.eod in ids:
@@ -157,7 +161,13 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"{self.name}: the library tokenizers cannot encode a text that begins with {text[:40]!r} ({error}). "
                 f"Of an unknown token: {TOKENIZER_JSON} names none for characters that its vocabulary lacks."
             ) from error
-        return list(encoding.ids)
+        ids = list(encoding.ids)
+        if (largest := max(ids, default=0)) >= self.vocab_size:
+            raise DataError(
+                f"{self.name}: a text has the token {self.token_of(largest)!r}, whose id {largest} is outside the "
+                f"model's vocabulary of {self.vocab_size}. Remove it from {TOKENIZER_JSON}, or leave that text out."
+            )
+        return ids
 
     def _without(self, *names: str) -> dict[str, bytes]:
         return {file: data for file, data in self._content.items() if file not in names}
@@ -170,6 +180,19 @@ class HuggingFaceTokenizer(Tokenizer):
         if TOKENIZER_JSON not in self._content:
             raise DataError(f"{self.name}: no {TOKENIZER_JSON}, so texts cannot be encoded. Put one beside the model.")
         return _table(self._content[TOKENIZER_JSON], f"{self.name}: {TOKENIZER_JSON}")
+
+    def _as_written_now(self) -> dict[str, Any]:
+        """``tokenizer.json`` as the library here would write it, where there is one: older ones name some settings of
+        their parts otherwise, or not at all (``add_prefix_space`` of Metaspace, ``use_regex`` of ByteLevel)."""
+        described = self._described()
+        if importlib.util.find_spec("tokenizers") is None:
+            return described
+        from tokenizers import Tokenizer as Library
+
+        try:
+            return dict(json.loads(Library.from_str(json.dumps(described, ensure_ascii=False)).to_str()))
+        except Exception as error:
+            raise self._damaged(str(error)) from error
 
     @cached_property
     def _library(self) -> Any:
@@ -208,7 +231,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def open_tokenizer(
-    path: Path, eod: str | None = None, *, ends: Sequence[int] | None = None, bos: int | None = None
+    path: Path,
+    eod: str | None = None,
+    *,
+    ends: Sequence[int] | None = None,
+    bos: int | None = None,
+    model_vocab_size: int | None = None,
 ) -> HuggingFaceTokenizer:
     """The tokenizer in a Hugging Face folder, or in a ``tokenizer.json`` alone, for texts that are to be encoded.
 
@@ -217,6 +245,7 @@ def open_tokenizer(
         eod: the token that ends every document; None: the ``eos_token`` of the folder's settings.
         ends: ids that end a text, the one that ends documents first, where they are known; None: what the files say.
         bos: the id that begins one, where ``ends`` is given.
+        model_vocab_size: ids that its model has; None: what a ``config.json`` beside it says.
 
     Raises:
         ConfigError: ``eod`` is no token of it.
@@ -252,8 +281,16 @@ def open_tokenizer(
         raise DataError(
             f"{path}: the id that ends a text, {ends[0]}, is none of its tokens. Name one with --eod TOKEN."
         )
+    if model_vocab_size is None:
+        model_vocab_size = _model_vocab_size(folder)
+    vocab_size = min(plain.vocab_size, model_vocab_size or plain.vocab_size)
+    if ends[0] >= vocab_size:
+        raise DataError(
+            f"{path}: the token that ends a text, {plain.token_of(ends[0])!r}, has the id {ends[0]}, and the model's "
+            f"vocabulary is of {vocab_size}. Name another with --eod TOKEN."
+        )
     found = HuggingFaceTokenizer(
-        content, vocab_size=plain.vocab_size, eod=ends[0], bos=bos, name=str(path), more_ends=ends[1:]
+        content, vocab_size=vocab_size, eod=ends[0], bos=bos, name=str(path), more_ends=ends[1:]
     )
     found.encode(found.token_of(found.eod))  # refuses it where text can be taken for the end of a document
     return found
@@ -273,6 +310,13 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}). Give a readable file.") from error
+
+
+def _model_vocab_size(folder: Path) -> int | None:
+    if not (folder.is_dir() and (folder / _MODEL_CONFIG).is_file()):
+        return None
+    size = _table(_read(folder / _MODEL_CONFIG), f"{folder}: {_MODEL_CONFIG}").get("vocab_size")
+    return size if isinstance(size, int) and size > 0 else None
 
 
 def _ends_and_begin(tokenizer: HuggingFaceTokenizer, folder: Path) -> tuple[list[int], int | None]:
