@@ -13,6 +13,7 @@ import pytest
 from mtp_megatron.cli import main
 from mtp_megatron.data import adopt_checks
 from mtp_megatron.data.adopt import AdoptOptions, AdoptResult, adopt
+from mtp_megatron.data.adopt_checks import scan_ids
 from mtp_megatron.data.dataset import build_datasets
 from mtp_megatron.data.manifest import Manifest, load_manifest
 from mtp_megatron.data.megatron_index import HEADER, IndexWriter, MegatronIndex, Places
@@ -243,6 +244,20 @@ def test_ids_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none of 40 documents has the ids that .*wrong gives to its text"):
         adopted(prefix, tmp_path / "data", wrong)
     adopted(prefix, tmp_path / "data", right)
+
+
+def test_a_bin_that_is_shortened_meanwhile_ends_in_an_error(
+    upstream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scanned(*args: Any, **more: Any) -> Any:
+        found = scan_ids(*args, **more)
+        os.truncate(f"{upstream}.bin", 20)
+        return found
+
+    monkeypatch.setattr("mtp_megatron.data.adopt.scan_ids", scanned)
+    with pytest.raises(DataError, match="was shortened while it was read"):
+        adopted(upstream, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
 
 
 def test_ids_of_a_related_tokenizer_are_refused(tmp_path: Path) -> None:
