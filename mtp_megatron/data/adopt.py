@@ -220,6 +220,8 @@ def _split(index: MegatronIndex, scan: Scan, folder: Path, options: AdoptOptions
 def _copy(source: Any, target: Any, size: int) -> None:
     while size:
         data = source.read(min(size, _COPIED_BYTES))
+        if not data:
+            raise DataError(f"{source.name}: was shortened while it was read. Adopt it again when it is complete.")
         target.write(data)
         size -= len(data)
 

@@ -22,10 +22,10 @@ examples:
   mtp-megatron adopt data/train_text_document --valid data/valid_text_document --tokenizer llama.model --output data/own
 
 what is checked, reading every id once: the index belongs to the .bin; each document ends with the end-of-document id
-(upstream's --append-eod); no id is outside the tokenizer's vocabulary; documents from all over the data, decoded and
-encoded again, have the same ids. Ids are uint16 or int32; a document of several sequences (--split-sentences) becomes
-one. Where this was written it read 97 MB/s (one core, documents of 1000 bytes); memory is that of 64 MB of ids and of
-some tens of bytes a document.
+(upstream's --append-eod); no id is outside the tokenizer's vocabulary; of documents from all over the data, decoded and
+encoded again, at least half have the same ids (at least one, of a tokenizer that loses characters or white space). Ids
+are uint16 or int32; a document of several sequences (--split-sentences) becomes one. Where this was written it read
+97 MB/s (one core, documents of 1000 bytes); memory is that of 64 MB of ids and of some tens of bytes a document.
 
 The .bin gets a second name in the folder (a hard link): removing the original loses nothing, changing it in place would
 change both. Documents that are held out are copied, and left out by the index of the training split. Which ones, their
@@ -96,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
     if result.same < result.sampled:
         print(
             f"warning: {result.sampled - result.same} of {result.sampled} documents, decoded and encoded again, have "
-            "other ids. A few do where texts spell special tokens; if it is many, --tokenizer is not what made them.",
+            "other ids. A few do where texts spell special tokens or have unknown characters; if it is many, "
+            "--tokenizer is not what made them.",
             file=sys.stderr,
         )
     if result.data.up_to_date:

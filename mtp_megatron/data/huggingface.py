@@ -31,6 +31,8 @@ FILES = (
 )
 # Of these, what people add or change later: none of it decides the ids of a text.
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
+# What may have another size than it was written with: a template is often in the settings, whose rest ``is_of`` checks.
+MAY_CHANGE = (*_TEMPLATES, _GENERATION, SETTINGS)
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -38,7 +40,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     Args:
         content: the files by name; may be empty, for a model that came without a tokenizer.
-        vocab_size: ids of the model, which may have more than the tokenizer; None: those of ``tokenizer.json``.
+        vocab_size: ids of the model, which may have more than the tokenizer, or less, where tokens were added to it
+            that the model has no embeddings for; None: those of ``tokenizer.json``.
         eod: the id that ends a text, -1 where the model has none.
         bos: the id that begins one.
         name: where it came from, for messages.
@@ -82,14 +85,17 @@ class HuggingFaceTokenizer(Tokenizer):
             return model is not None and hashlib.sha256(model).hexdigest() == other.sha256
         if TOKENIZER_JSON not in self._content or TOKENIZER_JSON not in other._content:
             return False
-        return _what_decides(self._described()) == _what_decides(other._described())
+        if _what_decides(self._described()) == _what_decides(other._described()):
+            return True
+        return _what_decides(self._as_written_now()) == _what_decides(other._as_written_now())
 
     def encode(self, text: str | bytes) -> list[int]:
         """Token ids of a text in which special tokens are text like any other.
 
         Raises:
-            DataError: not valid Unicode; no library; or a text that encodes to ``eod`` all the same, as it can where
-                the vocabulary of ``tokenizer.json`` itself has it.
+            DataError: not valid Unicode; no library; a text that encodes to ``eod`` all the same, as it can where the
+                vocabulary of ``tokenizer.json`` itself has it; or one that the library cannot encode or that has ids
+                outside the model's vocabulary.
         """
         ids = self._encode(text_of(text), special_tokens_are_text=True)
         if self.eod in ids:
@@ -102,6 +108,12 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_prompt(self, text: str) -> list[int]:
         """As engines read a prompt: special tokens that it spells are tokens, unless the settings say otherwise."""
         return self._encode(text_of(text), special_tokens_are_text=bool(self.settings.get("split_special_tokens")))
+
+    def encode_again(self, ids: Sequence[int]) -> list[int]:
+        """Ids of the text of ``ids``, special tokens kept: what Megatron-LM's loops gave to texts that spell some."""
+        self._check_ids(ids)
+        text = str(self._library.decode(list(ids), skip_special_tokens=False))
+        return self._encode(text, special_tokens_are_text=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         self._check_ids(ids)
@@ -142,8 +154,20 @@ class HuggingFaceTokenizer(Tokenizer):
         library = self._library
         library.encode_special_tokens = special_tokens_are_text
         # 1.4 to 2 times as fast as encode(), which also keeps the place of each token in the text.
-        (encoding,) = library.encode_batch_fast([text], add_special_tokens=False)
-        return list(encoding.ids)
+        try:
+            (encoding,) = library.encode_batch_fast([text], add_special_tokens=False)
+        except Exception as error:  # the library raises no other
+            raise DataError(
+                f"{self.name}: the library tokenizers cannot encode a text that begins with {text[:40]!r} ({error}). "
+                f"Of an unknown token: {TOKENIZER_JSON} names none for characters that its vocabulary lacks."
+            ) from error
+        ids = list(encoding.ids)
+        if (largest := max(ids, default=0)) >= self.vocab_size:
+            raise DataError(
+                f"{self.name}: a text has the token {self.token_of(largest)!r}, whose id {largest} is outside the "
+                f"model's vocabulary of {self.vocab_size}. Remove it from {TOKENIZER_JSON}, or leave that text out."
+            )
+        return ids
 
     def _without(self, *names: str) -> dict[str, bytes]:
         return {file: data for file, data in self._content.items() if file not in names}
@@ -156,6 +180,19 @@ class HuggingFaceTokenizer(Tokenizer):
         if TOKENIZER_JSON not in self._content:
             raise DataError(f"{self.name}: no {TOKENIZER_JSON}, so texts cannot be encoded. Put one beside the model.")
         return _table(self._content[TOKENIZER_JSON], f"{self.name}: {TOKENIZER_JSON}")
+
+    def _as_written_now(self) -> dict[str, Any]:
+        """``tokenizer.json`` as the library here would write it, where there is one: older ones name some settings of
+        their parts otherwise, or not at all (``add_prefix_space`` of Metaspace, ``use_regex`` of ByteLevel)."""
+        described = self._described()
+        if importlib.util.find_spec("tokenizers") is None:
+            return described
+        from tokenizers import Tokenizer as Library
+
+        try:
+            return dict(json.loads(Library.from_str(json.dumps(described, ensure_ascii=False)).to_str()))
+        except Exception as error:
+            raise self._damaged(str(error)) from error
 
     @cached_property
     def _library(self) -> Any:
@@ -194,7 +231,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def open_tokenizer(
-    path: Path, eod: str | None = None, *, ends: Sequence[int] | None = None, bos: int | None = None
+    path: Path,
+    eod: str | None = None,
+    *,
+    ends: Sequence[int] | None = None,
+    bos: int | None = None,
+    model_vocab_size: int | None = None,
 ) -> HuggingFaceTokenizer:
     """The tokenizer in a Hugging Face folder, or in a ``tokenizer.json`` alone, for texts that are to be encoded.
 
@@ -203,6 +245,7 @@ def open_tokenizer(
         eod: the token that ends every document; None: the ``eos_token`` of the folder's settings.
         ends: ids that end a text, the one that ends documents first, where they are known; None: what the files say.
         bos: the id that begins one, where ``ends`` is given.
+        model_vocab_size: ids that its model has; None: what a ``config.json`` beside it says.
 
     Raises:
         ConfigError: ``eod`` is no token of it.
@@ -228,16 +271,26 @@ def open_tokenizer(
         ends = [plain.token_ids[eod], *ends]
     ends = [token for token in dict.fromkeys(ends) if token >= 0]
     if not ends:
-        raise DataError(
-            f"{path}: names no token that ends a text (eos_token in {SETTINGS}, eos_token_id in {_MODEL_CONFIG}), and "
-            "every document is to end with one. Name it with --eod TOKEN."
-        )
+        named = plain.settings.get("eos_token")
+        named = named.get("content") if isinstance(named, dict) else named
+        problem = f"names no token that ends a text (eos_token in {SETTINGS}, eos_token_id in {_MODEL_CONFIG})"
+        if named is not None:
+            problem = f"its eos_token in {SETTINGS}, {named!r}, is no token of {TOKENIZER_JSON}"
+        raise DataError(f"{path}: {problem}, and every document is to end with one. Name it with --eod TOKEN.")
     if ends[0] not in plain.token_ids.values():
         raise DataError(
             f"{path}: the id that ends a text, {ends[0]}, is none of its tokens. Name one with --eod TOKEN."
         )
+    if model_vocab_size is None:
+        model_vocab_size = _model_vocab_size(folder)
+    vocab_size = min(plain.vocab_size, model_vocab_size or plain.vocab_size)
+    if ends[0] >= vocab_size:
+        raise DataError(
+            f"{path}: the token that ends a text, {plain.token_of(ends[0])!r}, has the id {ends[0]}, and the model's "
+            f"vocabulary is of {vocab_size}. Name another with --eod TOKEN."
+        )
     found = HuggingFaceTokenizer(
-        content, vocab_size=plain.vocab_size, eod=ends[0], bos=bos, name=str(path), more_ends=ends[1:]
+        content, vocab_size=vocab_size, eod=ends[0], bos=bos, name=str(path), more_ends=ends[1:]
     )
     found.encode(found.token_of(found.eod))  # refuses it where text can be taken for the end of a document
     return found
@@ -257,6 +310,13 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}). Give a readable file.") from error
+
+
+def _model_vocab_size(folder: Path) -> int | None:
+    if not (folder.is_dir() and (folder / _MODEL_CONFIG).is_file()):
+        return None
+    size = _table(_read(folder / _MODEL_CONFIG), f"{folder}: {_MODEL_CONFIG}").get("vocab_size")
+    return size if isinstance(size, int) and size > 0 else None
 
 
 def _ends_and_begin(tokenizer: HuggingFaceTokenizer, folder: Path) -> tuple[list[int], int | None]:
@@ -316,7 +376,11 @@ def _without_template(file: str, data: bytes) -> bytes:
 def _what_decides(described: dict[str, Any]) -> dict[str, Any]:
     """Of a ``tokenizer.json`` what decides the ids of a text, the same for every release of the library that wrote it:
     older ones join the two halves of a merge by a space, and leave settings out that have their defaults."""
-    model = {key: value for key, value in (described.get("model") or {}).items() if value not in (None, False, "")}
+    model = {
+        key: value
+        for key, value in (described.get("model") or {}).items()
+        if value not in (None, "") and value is not False
+    }
     if "merges" in model:
         merges = model["merges"]
         model["merges"] = [merge.split(" ", 1) if isinstance(merge, str) else list(merge) for merge in merges]

@@ -90,6 +90,13 @@ class MegatronIndex:
             edges = self._start_of(np.asarray(ends))
             yield Places(edges[:-1], np.diff(edges) // self.item)
 
+    def first_sequences(self, documents: np.ndarray) -> np.ndarray:
+        """Tokens of the first sequence of each of these documents, 0 of one without any."""
+        firsts, behind = self._boundaries[documents], self._boundaries[documents + 1]
+        tokens = np.zeros(len(documents), dtype=np.int64)
+        tokens[firsts < behind] = self._lengths[firsts[firsts < behind]]
+        return tokens
+
     def _start_of(self, sequences: np.ndarray) -> np.ndarray:
         """First bytes of sequences; of the one behind the last, the end of the ``.bin``."""
         inside = sequences < self._sequences

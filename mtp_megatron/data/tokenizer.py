@@ -197,7 +197,10 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     try:
         model = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: the tokenizer cannot be read ({error.strerror}). {_MODEL_REMEDY}") from error
+        raise DataError(
+            f"{path}: the tokenizer cannot be read ({error.strerror}). {_MODEL_REMEDY} Of Hugging Face's, give the "
+            "folder on disk: nothing is downloaded."
+        ) from error
     return SentencePieceTokenizer(model, str(path))
 
 

@@ -30,13 +30,13 @@ def choose_tokenizer(spec: str | Path, eod: str | None = None) -> Tokenizer:
     """
     path = Path(spec)
     if str(spec) != ByteTokenizer.name and (path.is_dir() or path.suffix == ".json"):
-        entry = _described(path)
+        entry, vocab_size = _described(path)
         if entry is None:
             return open_tokenizer(path, eod)
         if entry.get("kind") == HuggingFaceTokenizer.kind:
             place = path / FOLDER if (path / FOLDER).is_dir() else path
             known = [entry["eod"], *entry.get("more_ends", ())] if entry["eod"] >= 0 else None
-            return open_tokenizer(place, eod, ends=known, bos=entry.get("bos"))
+            return open_tokenizer(place, eod, ends=known, bos=entry.get("bos"), model_vocab_size=vocab_size)
         spec = ByteTokenizer.name if entry.get("kind") == ByteTokenizer.kind else path / MODEL_FILE
     if eod is not None:
         raise ConfigError(
@@ -48,15 +48,17 @@ def choose_tokenizer(spec: str | Path, eod: str | None = None) -> Tokenizer:
     return load_tokenizer(spec)
 
 
-def _described(folder: Path) -> dict[str, Any] | None:
-    """What a checkpoint or export says of its tokenizer; None in a folder that is neither."""
+def _described(folder: Path) -> tuple[dict[str, Any] | None, int | None]:
+    """What a checkpoint or export says of its tokenizer, and a checkpoint of its vocabulary; None in a folder that is
+    neither."""
     try:
-        entry = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8")).get("tokenizer")
+        described = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
+        entry, vocab_size = described.get("tokenizer"), described.get("vocab_size")
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return None, None
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{folder / _DESCRIPTION}: cannot be read ({error}). Copy it again.") from error
-    return entry if isinstance(entry, dict) else None
+    return entry if isinstance(entry, dict) else None, vocab_size
 
 
 def entry_of(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -6,7 +6,8 @@ Layout (Megatron-LM's)::
     checkpoints/latest_checkpointed_iteration.txt    the step of the latest one, replaced last
 
 Each checkpoint folder holds megatron-core's files, ``mtp_config.json`` (what the model is), ``files.json`` (every
-file's size, so that truncation is noticed before a load) and the tokenizer's model file, or a folder of its files.
+file's size, so that truncation is noticed before a load) and the tokenizer's model file, or a folder of its files,
+whose chat template and settings of generation people may change.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mtp_megatron.data.huggingface import MAY_CHANGE
 from mtp_megatron.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -72,7 +74,8 @@ def publish(checkpoints: Path, step: int) -> Path:
     written = [file for file in sorted(temporary.rglob("*")) if file.is_file()]
     for file in written:
         _sync(file)  # not every engine does; a power cut must not leave names without contents
-    sizes = {file.relative_to(temporary).as_posix(): file.stat().st_size for file in written}
+    lasting = [file for file in written if file.parent == temporary or file.name not in MAY_CHANGE]
+    sizes = {file.relative_to(temporary).as_posix(): file.stat().st_size for file in lasting}
     write_atomically(temporary / SIZES, json.dumps(sizes, indent=1))
     _sync(temporary)
     if final.exists():  # the same step saved again, for example after a damaged copy was passed over

@@ -14,6 +14,8 @@ import yaml
 
 from mtp_megatron.cli import main
 from mtp_megatron.data.manifest import load_manifest
+from mtp_megatron.errors import CheckpointError
+from mtp_megatron.training.checkpoint_files import find_checkpoint
 from tests.foreign_models import hf_logits, write_hf
 from tests.harness import run_world
 from tests.hf_tokenizers import BEGIN, END, TURN, byte_level, write_tokenizer_folder
@@ -172,3 +174,20 @@ def test_data_of_another_tokenizer_is_refused_by_name(model: Path, corpus: Path,
     assert written["eod"] == load_manifest(tmp_path / "same").eod
     sizes = json.loads((tmp_path / "second/checkpoints/iter_0000002/files.json").read_text())
     assert sizes["tokenizer/tokenizer.json"] == (again / "tokenizer.json").stat().st_size
+
+
+def test_a_checkpoints_chat_template_may_change_and_its_ids_may_not(model: Path, tmp_path: Path) -> None:
+    command("convert", model, "--to", "megatron", "--output", tmp_path / "start", "--quiet")
+    folder = tmp_path / "start" / "iter_0000000"
+    settings = json.loads((folder / "tokenizer/tokenizer_config.json").read_text())
+    (folder / "tokenizer/tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "another"}))
+    (folder / "tokenizer/chat_template.jinja").write_text("another one")
+    (folder / "tokenizer/generation_config.json").unlink()
+    assert find_checkpoint(tmp_path / "start") == folder
+    command("convert", folder, "--to", "hf", "--output", tmp_path / "export", "--quiet")
+    assert (tmp_path / "export" / "chat_template.jinja").read_text() == "another one"
+
+    with (folder / "tokenizer/tokenizer.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(CheckpointError, match=r"tokenizer/tokenizer\.json has"):
+        find_checkpoint(tmp_path / "start")

@@ -13,6 +13,7 @@ import pytest
 from mtp_megatron.cli import main
 from mtp_megatron.data import adopt_checks
 from mtp_megatron.data.adopt import AdoptOptions, AdoptResult, adopt
+from mtp_megatron.data.adopt_checks import scan_ids
 from mtp_megatron.data.blend import load_blend
 from mtp_megatron.data.dataset import build_datasets
 from mtp_megatron.data.manifest import Manifest, load_manifest
@@ -225,7 +226,7 @@ def test_ids_of_a_hugging_face_tokenizer(tmp_path: Path, begin: bool) -> None:
     folder = write_tokenizer_folder(tmp_path / "model")
     prefix = write_upstream(tmp_path / "up", hugging_face_ids(folder, begin=begin))
     result = adopted(prefix, tmp_path / "data", folder)
-    assert (result.inner_ends, result.sampled, result.same) == (1, 41, 40)
+    assert (result.inner_ends, result.sampled, result.same) == (1, 41, 41)
     kept = load_manifest(tmp_path / "data").load_tokenizer()
     assert kept.files() == result.data.tokenizer.files()
     with pytest.raises(DataError, match=rf"of 41 .* 0 end .*others with {kept.eod} \(<\|end_of_text\|>\).*--eod"):
@@ -244,6 +245,61 @@ def test_ids_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none of 40 documents has the ids that .*wrong gives to its text"):
         adopted(prefix, tmp_path / "data", wrong)
     adopted(prefix, tmp_path / "data", right)
+
+
+def test_a_bin_that_is_shortened_meanwhile_ends_in_an_error(
+    upstream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scanned(*args: Any, **more: Any) -> Any:
+        found = scan_ids(*args, **more)
+        os.truncate(f"{upstream}.bin", 20)
+        return found
+
+    monkeypatch.setattr("mtp_megatron.data.adopt.scan_ids", scanned)
+    with pytest.raises(DataError, match="was shortened while it was read"):
+        adopted(upstream, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_ids_of_a_related_tokenizer_are_refused(tmp_path: Path) -> None:
+    """It agrees on some documents, as those of a family do."""
+    right, wrong = (write_tokenizer_folder(tmp_path / name) for name in ("right", "wrong"))
+    described = json.loads((wrong / "tokenizer.json").read_text())
+    vocabulary = described["model"]["vocab"]
+    vocabulary["0"], vocabulary["1"] = vocabulary["1"], vocabulary["0"]
+    vocabulary["2"], vocabulary["x"] = vocabulary["x"], vocabulary["2"]
+    described["model"]["merges"] = []
+    (wrong / "tokenizer.json").write_text(json.dumps(described))
+    documents = hugging_face_ids(right, begin=False)
+    prefix = write_upstream(tmp_path / "up", documents)
+    with pytest.raises(DataError, match=r"\d+ of 41 documents have the ids that .*wrong gives to its text"):
+        adopted(prefix, tmp_path / "data", wrong)
+
+
+def test_texts_that_all_spell_special_tokens_are_their_tokenizers(tmp_path: Path) -> None:
+    """Chats and fill-in-the-middle data do; upstream makes tokens of them."""
+    from tokenizers import Tokenizer
+
+    folder = write_tokenizer_folder(tmp_path / "model")
+    library = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    end = library.token_to_id(END)
+    chats = [[[*library.encode(f"{TURN}{text}{TURN} yes").ids, end]] for text in texts()]
+    result = adopted(write_upstream(tmp_path / "up", chats), tmp_path / "data", folder)
+    assert (result.sampled, result.same) == (40, 40)
+
+
+def test_sequences_that_were_encoded_one_by_one_are_compared_so(tmp_path: Path) -> None:
+    """Over the end of one, the text of the document has other ids."""
+    from tokenizers import Tokenizer
+
+    folder = write_tokenizer_folder(tmp_path / "model")
+    library = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    parts = [library.encode(part, add_special_tokens=False).ids for part in ("def ", "f(x)")]
+    assert [*parts[0], *parts[1]] != library.encode("def f(x)", add_special_tokens=False).ids
+    end = library.token_to_id(END)
+    documents = [[parts[0], [*parts[1], end]], [parts[0], parts[1], parts[1], [end]]]
+    result = adopted(write_upstream(tmp_path / "up", documents), tmp_path / "data", folder, valid_fraction=0.5)
+    assert (result.sampled, result.same) == (2, 2)
 
 
 def test_long_documents_are_sampled_by_their_beginnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from mtp_megatron.data.huggingface import HuggingFaceTokenizer, open_tokenizer, 
 from mtp_megatron.data.manifest import load_manifest
 from mtp_megatron.data.preprocess import PreprocessOptions, preprocess
 from mtp_megatron.data.tokenizer import load_tokenizer
-from mtp_megatron.data.tokenizer_store import choose_tokenizer
+from mtp_megatron.data.tokenizer_store import choose_tokenizer, entry_of, write_tokenizer
 from mtp_megatron.data.train_tokenizer import train_tokenizer
 from mtp_megatron.errors import ConfigError, DataError
 from tests.hf_tokenizers import BEGIN, END, TURN, byte_level, change_json, write_tokenizer_folder
@@ -118,6 +118,54 @@ def test_without_an_end_token_it_is_asked_for(folder: Path) -> None:
         open_tokenizer(folder, "<end>")
 
 
+def test_tokens_that_the_model_has_no_embeddings_for_are_none_of_its_ids(
+    folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """As a [PAD] that was added to Llama 2's tokenizer: the data still is the model's."""
+    most = open_tokenizer(folder).token_ids[TURN]
+    assert open_tokenizer(folder).vocab_size == most + 1
+    (folder / "config.json").write_text(json.dumps({"vocab_size": most}))
+    found = open_tokenizer(folder)
+    assert found.vocab_size == preprocess(options(tmp_path / "data", corpus, folder)).manifest.vocab_size == most
+    with pytest.raises(
+        DataError, match=rf"'<\|eot_id\|>', whose id {most} is outside the model's vocabulary of {most}"
+    ):
+        found.encode_prompt(f"x{TURN}")
+    assert most not in found.encode(TURN)
+    with pytest.raises(DataError, match=r"'<\|eot_id\|>', has the id .*--eod"):
+        open_tokenizer(folder, TURN)
+
+    checkpoint = tmp_path / "iter_0000001"
+    checkpoint.mkdir()
+    described = {"tokenizer": entry_of(found), "vocab_size": most}
+    (checkpoint / "mtp_config.json").write_text(json.dumps(described))
+    write_tokenizer(found, checkpoint)
+    assert choose_tokenizer(checkpoint).vocab_size == most
+    (folder / "config.json").write_text(json.dumps({"vocab_size": most + 90}))
+    assert open_tokenizer(folder).vocab_size == most + 1
+
+
+def test_an_end_token_that_the_file_lacks_is_named(folder: Path) -> None:
+    change_json(folder / "tokenizer_config.json", eos_token={"content": "<|nowhere|>"})
+    with pytest.raises(
+        DataError, match=r"its eos_token in tokenizer_config.json, '<\|nowhere\|>', is no token of .*--eod"
+    ):
+        open_tokenizer(folder)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_text_that_the_library_cannot_encode_is_an_error_that_says_so(folder: Path, workers: int) -> None:
+    model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "<unk>"}
+    ends = {"id": 2, "content": "<end>", "special": True, "normalized": False}
+    ends |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    change_json(folder / "tokenizer.json", model=model, added_tokens=[ends], post_processor=None)
+    plain = HuggingFaceTokenizer(
+        {"tokenizer.json": (folder / "tokenizer.json").read_bytes()}, vocab_size=None, eod=2, bos=None, name="plain"
+    )
+    with pytest.raises(DataError, match=r"plain: .*cannot encode a text that begins with 'c d' .*\[UNK\]"):
+        list(encode_documents([b"c d"], plain, workers))
+
+
 def test_an_end_token_that_is_not_marked_special_is_one_all_the_same(folder: Path) -> None:
     described = json.loads((folder / "tokenizer.json").read_text())
     for token in described["added_tokens"]:
@@ -198,14 +246,17 @@ def test_the_file_and_its_folder_are_the_same(tokenizer: HuggingFaceTokenizer, f
     assert tokenizer.same_ids(alone)
 
 
+@pytest.mark.parametrize("parts", [False, True])
 def test_the_same_ids_are_known_however_the_file_is_written(
-    tokenizer: HuggingFaceTokenizer, folder: Path, tmp_path: Path
+    tokenizer: HuggingFaceTokenizer, folder: Path, tmp_path: Path, parts: bool
 ) -> None:
     """As an older release writes it: merges as one text, settings left out that have their defaults."""
     described = json.loads((folder / "tokenizer.json").read_text())
     model = described["model"]
     model["merges"] = [" ".join(pair) for pair in model["merges"]]
     del model["ignore_merges"], described["post_processor"]
+    if parts:
+        del described["pre_tokenizer"]["use_regex"]
     again = tmp_path / "again"
     again.mkdir()
     (again / "tokenizer.json").write_text(json.dumps(described, indent=1))
