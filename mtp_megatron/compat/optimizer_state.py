@@ -259,7 +259,7 @@ def _described(base: Any, key: str, flat: Tensor, replica: int) -> Any:
 
 
 @contextmanager
-def _replaced(method: str, make: Callable[[Callable[..., Any]], Callable[..., Any]], why: str) -> Iterator[None]:
+def _replaced(method: str, make: Callable[[Callable[..., Any]], Any], why: str) -> Iterator[None]:
     undo: list[Callable[[], None]] = []
     patching.replace(patching.Replacement(_OPTIMIZER, method, make, why), undo)
     try:
