@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partialmethod
 from typing import Any
 
 import torch
@@ -27,17 +29,29 @@ ROUND = 2**26  # elements of shared parameters that are exchanged together
 
 
 @contextmanager
-def state_stays_on_its_ranks() -> Iterator[None]:
+def state_stays_on_its_ranks(timeout: timedelta) -> Iterator[None]:
     """Inside, the distributed optimizer's sharded state takes memory for no more than a rank's share of a stage.
 
     Data parallel ranks hold equal pieces of each bucket. A parameter that lies on one rank is saved from, and loaded
     to, that rank's own tensors. One that ranks share has an owner among them, which has it whole in host memory: it
     gathers it over gloo before a save and scatters it after a load. The format is upstream's.
+
+    Args:
+        timeout: longest wait for another rank; upstream gives experts' gloo groups none (0.16.1 to 0.19.2), and they
+            would wait for torch's 30 minutes.
     """
     why = "each data parallel rank takes host memory for the whole state of its stage"
     with (
-        _replaced("sharded_param_state_fully_reshardable", lambda upstream: _sharded_state, why),
-        _replaced("load_parameter_state_from_fully_reshardable", lambda upstream: _take_loaded, why),
+        _replaced(
+            "sharded_param_state_fully_reshardable",
+            lambda upstream: partialmethod(_sharded_state, timeout=timeout),
+            why,
+        ),
+        _replaced(
+            "load_parameter_state_from_fully_reshardable",
+            lambda upstream: partialmethod(_take_loaded, timeout=timeout),
+            why,
+        ),
     ):
         yield
 
@@ -118,7 +132,9 @@ def placed_parameters(optimizer: Any) -> list[Placed]:
     return found
 
 
-def _sharded_state(optimizer: Any, model_state: dict[str, Any], is_loading: bool, metadata: Any = None) -> Any:
+def _sharded_state(
+    optimizer: Any, model_state: dict[str, Any], is_loading: bool, metadata: Any = None, *, timeout: timedelta
+) -> Any:
     """In place of ``sharded_param_state_fully_reshardable``: what this rank saves, or loads. Collective at a save."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
@@ -134,7 +150,7 @@ def _sharded_state(optimizer: Any, model_state: dict[str, Any], is_loading: bool
                 held = {k: torch.empty(placed.parameter.numel(), dtype=t.dtype, device="cpu") for k, t in held.items()}
             state[placed.index] = held
     if not is_loading:
-        _exchange(optimizer, parameters, state, gather=True)
+        _exchange(optimizer, parameters, state, gather=True, timeout=timeout)
     replica = optimizer.distributed_optimizer_instance_id
     sharded = {
         placed.index: {
@@ -149,18 +165,23 @@ def _sharded_state(optimizer: Any, model_state: dict[str, Any], is_loading: bool
 
 
 @torch.no_grad()
-def _take_loaded(optimizer: Any, state: dict[int, dict[str, Tensor]]) -> None:
+def _take_loaded(optimizer: Any, state: dict[int, dict[str, Tensor]], *, timeout: timedelta) -> None:
     """In place of ``load_parameter_state_from_fully_reshardable``: what owners have loaded, to all. Collective."""
     parameters, here = placed_parameters(optimizer), optimizer.data_parallel_group.rank()
     for placed in parameters:
         if list(placed.parts) == [here]:  # mostly there already: it was loaded in place
             flat = {key: tensor.flatten() for key, tensor in state[placed.index].items()}
             optimizer._set_main_param_and_optimizer_states(placed.parameter, flat)
-    _exchange(optimizer, parameters, state, gather=False)
+    _exchange(optimizer, parameters, state, gather=False, timeout=timeout)
 
 
 def _exchange(
-    optimizer: Any, parameters: Sequence[Placed], whole: dict[int, dict[str, Tensor]], *, gather: bool
+    optimizer: Any,
+    parameters: Sequence[Placed],
+    whole: dict[int, dict[str, Tensor]],
+    *,
+    gather: bool,
+    timeout: timedelta,
 ) -> None:
     """Gather the parts of shared parameters into ``whole`` on their owners, or scatter them from there to the
     optimizers of the data parallel ranks. Collective over these."""
@@ -193,7 +214,7 @@ def _exchange(
                     waiting.append(send_or_receive(piece, other, group=group, tag=tag))
             parts.append(own)
         for work in waiting:
-            work.wait()  # type: ignore[union-attr]  # None is for ranks outside of the group
+            work.wait(timeout)  # type: ignore[union-attr]  # None is for ranks outside of the group
         if not gather:
             for placed, own in zip(few, parts, strict=True):
                 optimizer._set_main_param_and_optimizer_states(placed.parameter, own)
@@ -238,7 +259,7 @@ def _described(base: Any, key: str, flat: Tensor, replica: int) -> Any:
 
 
 @contextmanager
-def _replaced(method: str, make: Callable[[Callable[..., Any]], Callable[..., Any]], why: str) -> Iterator[None]:
+def _replaced(method: str, make: Callable[[Callable[..., Any]], Any], why: str) -> Iterator[None]:
     undo: list[Callable[[], None]] = []
     patching.replace(patching.Replacement(_OPTIMIZER, method, make, why), undo)
     try:

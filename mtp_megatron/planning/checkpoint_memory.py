@@ -18,6 +18,7 @@ def checkpoint_host_memory(recipe: Recipe, cost: RankCost, world_size: int) -> i
     that it owns among those that ranks share, and parts of it under way (:mod:`mtp_megatron.compat.optimizer_state`).
     Where gradients are reduced early, each bucket is cut among all ranks: they share what may be all, and own even
     parts of it. Elsewhere there is one bucket for each chunk, and a rank shares one parameter at each of its ends.
+    The pieces that a load reads are taken to be of this tensor parallel size; a checkpoint of a smaller one has larger.
 
     Args:
         cost: of the pipeline rank.

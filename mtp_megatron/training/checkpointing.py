@@ -7,6 +7,7 @@ import json
 import logging
 import pickle
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,7 @@ def save_checkpoint(recipe: Recipe, data: Blend, trainable: Trainable, checkpoin
     temporary = files.temporary_folder(checkpoints, step)
     with trainable.gathered_parameters():
         state = model_state(trainable.models)
-        state["optimizer"] = _optimizer_state(trainable, state)
+        state["optimizer"] = _optimizer_state(recipe, trainable, state)
     if not recipe.optimizer.distributed:
         add_step(state["optimizer"])
     state |= {
@@ -100,14 +101,14 @@ def load_checkpoint(recipe: Recipe, trainable: Trainable, folder: Path) -> int:
         )
     same_grid = all(saved.get(key) == getattr(recipe.parallel, key) for key in ("tensor", "pipeline"))
     state = model_state(trainable.models)
-    state["optimizer"] = _optimizer_state(trainable, state, is_loading=True)
+    state["optimizer"] = _optimizer_state(recipe, trainable, state, is_loading=True)
     if same_grid:
         state["rng_state"] = sharded_rng_state()
     loaded = read_state(state, folder)
     put_models(trainable.models, loaded)
     fit_adam(trainable.optimizer, loaded["optimizer"])
     set_learning_rates(loaded["optimizer"], recipe.optimizer.lr, recipe.optimizer.min_lr)
-    with state_stays_on_its_ranks():
+    with state_stays_on_its_ranks(timedelta(minutes=recipe.train.timeout_minutes)):
         trainable.optimizer.load_state_dict(loaded["optimizer"])
     if recipe.train.fp8_param:
         cast_parameters_again(trainable)
@@ -119,9 +120,11 @@ def load_checkpoint(recipe: Recipe, trainable: Trainable, folder: Path) -> int:
     return int(loaded["iteration"])
 
 
-def _optimizer_state(trainable: Trainable, model: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
+def _optimizer_state(
+    recipe: Recipe, trainable: Trainable, model: dict[str, Any], is_loading: bool = False
+) -> dict[str, Any]:
     """The optimizer's sharded state beside the model's (:func:`model_state`)."""
-    with state_stays_on_its_ranks():
+    with state_stays_on_its_ranks(timedelta(minutes=recipe.train.timeout_minutes)):
         state: dict[str, Any] = trainable.optimizer.sharded_state_dict(
             model, is_loading=is_loading, metadata=metadata()
         )

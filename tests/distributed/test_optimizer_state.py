@@ -5,8 +5,10 @@ Not covered here: copies from and to a GPU.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,12 +17,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mtp_megatron.compat import optimizer_state
 from mtp_megatron.compat.checkpoints import chained
 from mtp_megatron.compat.optimizer_state import padded_checkpoints, placed_parameters, state_stays_on_its_ranks
 from mtp_megatron.compat.versions import EnvironmentUnsupported
 from tests.harness import parallel, run_world
 from tests.parity import Case, build_chunks, make_parameters, wrap
-from tests.training_runs import interrupted_copy, largest_difference, metrics, tiny_tree, train_body
+from tests.training_runs import (
+    interrupted_copy,
+    largest_difference,
+    metrics,
+    tiny_tree,
+    train_body,
+    train_in_small_buckets,
+)
 
 CASES = {
     "DP2, padded buckets": Case(world=2, overlap=True),
@@ -29,8 +39,17 @@ CASES = {
     "TP2xDP2, tied": Case(world=4, tp=2, tied=True),
     "PP2xDP2": Case(world=4, pp=2),
     "CP2xDP2, bf16": Case(world=4, cp=2, dtype=torch.bfloat16),
-    "EP2xDP2": Case(world=4, ep=2, experts=4),
+    "EP2xDP2": Case(world=4, ep=2, experts=2, num_trunk_layers=3),  # a rank has three, and shares the second
 }
+
+
+def _on_its_ranks(seconds: float = 60.0) -> AbstractContextManager[None]:
+    return state_stays_on_its_ranks(timedelta(seconds=seconds))
+
+
+def _as_before(timeout: timedelta) -> AbstractContextManager[None]:
+    """In place of ``state_stays_on_its_ranks``: upstream's way, that of earlier releases."""
+    return padded_checkpoints()
 
 
 def _optimizer(case: Case) -> tuple[Any, list[torch.nn.Module]]:
@@ -77,12 +96,16 @@ def _state_by_optimizer(
     return [{} if isinstance(part, LocalNonpersistentObject) else part for part in parts]
 
 
-def _same_as_upstream(rank: int, world_size: int, case: Case) -> None:
-    with parallel(tp=case.tp, pp=case.pp, cp=case.cp, ep=case.ep):
+def _same_as_upstream(rank: int, world_size: int, case: Case, elements: int) -> None:
+    with (
+        parallel(tp=case.tp, pp=case.pp, cp=case.cp, ep=case.ep),
+        mock.patch.object(optimizer_state, "ROUND", elements),
+    ):
         optimizer, chunks = _optimizer(case)
         whole = _state_by_optimizer(optimizer, chunks, padded_checkpoints)
-        mine = _state_by_optimizer(optimizer, chunks, state_stays_on_its_ranks)
+        mine = _state_by_optimizer(optimizer, chunks, _on_its_ranks)
         for part, ours, theirs in zip(chained(optimizer), mine, whole, strict=True):
+            assert any(len(placed.parts) > 1 for placed in placed_parameters(part)), "nothing to exchange"
             saved: list[Any] = [None] * part.data_parallel_group.size()
             dist.all_gather_object(saved, list(ours), group=part.data_parallel_group)
             assert sorted(index for indices in saved for index in indices) == sorted(theirs), "once each"
@@ -99,7 +122,49 @@ def _same_as_upstream(rank: int, world_size: int, case: Case) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_what_upstream_gathers_and_each_parameter_is_saved_once(name: str) -> None:
     case = CASES[name]
-    run_world(_same_as_upstream, case.world, case)
+    run_world(_same_as_upstream, case.world, case, optimizer_state.ROUND)
+
+
+def _trained_in_rounds(rank: int, world_size: int, tree: dict[str, Any], elements: int) -> int:
+    with mock.patch.object(optimizer_state, "ROUND", elements):
+        return train_in_small_buckets(rank, world_size, tree)
+
+
+@pytest.mark.parametrize("elements", [1, 5000])
+def test_ranks_whose_rounds_differ_do_not_wait_for_one_another_in_a_circle(
+    elements: int, data: Path, tmp_path: Path
+) -> None:
+    """Each rank cuts the parameters that it shares into rounds of its own: of one, or of a few."""
+    run_world(_same_as_upstream, 4, CASES["DP4, padded buckets"], elements)
+    whole = tmp_path / "whole"
+    settings = {"optimizer__distributed": True, "optimizer__overlap_grad_reduce": True, "train__eval_batches": 0}
+    run_world(_trained_in_rounds, 4, tiny_tree(data, whole, **settings), elements)
+    resumed = interrupted_copy(whole, tmp_path / "resumed", step=4)
+    run_world(_trained_in_rounds, 4, tiny_tree(data, resumed, **settings), elements)
+    assert metrics(resumed) == metrics(whole)
+
+
+def _alone(rank: int, world_size: int, case: Case, part: int) -> tuple[str, float]:
+    """Rank 0 saves an optimizer's state, and the others do not come."""
+    with parallel(ep=case.ep):
+        optimizer, chunks = _optimizer(case)
+        said, begin = "", time.monotonic()
+        if rank == 0:
+            model = {f"model{i}": chunk.sharded_state_dict(metadata={}) for i, chunk in enumerate(chunks)}
+            with _on_its_ranks(seconds=2.0), pytest.raises(RuntimeError) as error:
+                chained(optimizer)[part].sharded_param_state_fully_reshardable(model, False)
+            said = str(error.value)
+        waited = time.monotonic() - begin
+        dist.barrier()
+        return said, waited
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["dense", "experts"])
+def test_a_rank_that_does_not_come_is_not_waited_for_beyond_the_jobs_timeout(part: int) -> None:
+    """Experts' gloo groups have torch's 30 minutes."""
+    (said, waited), *_ = run_world(_alone, 4, CASES["EP2xDP2"], part, timeout=60)
+    assert "Timed out waiting 2000ms" in said
+    assert waited < 20
 
 
 def _peaks(rank: int, world_size: int, tree: dict[str, Any], old: bool, torchs_writer: bool) -> dict[str, int]:
@@ -123,7 +188,7 @@ def _peaks(rank: int, world_size: int, tree: dict[str, Any], old: bool, torchs_w
     data = load_blend([(None, tree["data"]["path"])])
     whole_config = distributed.DistributedDataParallelConfig
     recipe = check_recipe(parse_recipe(tree), world_size=world_size, tokenizer_vocab_size=data.first.vocab_size)
-    way = padded_checkpoints if old else state_stays_on_its_ranks
+    way = _as_before if old else state_stays_on_its_ranks
     writer = FileSystemWriter if torchs_writer else checkpoint_writer.TensorByTensor
     with (
         model_parallel_world(recipe),
@@ -209,7 +274,7 @@ def _trained_as_before(rank: int, world_size: int, tree: dict[str, Any]) -> int:
     """For ``run_world``: train with checkpoints as releases before this one wrote and read them."""
     from mtp_megatron.training import checkpointing
 
-    with mock.patch.object(checkpointing, "state_stays_on_its_ranks", padded_checkpoints):
+    with mock.patch.object(checkpointing, "state_stays_on_its_ranks", _as_before):
         return train_body(rank, world_size, tree)
 
 
@@ -237,13 +302,13 @@ def _refused(rank: int, world_size: int) -> list[str]:
         (inner,) = chained(optimizer)
         group, inner.data_parallel_group_gloo = inner.data_parallel_group_gloo, None
         with pytest.raises(EnvironmentUnsupported) as error:
-            _state_by_optimizer(optimizer, chunks, state_stays_on_its_ranks)
+            _state_by_optimizer(optimizer, chunks, _on_its_ranks)
         said.append(str(error.value))
         inner.data_parallel_group_gloo = group
         for ranges in inner.gbuf_ranges[0].values():
             next(iter(ranges[0]["param_map"].values()))["param"].end -= 1
         with pytest.raises(EnvironmentUnsupported) as error:
-            _state_by_optimizer(optimizer, chunks, state_stays_on_its_ranks)
+            _state_by_optimizer(optimizer, chunks, _on_its_ranks)
         said.append(str(error.value))
     return said
 
