@@ -91,7 +91,7 @@ def load_blend(parts: Sequence[tuple[float | None, str]]) -> Blend:
 
     Raises:
         DataError: a folder that is no whole data set (:func:`.manifest.load_manifest`).
-        ConfigError: two that differ in tokenizer, or have the same content; too many.
+        ConfigError: two that differ in tokenizer, or were made of the same documents; too many.
     """
     if len(parts) > MOST_PARTS:
         raise ConfigError(
@@ -101,12 +101,13 @@ def load_blend(parts: Sequence[tuple[float | None, str]]) -> Blend:
     seen: dict[str, Manifest] = {}
     for manifest in manifests:
         _check_tokenizer(manifests[0], manifest)
-        twin = seen.setdefault(manifest.fingerprint, manifest)
+        twin = seen.setdefault(manifest.source.sha256, manifest)
         if twin is not manifest:
+            split = "" if twin.fingerprint == manifest.fingerprint else ", and what one holds out the other trains on"
             raise ConfigError(
                 FIELD,
                 str(manifest.path),
-                f"it has the content of {twin.path}: the same samples would come twice",
+                f"made of the same documents as {twin.path}: they would come twice{split}",
                 "Give one of them, with the weight of both.",
             )
     weights = [

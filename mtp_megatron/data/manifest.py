@@ -25,7 +25,9 @@ from mtp_megatron.errors import ConfigError, DataError
 MANIFEST_FILE = "dataset.json"
 FORMAT: Final = "mtp_megatron data set"
 VERSION = 1
-_REBUILD = "Remove the folder and run `mtp-megatron preprocess` again, or copy the data set here again."
+_REBUILD = (
+    "Remove the folder and run the `mtp-megatron preprocess` or `adopt` that made it, or copy the data set here again."
+)
 
 
 class _Part(BaseModel):

@@ -18,7 +18,7 @@ from mtp_megatron.data.reading import Rejected
 from mtp_megatron.data.sample import discard_sample, draw_sample
 from mtp_megatron.data.scan import Reader, Scan, hold_out, scan, scan_in
 from mtp_megatron.data.sources import DEFAULT_EXTENSIONS, find_sources
-from mtp_megatron.data.splits import begin, has_begun, write_splits
+from mtp_megatron.data.splits import begin, has_begun, put_tokenizer, write_splits
 from mtp_megatron.data.tokenizer import MODEL_FILE, ByteTokenizer, Tokenizer, load_tokenizer
 from mtp_megatron.data.tokenizer_store import choose_tokenizer
 from mtp_megatron.data.train_tokenizer import MIN_VOCAB, train_tokenizer
@@ -138,6 +138,8 @@ def preprocess(options: PreprocessOptions) -> PreprocessResult:
         release = {**recorded, **_RELEASE}
         if has_begun(work, release):
             tokenizer = given or load_tokenizer(work.data / MODEL_FILE)
+            if given is not None:  # its templates, say, which decide no id, may have changed
+                put_tokenizer(work, given)
         else:
             tokenizer = given or _train(work, reader, found, held_out, options)
             begin(work, tokenizer, release)

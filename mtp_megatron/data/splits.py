@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -13,10 +14,10 @@ from mtp_megatron.data import journal
 from mtp_megatron.data.atomic import empty, sync, sync_all
 from mtp_megatron.data.encode import encode_documents
 from mtp_megatron.data.progress import byte_bar, say
-from mtp_megatron.data.reading import Cursor
+from mtp_megatron.data.reading import Cursor, Place
 from mtp_megatron.data.scan import Reader, Scan, reread
 from mtp_megatron.data.tokenizer import Tokenizer
-from mtp_megatron.data.tokenizer_store import write_tokenizer
+from mtp_megatron.data.tokenizer_store import FOLDER, write_tokenizer
 from mtp_megatron.data.work_folder import WorkFolder
 from mtp_megatron.data.writer import SplitCounts, optimal_dtype, split_writer
 
@@ -28,14 +29,6 @@ class _TokenizeRecord(journal.Record):
     cursor: Cursor = Cursor()
     train: SplitCounts = SplitCounts()
     valid: SplitCounts = SplitCounts()
-
-
-class _Read(NamedTuple):
-    """A document whose ids, made by other processes, are to come."""
-
-    size: int
-    name: str
-    after: Cursor
 
 
 def has_begun(work: WorkFolder, options: dict[str, Any]) -> bool:
@@ -56,9 +49,16 @@ def has_begun(work: WorkFolder, options: dict[str, Any]) -> bool:
 def begin(work: WorkFolder, tokenizer: Tokenizer, options: dict[str, Any]) -> None:
     """Put the tokenizer in the folder, and say that the pass has begun."""
     empty(work.data)  # of a tokenizer that was being put there
-    write_tokenizer(tokenizer, work.data)
+    put_tokenizer(work, tokenizer)
     sync_all(work.data)
     _TokenizeRecord(options=options).write(work.path / _RECORD)
+
+
+def put_tokenizer(work: WorkFolder, tokenizer: Tokenizer) -> None:
+    """Put the tokenizer's files in the folder, in place of those that lie there."""
+    if (work.data / FOLDER).exists():
+        shutil.rmtree(work.data / FOLDER)
+    write_tokenizer(tokenizer, work.data)
 
 
 def write_splits(
@@ -79,12 +79,14 @@ def write_splits(
             f"going on at document {done.documents:,} of {len(found.keys):,} ({written / found.text_bytes:.1%})",
             quiet=reader.quiet,
         )
-    read: deque[_Read] = deque()
+    place = done.place()
+    # Size and name of those read whose ids, made by other processes, are to come, and the place behind each.
+    read: deque[tuple[int, str, Place]] = deque()
 
     def texts() -> Iterator[bytes]:
-        cursor = done.copy()
+        cursor = Cursor(*place)
         for document in reread(reader, found, cursor):
-            read.append(_Read(len(document.data), document.name, cursor.copy()))
+            read.append((len(document.data), document.name, cursor.place()))
             yield document.data
 
     with (
@@ -96,13 +98,13 @@ def write_splits(
         sync(work.data)
 
         def write() -> None:
-            now = _TokenizeRecord(options=record.options, cursor=done, train=train.keep(), valid=valid.keep())
+            now = _TokenizeRecord(options=record.options, cursor=Cursor(*place), train=train.keep(), valid=valid.keep())
             now.write(work.path / _RECORD)
 
         pace = journal.Pace(write)
-        for ids in encoded:
-            size, name, done = read.popleft()
-            (valid if held_out[done.documents - 1] else train).add(ids, size, name)
+        for number, ids in enumerate(encoded, start=done.documents):
+            size, name, place = read.popleft()
+            (valid if held_out[number] else train).add(ids, size, name)
             bar.update(size)
             pace.tick()
         write()  # the index of many documents takes minutes

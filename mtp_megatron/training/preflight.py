@@ -178,8 +178,15 @@ def _resumed_data(checkpoint: Path, data: Blend, recipe: Recipe) -> tuple[Blend,
         }
         saved["data"] = {"since": 0, "folders": [{**folder, "samples": samples}], "left": []}
     data, changes = blend.resumed(saved["data"], data)
-    same_ids = saved.get("tokenizer", {}).get("sha256") == data.first.tokenizer.sha256
-    if not changes or (recipe.run.accept_changes and same_ids):
+    if not changes:
+        return data, []
+    entry = saved.get("tokenizer") or {}
+    same_ids = entry.get("sha256") == data.first.tokenizer.sha256 or (
+        bool(entry) and _same_ids(checkpoint, saved, data.first)
+    )
+    if same_ids and entry["eod"] != data.eod:
+        changes.append(f"documents ended with id {entry['eod']}, and end with {data.eod}")
+    if recipe.run.accept_changes and same_ids:
         return data, [f"data: {text}" for text in changes]
     also = "" if same_ids else "; another tokenizer"
     go_on = " Or set run.accept_changes=true to go on with this data, each folder from where the run is in it."

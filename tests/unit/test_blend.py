@@ -183,8 +183,17 @@ def test_the_same_content_twice_is_refused(folders: tuple[Path, Path], tmp_path:
     again = preprocess(
         PreprocessOptions(tmp_path / "again", (folders[0].parent / "source",), valid_fraction=0.2, quiet=True)
     ).manifest
-    with pytest.raises(ConfigError, match=f"{again.path}.*it has the content of {folders[0]}"):
+    with pytest.raises(
+        ConfigError, match=f"{again.path}.: made of the same documents as {folders[0]}: .*come twice\\."
+    ):
         blended((folders[0], again.path))
+
+
+def test_the_same_documents_split_otherwise_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    sources = (folders[0].parent / "source",)
+    other = preprocess(PreprocessOptions(tmp_path / "other", sources, valid_fraction=0.3, quiet=True)).manifest
+    with pytest.raises(ConfigError, match="come twice, and what one holds out the other trains on"):
+        blended((folders[0], other.path))
 
 
 def test_a_folder_that_is_not_there_is_named(folders: tuple[Path, Path], tmp_path: Path) -> None:
