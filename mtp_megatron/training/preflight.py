@@ -94,7 +94,7 @@ def _other_tokenizer(checkpoint: Path, manifest: Manifest, recipe: Recipe) -> tu
         f"{recipe.run.load} ({entry['kind']}, sha256 {entry['sha256'][:12]}): the same ids mean other text"
     )
     if recipe.run.accept_changes:
-        return (f"data: {difference}",)
+        return (f"{recipe.data.setting}: {difference}",)
     raise ConfigError(
         *recipe.data.named,
         difference,
