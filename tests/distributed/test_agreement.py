@@ -52,9 +52,10 @@ def start_where_locking_fails(
     rank: int, world_size: int, tree: dict[str, Any], code: int
 ) -> tuple[tuple[str, str, bool], list[str]]:
     """For ``run_world``: :func:`start_body`, and the warnings of this rank."""
+    from mtp_megatron import file_lock
     from mtp_megatron.training import run_lock
 
-    failing = mock.patch.object(run_lock.fcntl, "flock", side_effect=OSError(code, os.strerror(code)))
+    failing = mock.patch.object(file_lock.fcntl, "flock", side_effect=OSError(code, os.strerror(code)))
     with failing, mock.patch.object(run_lock.logger, "warning") as warning:
         outcome = start_body(rank, world_size, [tree] * world_size)
     return outcome, [call.args[0] % call.args[1:] for call in warning.call_args_list]
