@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mtp_megatron.data.atomic import sync
 from mtp_megatron.data.huggingface import MAY_CHANGE
 from mtp_megatron.errors import CheckpointError
 
@@ -73,11 +74,11 @@ def publish(checkpoints: Path, step: int) -> Path:
     temporary, final = temporary_folder(checkpoints, step), iteration_folder(checkpoints, step)
     written = [file for file in sorted(temporary.rglob("*")) if file.is_file()]
     for file in written:
-        _sync(file)  # not every engine does; a power cut must not leave names without contents
+        sync(file)  # not every engine does; a power cut must not leave names without contents
     lasting = [file for file in written if file.parent == temporary or file.name not in MAY_CHANGE]
     sizes = {file.relative_to(temporary).as_posix(): file.stat().st_size for file in lasting}
     write_atomically(temporary / SIZES, json.dumps(sizes, indent=1))
-    _sync(temporary)
+    sync(temporary)
     if final.exists():  # the same step saved again, for example after a damaged copy was passed over
         _discard(final)
     temporary.rename(final)
@@ -253,12 +254,4 @@ def write_atomically(path: Path, text: str) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)
