@@ -118,11 +118,19 @@ def test_help_shows_examples(capsys):
 
 
 def started(every, *arguments, **options):
-    """The command, which makes a record every so many seconds."""
-    code = (
-        "import sys; from mtp_megatron.data import journal; from mtp_megatron.cli import main; "
-        f"journal.EVERY = {every}; journal._SHARE = 0; sys.exit(main())"
-    )
+    """The command, which makes a record every so many seconds, and pauses after each of the last pass: a fast machine
+    would be at its end before a signal comes."""
+    code = f"""
+import sys, time
+from mtp_megatron.cli import main
+from mtp_megatron.data import journal
+journal.EVERY, journal._SHARE, whole = {every}, 0, journal.write_whole
+def write_whole(path, content):
+    whole(path, content)
+    time.sleep(0.03 * (path.name == "tokenize.json"))
+journal.write_whole = write_whole
+sys.exit(main())
+"""
     command = [sys.executable, "-c", code, "preprocess", *map(str, arguments)]
     # Whoever started pytest may ignore SIGHUP, and so would the command.
     return subprocess.Popen(
