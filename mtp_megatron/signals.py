@@ -96,6 +96,13 @@ def children_leave_stopping_to_parent() -> Iterator[None]:
     if sys.platform != "linux":
         yield
         return
+    with stop_signals_blocked():
+        yield
+
+
+@contextmanager
+def stop_signals_blocked() -> Iterator[None]:
+    """Inside, this thread gets none of the signals until the end; processes that are started inside inherit that."""
     former = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield

@@ -21,10 +21,10 @@ from mtp_megatron.data.corpus import Tally
 from mtp_megatron.data.manifest import Manifest, SourceInfo, SplitInfo, TokenizerInfo, load_manifest
 from mtp_megatron.data.megatron_index import IndexWriter, MegatronIndex, Places
 from mtp_megatron.data.preprocess import PreprocessResult, data_set_there, fingerprint_of, identity_of
-from mtp_megatron.data.scan import hold_out
+from mtp_megatron.data.scan import check_holding_out, hold_out
 from mtp_megatron.data.tokenizer_store import choose_tokenizer, write_tokenizer
 from mtp_megatron.data.work_folder import differences
-from mtp_megatron.errors import ConfigError, DataError
+from mtp_megatron.errors import DataError
 
 Naming = Literal["link", "symlink", "copy"]
 _COPIED_BYTES = 1 << 24  # at once
@@ -57,12 +57,7 @@ class AdoptOptions:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.valid_fraction < 1.0:
-            raise ConfigError(
-                "--valid-fraction", self.valid_fraction, "must lie between 0 and 1, both excluded", "Try 0.01."
-            )
-        if not 0 <= self.seed < 2**64:
-            raise ConfigError("--seed", self.seed, "must fit 64 bits without sign", "Try 1234.")
+        check_holding_out(self.valid_fraction, self.seed)
 
 
 @dataclass(frozen=True)

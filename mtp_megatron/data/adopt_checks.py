@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from mtp_megatron.data.huggingface import HuggingFaceTokenizer
 from mtp_megatron.data.megatron_index import MegatronIndex, Places
+from mtp_megatron.data.progress import byte_bar
 from mtp_megatron.data.scan import key_of
 from mtp_megatron.data.tokenizer import Tokenizer
 from mtp_megatron.errors import DataError
@@ -94,7 +92,7 @@ def scan_ids(index: MegatronIndex, tokenizer: Tokenizer, seed: int, *, quiet: bo
     """Read every id: in the vocabulary, and the end-of-document id at the end of every document."""
     keys, inner, documents = array("Q"), 0, 0
     whole, cuts = hashlib.sha256(), hashlib.sha256()
-    with index.bin.open("rb") as stream, _bar(index, quiet) as bar:
+    with index.bin.open("rb") as stream, byte_bar(f"check {index.bin.name}", index.bin_bytes, quiet=quiet) as bar:
         for places in _chunks(index):
             data = stream.read(int(places.tokens.sum()) * index.item)
             ids = np.frombuffer(data, index.dtype)
@@ -151,9 +149,3 @@ def _not_ended(
         f"{index.bin}: of {looked_at} documents{where} {ended} end with the end-of-document id {tokenizer.eod}, others "
         f"with {found}{name}. Preprocess with upstream's --append-eod, or name the token that ends them with --eod."
     )
-
-
-def _bar(index: MegatronIndex, quiet: bool) -> Any:
-    hidden = quiet or not sys.stderr.isatty()
-    label = f"check {index.bin.name}"
-    return tqdm(desc=label, total=index.bin_bytes, unit="B", unit_scale=True, disable=hidden, leave=False)

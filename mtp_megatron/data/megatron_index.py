@@ -18,7 +18,7 @@ HEADER = struct.Struct("<9sQBQQ")
 MAGIC = b"MMIDIDX\x00\x00"
 DTYPE_CODES: Final[dict[str, int]] = {"int32": 4, "uint16": 8}
 _OTHER_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 5: "int64", 6: "float64", 7: "float32"}
-_MOST_TOKENS = 2**31 - 1  # of a document
+MOST_TOKENS = 2**31 - 1  # of a document: lengths are int32
 _BLOCK = 1 << 16  # documents
 
 
@@ -178,10 +178,10 @@ class IndexWriter:
         """
         if not len(places.tokens):
             return
-        if (longest := int(places.tokens.max())) > _MOST_TOKENS:
+        if (longest := int(places.tokens.max())) > MOST_TOKENS:
             raise DataError(
                 f"{self._path}: a document has {longest:,} tokens; megatron-core's index holds documents of at most "
-                f"{_MOST_TOKENS:,}. Split it."
+                f"{MOST_TOKENS:,}. Split it."
             )
         self._streams[0].write(places.tokens.astype("<i4").tobytes())
         self._streams[1].write(places.starts.astype("<i8").tobytes())

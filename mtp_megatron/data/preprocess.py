@@ -16,7 +16,7 @@ from mtp_megatron.data.huggingface import HuggingFaceTokenizer
 from mtp_megatron.data.manifest import MANIFEST_FILE, VERSION, Manifest, SourceInfo, TokenizerInfo, load_manifest
 from mtp_megatron.data.reading import Rejected
 from mtp_megatron.data.sample import discard_sample, draw_sample
-from mtp_megatron.data.scan import Reader, Scan, hold_out, scan, scan_in
+from mtp_megatron.data.scan import Reader, Scan, check_holding_out, hold_out, scan, scan_in
 from mtp_megatron.data.sources import DEFAULT_EXTENSIONS, find_sources
 from mtp_megatron.data.splits import begin, has_begun, put_tokenizer, write_splits
 from mtp_megatron.data.tokenizer import MODEL_FILE, ByteTokenizer, Tokenizer, load_tokenizer
@@ -68,10 +68,7 @@ class PreprocessOptions:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.valid_fraction < 1.0:
-            raise ConfigError(
-                "--valid-fraction", self.valid_fraction, "must lie between 0 and 1, both excluded", "Try 0.01."
-            )
+        check_holding_out(self.valid_fraction, self.seed)
         if self.train_vocab is not None and self.train_vocab < MIN_VOCAB:
             remedy = f"256 bytes and 3 special tokens need {MIN_VOCAB} or more."
             raise ConfigError("--train-tokenizer", self.train_vocab, "is too small", remedy)
@@ -84,8 +81,6 @@ class PreprocessOptions:
             raise ConfigError(
                 "--eod", self.eod, "a tokenizer that is trained has one of its own", "Leave out one of the two."
             )
-        if not 0 <= self.seed < 2**64:
-            raise ConfigError("--seed", self.seed, "must fit 64 bits without sign", "Try 1234.")
 
 
 @dataclass(frozen=True)

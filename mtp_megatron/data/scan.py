@@ -15,7 +15,7 @@ from mtp_megatron.data.corpus import Corpus, Tally, digest
 from mtp_megatron.data.progress import document_bar, say
 from mtp_megatron.data.reading import Cursor, Document
 from mtp_megatron.data.work_folder import WorkFolder
-from mtp_megatron.errors import DataError
+from mtp_megatron.errors import ConfigError, DataError
 
 _RECORD, _KEYS, _HASHED = "scan.json", "scan.keys", "scan.hashed"
 _KEY_BYTES = 8
@@ -174,6 +174,18 @@ def _load_keys(work: WorkFolder, record: _ScanRecord) -> np.ndarray:
 def key_of(data: bytes, seed: int) -> int:
     """Uniform in 0 .. 2^64 - 1, by content: copies of a text fall on the same side of the split, wherever they lie."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=seed.to_bytes(8, "little")).digest(), "little")
+
+
+def check_holding_out(fraction: float, seed: int) -> None:
+    """Refuse options that :func:`hold_out` and :func:`key_of` cannot take.
+
+    Raises:
+        ConfigError: naming ``--valid-fraction`` or ``--seed``.
+    """
+    if not 0.0 < fraction < 1.0:
+        raise ConfigError("--valid-fraction", fraction, "must lie between 0 and 1, both excluded", "Try 0.01.")
+    if not 0 <= seed < 2**64:
+        raise ConfigError("--seed", seed, "must fit 64 bits without sign", "Try 1234.")
 
 
 def hold_out(keys: np.ndarray, fraction: float) -> np.ndarray:

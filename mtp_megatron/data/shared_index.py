@@ -25,7 +25,7 @@ import torch.distributed as dist
 from mtp_megatron import compat
 from mtp_megatron.data.sample_index import EXIT_EXPLAINED, SampleIndex
 from mtp_megatron.errors import DataError, MTPError
-from mtp_megatron.signals import STOP_SIGNALS, Stopped, StopRequest
+from mtp_megatron.signals import Stopped, StopRequest, stop_signals_blocked
 
 # Seconds that a host waits to see another's index before it writes its own, and not longer than writing that one took:
 # network file systems show other hosts' writes late, but on a disk of its own a host would wait in vain.
@@ -120,8 +120,7 @@ def _child(index: SampleIndex) -> Iterator[_Child]:
     """
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # the same packages as here
     with index.room() as room, tempfile.TemporaryFile() as said:
-        former = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # which the child inherits
-        try:
+        with stop_signals_blocked():
             process = subprocess.Popen(
                 index.command(room),
                 stdin=subprocess.DEVNULL,
@@ -129,8 +128,6 @@ def _child(index: SampleIndex) -> Iterator[_Child]:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONPATH": path},
             )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, former)
         try:
             yield _Child(index, process, said)
         finally:

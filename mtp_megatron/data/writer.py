@@ -14,9 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from mtp_megatron import compat
 from mtp_megatron.data import journal
 from mtp_megatron.data.manifest import SplitInfo
+from mtp_megatron.data.megatron_index import MOST_TOKENS
 from mtp_megatron.errors import DataError
-
-_MOST_TOKENS = 2**31 - 1  # the index holds lengths as int32
 
 
 def optimal_dtype(vocab_size: int) -> str:
@@ -74,9 +73,9 @@ class SplitWriter:
         Raises:
             DataError: it has more tokens than the index can say; found here, not when the index is written at the end.
         """
-        if len(ids) > _MOST_TOKENS:
+        if len(ids) > MOST_TOKENS:
             raise DataError(
-                f"{name}: {len(ids):,} tokens; megatron-core's index holds documents of at most {_MOST_TOKENS:,}. "
+                f"{name}: {len(ids):,} tokens; megatron-core's index holds documents of at most {MOST_TOKENS:,}. "
                 "Split it into several files, or lines of a .jsonl file."
             )
         self._builder.add_document(ids, [len(ids)])
