@@ -94,7 +94,7 @@ def hf_logits(folder: Path, tokens: Tensor) -> Tensor:
 
 
 def _experts_together(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A layer's experts in one tensor for each projection, as transformers 5 holds them; its files have them one by one."""
+    """A layer's experts in one tensor for each projection, as transformers 5 holds them: in files they are apart."""
     together: dict[str, dict[int, dict[str, Tensor]]] = {}
     for key in list(tensors):
         if match := re.fullmatch(r"(.+\.experts)\.(\d+)\.(\w+)_proj\.weight", key):

@@ -70,9 +70,11 @@ def load_and_save(rank: int, world_size: int, tree: dict[str, Any]) -> None:
 
 
 def through_megatron(data: Path, tmp_path: Path, converted: Path, precision: str = "fp32") -> Path:
-    """Load at TP2 x PP2, save; returns the run."""
+    """Load at TP2 x PP2, experts at EP2, save; returns the run."""
     run = tmp_path / "run"
     tree = tree_for(data, run, converted, parallel__tensor=2, parallel__pipeline=2, train__precision=precision)
+    if tree["model"]["num_experts"]:
+        tree["parallel"] |= {"expert": 2, "sequence_parallel": True}
     run_world(load_and_save, 4, tree)
     return run
 
