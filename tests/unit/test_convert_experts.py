@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,15 @@ from mtp_megatron.serving.decode import generate
 from mtp_megatron.serving.drafts import HEADS_FOLDER, MEDUSA_FOLDER, drafts_in
 from mtp_megatron.serving.export import open_export
 from mtp_megatron.serving.llama import HeadsLlama
-from tests.checkpoints import SHAPE, description, random_tensors, stack_trunk, write_checkpoint, write_torch_dist
+from tests.checkpoints import (
+    MEGATRON_LM_ARGUMENTS,
+    SHAPE,
+    description,
+    random_tensors,
+    stack_trunk,
+    write_checkpoint,
+    write_torch_dist,
+)
 from tests.foreign_models import hf_logits, write_hf
 
 EXPERTS = dataclasses.replace(SHAPE, qk_norm=True, num_experts=4, moe_ffn_hidden_size=24)
@@ -164,7 +173,7 @@ def test_text_is_the_same_with_heads_and_without(tmp_path: Path, capsys: pytest.
     source = write_hf(tmp_path / "source", "qwen3_moe")
     bundle = write_bundle(source, tmp_path / "bundle", heads=3, new_heads="copy", progress=False).output
     decoder = HeadsLlama.load(open_export(bundle))
-    for prompt in ([5, 17, 3], [40], [2, 2]):
+    for prompt in ([5, 17, 3], [40]):
         plain, speculative = (generate(decoder, prompt, max_new_tokens=40, heads=k) for k in (1, 3))
         assert speculative.tokens == plain.tokens
         assert sum(speculative.drafted) > 0
@@ -176,6 +185,9 @@ def test_text_is_the_same_with_heads_and_without(tmp_path: Path, capsys: pytest.
     assert (draft["model_type"], draft["mtp_layers"]) == ("qwen3", "qwen3")
     assert not [key for key in draft if "expert" in key or "moe" in key or key == "mlp_only_layers"]
     assert drafts_in(bundle) == [HEADS_FOLDER]
+    readme = (bundle / "README.md").read_text()
+    assert "## Without speculation: vLLM\n\nThe last layer is dense" in readme
+    assert "4 of size 24, 2 for each token" in readme
 
 
 def test_heads_that_are_no_layers(tmp_path: Path) -> None:
@@ -216,6 +228,20 @@ def test_metas_layout_has_no_experts(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model.num_experts=4 has no place in Meta's layout"):
         convert(tmp_path / "run", tmp_path / "meta", to="meta", progress=False)
     assert not (tmp_path / "meta").exists()
+
+
+def test_experts_of_another_training(tmp_path: Path) -> None:
+    """Whether its own arguments name them or a recipe does: nothing says what its routers did with their scores."""
+    folder = tmp_path / "iter_0000007"
+    objects = {"args": Namespace(**MEGATRON_LM_ARGUMENTS, num_experts=4, mtp_heads=3), "iteration": 7}
+    write_torch_dist(folder, stack_trunk(random_tensors(EXPERTS)))
+    torch.save(objects, folder / "common.pt")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"model": model()}))
+    for options, message in (({}, "num_experts=4 is not supported"), ({"model_recipe": recipe}, "routers may have")):
+        with pytest.raises(CheckpointError, match=message):
+            convert(folder, tmp_path / "out", to="hf", progress=False, **options)
+        assert not (tmp_path / "out").exists()
 
 
 def test_an_expert_that_is_missing_or_of_another_width(tmp_path: Path) -> None:
