@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import math
 import pickle
 import re
@@ -37,10 +38,14 @@ _TRAINING_STATE = re.compile(r"(optimizer|chained_\d+)\.")
 
 @dataclass(frozen=True)
 class _Source:
-    """A model tensor: a stored one, or of a stacked one what lies at ``index`` of its first axes (layer, expert)."""
+    """A model tensor: a stored one, or of a stacked one what lies at ``index`` of its first axes (layer, expert).
+
+    ``chunks`` are those that hold a part of it.
+    """
 
     stored: StoredTensor
-    index: tuple[int, ...] = ()
+    index: tuple[int, ...]
+    chunks: tuple[StoredChunk, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -81,10 +86,8 @@ class MegatronCheckpoint:
         source = self._sources[key]
         result = torch.empty(source.shape, dtype=source.stored.dtype)
         filled = 0
-        for chunk in source.stored.chunks:
+        for chunk in source.chunks:
             within = [at - start for at, start in zip(source.index, chunk.offsets, strict=False)]
-            if not all(0 <= at < size for at, size in zip(within, chunk.sizes, strict=False)):
-                continue
             values = _load(chunk, source.stored.dtype)[tuple(within)]
             offsets, sizes = chunk.offsets[len(within) :], chunk.sizes[len(within) :]
             box = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
@@ -132,19 +135,28 @@ def _model_tensors(index: dict[str, StoredTensor]) -> Iterator[tuple[str, _Sourc
             continue
         stacked = _STACKED.fullmatch(key)
         if stacked is None:
-            yield key, _Source(stored)
+            yield key, _Source(stored, (), stored.chunks)
             continue
         name = NORM_BEFORE_EXPERTS[1] if stacked[1] == NORM_BEFORE_EXPERTS[0] else stacked[1]
         experts = _EXPERTS.fullmatch(name)
-        for layer in range(stored.shape[0]):
-            if experts is None:
-                yield f"decoder.layers.{layer}.{name}", _Source(stored, (layer,))
-                continue
-            for expert in range(stored.shape[1]):
-                yield (
-                    f"decoder.layers.{layer}.mlp.experts.experts.{expert}.{experts[1]}",
-                    _Source(stored, (layer, expert)),
-                )
+        for source in _unstacked(stored, 1 if experts is None else 2):
+            if experts is not None:
+                name = f"mlp.experts.experts.{source.index[1]}.{experts[1]}"
+            yield f"decoder.layers.{source.index[0]}.{name}", source
+
+
+def _unstacked(stored: StoredTensor, axes: int) -> Iterator[_Source]:
+    """What a tensor holds at each index of its first ``axes`` axes."""
+    chunks: dict[tuple[int, ...], list[StoredChunk]] = {
+        index: [] for index in itertools.product(*map(range, stored.shape[:axes]))
+    }
+    for chunk in stored.chunks:
+        covered = (range(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
+        for index in itertools.product(*itertools.islice(covered, axes)):
+            if index in chunks:
+                chunks[index].append(chunk)
+    for index, parts in chunks.items():
+        yield _Source(stored, index, tuple(parts))
 
 
 def _load(chunk: StoredChunk, dtype: torch.dtype) -> Tensor:
