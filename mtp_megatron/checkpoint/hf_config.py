@@ -115,7 +115,10 @@ def _expert_settings(config: dict[str, Any], path: Path, heads_are_layers: bool)
     layers, experts, chosen = (
         int(_required(config, key, path)) for key in ("num_hidden_layers", experts_key, "num_experts_per_tok")
     )
-    dense, last = set(config.get("mlp_only_layers") or ()), {layers - 1}
+    named = config.get("mlp_only_layers") or []
+    if not isinstance(named, list) or not all(isinstance(layer, int) for layer in named):
+        raise _unsupported(path, "mlp_only_layers", named, "it is a list of layers")
+    dense, last = set(named), {layers - 1}
     if heads_are_layers and not last <= dense:
         reason = f"layer {layers - 1}, the last, becomes head 1, and heads are dense"
         raise _unsupported(path, "mlp_only_layers", sorted(dense), reason)

@@ -151,9 +151,9 @@ def _unstacked(stored: StoredTensor, axes: int) -> Iterator[_Source]:
         index: [] for index in itertools.product(*map(range, stored.shape[:axes]))
     }
     for chunk in stored.chunks:
-        covered = (range(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
-        for index in itertools.product(*itertools.islice(covered, axes)):
-            if index in chunks:
+        boxes = zip(chunk.offsets, chunk.sizes, stored.shape[:axes], strict=False)
+        for index in itertools.product(*(range(start, min(start + size, end)) for start, size, end in boxes)):
+            if index in chunks:  # a damaged index may name others
                 chunks[index].append(chunk)
     for index, parts in chunks.items():
         yield _Source(stored, index, tuple(parts))

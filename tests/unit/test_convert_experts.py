@@ -271,6 +271,7 @@ def test_an_expert_that_is_missing_or_of_another_width(tmp_path: Path) -> None:
     [
         ({"mlp_only_layers": []}, r"mlp_only_layers=\[\] is not supported: layer 2, the last, becomes head 1.*dense"),
         ({"mlp_only_layers": [0, 2]}, r"mlp_only_layers=\[0, 2\] is not supported: every layer of the trunk"),
+        ({"mlp_only_layers": 2}, r"mlp_only_layers=2 is not supported: it is a list of layers"),
         ({"decoder_sparse_step": 2}, r"decoder_sparse_step=2 is not supported: every layer of the trunk"),
         ({"norm_topk_prob": False}, r"norm_topk_prob=False is not supported: the weights of several chosen"),
         ({"num_experts_per_tok": 1}, r"norm_topk_prob=True is not supported: .*that of one alone"),
