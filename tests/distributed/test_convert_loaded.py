@@ -106,6 +106,15 @@ def test_each_family_has_transformers_logits_and_survives_tp2_pp2(case: str, dat
     torch.testing.assert_close(hf_logits(tmp_path / "back", TOKENS), theirs, atol=1e-6, rtol=0)
 
 
+def test_one_expert_for_each_token_has_transformers_logits(data: Path, tmp_path: Path) -> None:
+    """Its weight is then not 1: the softmax is over all experts before one is chosen."""
+    alone = {"num_experts_per_tok": 1, "norm_topk_prob": False}
+    convert(write_hf(tmp_path / "source", "qwen3_moe", **alone), tmp_path / "megatron", to="megatron", progress=False)
+    ((first,),) = run_world(head_logits, 1, tree_for(data, tmp_path / "logits", tmp_path / "megatron"), TOKENS)
+    theirs = hf_logits(tmp_path / "source", TOKENS)
+    torch.testing.assert_close(first, theirs, atol=1e-4, rtol=0)
+
+
 def test_rope_scaling_would_be_missed(data: Path, tmp_path: Path) -> None:
     """Control: without its scaling the model of the case llama3 has other logits."""
     convert(write_hf(tmp_path / "source", "llama3"), tmp_path / "megatron", to="megatron", progress=False)
