@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from mtp_megatron.checkpoint.source import model_shapes
+from mtp_megatron.checkpoint.source import expected_shape, model_shapes
 from mtp_megatron.checkpoint.tables import FURTHER_HEADS, LLAMA, expand
 from mtp_megatron.checkpoint.transforms import ModelShape
 from mtp_megatron.data.tokenizer import ByteTokenizer, Tokenizer
@@ -75,15 +76,21 @@ def random_tensors(
     sizes = model_shapes(shape)
     tensors = {}
     for mapping in expand((*LLAMA, *FURTHER_HEADS), shape):
-        size = next(size for suffix, size in sizes.items() if mapping.megatron.endswith(suffix))
+        size = expected_shape(mapping.megatron, sizes)
         values = torch.randn(size, generator=generator)
         tensors[mapping.megatron] = (1 + values / 10 if len(size) == 1 else values * size[-1] ** -0.5).to(dtype)
     return tensors
 
 
 def stack_trunk(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Trunk layers stacked along a new first axis, as Megatron stores them."""
+    """Trunk layers stacked along a new first axis, their experts behind that along another, as Megatron stores them."""
     stacked: dict[str, list[Tensor]] = {}
+    experts: dict[str, list[Tensor]] = {}
+    for key, tensor in tensors.items():
+        if match := re.fullmatch(r"(.+\.experts\.experts\.)\d+\.(.+)", key):
+            experts.setdefault(match[1] + match[2], []).append(tensor)
+    tensors = {key: tensor for key, tensor in tensors.items() if ".experts." not in key}
+    tensors |= {key: torch.stack(parts) for key, parts in experts.items()}
     result = {}
     for key, tensor in tensors.items():
         if key.startswith("decoder.layers."):
@@ -94,8 +101,13 @@ def stack_trunk(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def tensor_parallel_cuts(key: str, tensor: Tensor) -> Sequence[int]:
-    """In how many pieces each axis is cut under TP2 with every trunk layer apart."""
+    """In how many pieces each axis is cut under TP2 with every trunk layer apart, and every expert, which is whole but
+    for the two halves of its first matrix."""
     lead = [tensor.shape[0]] if "decoder.layers." in key else []
+    if ".experts." in key:
+        return [*lead, tensor.shape[1], 2 if "linear_fc1" in key else 1, 1]
+    if ".router." in key:
+        return [*lead, 1, 1]
     if "norm" in key:
         return [*lead, 1]
     if ".linear." in key:  # a head that every rank holds whole
@@ -158,6 +170,9 @@ def description(shape: ModelShape = SHAPE, tokenizer: Tokenizer | None = None, c
             "rotary_base": 10000,
             "norm_epsilon": 1e-5,
             "tied_embeddings": shape.tied_embeddings,
+            "qk_norm": shape.qk_norm,
+            "num_experts": shape.num_experts,
+            "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
             "init_method_std": 0.02,
         },
         "heads": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 16}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "moe_intermediate_size": 24,
+            "mlp_only_layers": [2],
+        },
+    ),
 }
 
 
@@ -72,13 +84,26 @@ def hf_logits(folder: Path, tokens: Tensor) -> Tensor:
 
     config = AutoConfig.from_pretrained(folder)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    report = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    report = model.load_state_dict(_experts_together(load_file(folder / "model.safetensors")), strict=False)
     assert report.missing_keys == (["lm_head.weight"] if config.tie_word_embeddings else [])
     assert not report.unexpected_keys
     model.tie_weights()
     with torch.inference_mode():
         logits: Tensor = model.eval()(tokens).logits
     return logits
+
+
+def _experts_together(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's experts in one tensor for each projection, as transformers 5 holds them: in files they are apart."""
+    together: dict[str, dict[int, dict[str, Tensor]]] = {}
+    for key in list(tensors):
+        if match := re.fullmatch(r"(.+\.experts)\.(\d+)\.(\w+)_proj\.weight", key):
+            together.setdefault(match[1], {}).setdefault(int(match[2]), {})[match[3]] = tensors.pop(key)
+    for name, experts in together.items():
+        parts = [experts[number] for number in range(len(experts))]
+        tensors[f"{name}.gate_up_proj"] = torch.stack([torch.cat((part["gate"], part["up"])) for part in parts])
+        tensors[f"{name}.down_proj"] = torch.stack([part["down"] for part in parts])
+    return tensors
 
 
 PARAMS: dict[str, Any] = {

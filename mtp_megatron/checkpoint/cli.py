@@ -100,7 +100,7 @@ def _bundle(args: argparse.Namespace) -> int:
     for notice in bundle.notices:
         print(f"note: {notice}", file=sys.stderr)
     print(
-        f"{args.source} -> {bundle.output}: a Llama folder with drafts in {', '.join(bundle.drafts)}; "
+        f"{args.source} -> {bundle.output}: a Hugging Face folder with drafts in {', '.join(bundle.drafts)}; "
         f"{bundle.total_bytes / 1e6:.1f} MB. Serve it with `mtp-megatron serve {bundle.output}`, check it with "
         f"`mtp-megatron verify {bundle.output}`"
     )

@@ -36,6 +36,7 @@ class ModelDescription:
         tokenizer: what made its ids.
         raw: content of ``mtp_config.json``.
         rope_scaling: how the rotary frequencies are lowered, None where they are not.
+        moe_top_k: experts that each token goes through; None: the trunk has none.
     """
 
     shape: ModelShape
@@ -46,6 +47,7 @@ class ModelDescription:
     tokenizer: Tokenizer
     raw: dict[str, Any]
     rope_scaling: RopeScaling | None = None
+    moe_top_k: int | None = None
 
 
 def describe(checkpoint: TensorSource) -> ModelDescription:
@@ -57,12 +59,6 @@ def describe(checkpoint: TensorSource) -> ModelDescription:
     """
     path = checkpoint.folder / CONFIG
     raw = read_mtp_config(checkpoint.folder)
-    experts = raw["model"].get("num_experts") if isinstance(raw.get("model"), dict) else None
-    if experts is not None:
-        raise CheckpointError(
-            f"{path}: model.num_experts={experts}: a trunk with experts (mixture of experts) has no counterpart in "
-            "the layouts that are written here, all of a dense Llama. Train with model.num_experts=null to convert."
-        )
     try:
         tokenizer = _tokenizer(checkpoint.folder, raw)
         description = from_raw(raw, tokenizer)
@@ -105,13 +101,14 @@ def from_raw(raw: dict[str, Any], tokenizer: Tokenizer) -> ModelDescription:
         tokenizer=tokenizer,
         raw=raw,
         rope_scaling=rope_scaling_of(model),
+        moe_top_k=moe_top_k_of(model),
     )
 
 
 def shape_of(model: dict[str, Any], heads: dict[str, Any], vocab_size: int, padded_vocab_size: int) -> ModelShape:
     """Sizes from a recipe's sections ``model`` and ``heads``; settings younger than the file have their defaults."""
     model = {**_optional_settings(), **model}
-    head_size = model["head_size"]
+    head_size, experts, width = (model[name] for name in ("head_size", "num_experts", "moe_ffn_hidden_size"))
     return ModelShape(
         num_trunk_layers=int(model["num_trunk_layers"]),
         num_heads=int(heads["n"]),
@@ -125,8 +122,16 @@ def shape_of(model: dict[str, Any], heads: dict[str, Any], vocab_size: int, padd
         head_size=None if head_size is None else int(head_size),
         qkv_bias=bool(model["qkv_bias"]),
         qk_norm=bool(model["qk_norm"]),
+        num_experts=None if experts is None else int(experts),
+        moe_ffn_hidden_size=None if experts is None or width is None else int(width),
         head_kind=str(heads.get("kind", "transformer")),
     )
+
+
+def moe_top_k_of(model: dict[str, Any]) -> int | None:
+    """Experts that each token goes through in a model that a recipe's section ``model`` describes; None: no experts."""
+    model = {**_optional_settings(), **model}
+    return None if model["num_experts"] is None else int(model["moe_top_k"])
 
 
 def rope_scaling_of(model: dict[str, Any]) -> RopeScaling | None:
@@ -198,8 +203,9 @@ def describe_foreign(
 
 
 def _optional_settings() -> dict[str, Any]:
-    names = ("head_size", "qkv_bias", "qk_norm", *(name for name in ModelSection.model_fields if "rope_" in name))
-    return {name: ModelSection.model_fields[name].default for name in names}
+    names = ("head_size", "qkv_bias", "qk_norm", "num_experts")
+    families = (name for name in ModelSection.model_fields if name.startswith(("rope_", "moe_")))
+    return {name: ModelSection.model_fields[name].default for name in (*names, *families)}
 
 
 def _tokenizer(folder: Path, raw: dict[str, Any]) -> Tokenizer:

@@ -15,12 +15,13 @@ from mtp_megatron.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Family:
-    """A dense decoder of transformers that differs from Llama in no more than these.
+    """A decoder of transformers that differs from Llama in no more than these.
 
     Attributes:
         architecture: transformers' class.
         qkv_bias: always has biases on queries, keys and values.
         qk_norm: always normalises queries and keys.
+        experts: its layers have experts, but for those in ``mlp_only_layers``.
         window_flag: setting without which ``sliding_window`` has no effect.
         default_window: what transformers takes where ``sliding_window`` is absent.
     """
@@ -28,6 +29,7 @@ class Family:
     architecture: str
     qkv_bias: bool = False
     qk_norm: bool = False
+    experts: bool = False
     window_flag: str | None = None
     default_window: int | None = None
 
@@ -37,6 +39,7 @@ FAMILIES = {
     "mistral": Family("MistralForCausalLM", default_window=4096),
     "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, window_flag="use_sliding_window"),
     "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, window_flag="use_sliding_window"),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", qk_norm=True, experts=True, window_flag="use_sliding_window"),
 }
 # Settings under which a model is another one: the values that mean nothing, and why any other is refused.
 _INERT: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -71,7 +74,7 @@ def model_settings(config: dict[str, Any], path: Path, *, heads_are_layers: bool
     family = FAMILIES.get(str(name))
     if family is None:
         raise CheckpointError(
-            f"{path}: model_type={name!r} is not supported. Supported: {', '.join(FAMILIES)} (dense, text only)."
+            f"{path}: model_type={name!r} is not supported. Supported: {', '.join(FAMILIES)} (text only)."
         )
     for key, (inert, reason) in _INERT.items():
         if config.get(key) not in inert:
@@ -100,8 +103,39 @@ def model_settings(config: dict[str, Any], path: Path, *, heads_are_layers: bool
         "qkv_bias": family.qkv_bias,
         "qk_norm": family.qk_norm,
         "init_method_std": float(config.get("initializer_range") or 0.02),
+        **(_expert_settings(config, path, heads_are_layers) if family.experts else {}),
         **rope_settings(config, path),
     }
+
+
+def _expert_settings(config: dict[str, Any], path: Path, heads_are_layers: bool) -> dict[str, Any]:
+    """The recipe's settings for a trunk with experts."""
+    # transformers renamed it within its fifth version, and reads both.
+    experts_key = "num_local_experts" if "num_local_experts" in config else "num_experts"
+    layers, experts, chosen = (
+        int(_required(config, key, path)) for key in ("num_hidden_layers", experts_key, "num_experts_per_tok")
+    )
+    named = config.get("mlp_only_layers") or []
+    if not isinstance(named, list) or not all(isinstance(layer, int) for layer in named):
+        raise _unsupported(path, "mlp_only_layers", named, "it is a list of layers")
+    dense, last = set(named), {layers - 1}
+    if heads_are_layers and not last <= dense:
+        reason = f"layer {layers - 1}, the last, becomes head 1, and heads are dense"
+        raise _unsupported(path, "mlp_only_layers", sorted(dense), reason)
+    if dense != (last if heads_are_layers else set()) or config.get("decoder_sparse_step") not in (1, None):
+        key = "mlp_only_layers" if config.get("decoder_sparse_step") in (1, None) else "decoder_sparse_step"
+        raise _unsupported(path, key, config[key], "every layer of the trunk has experts here, or none")
+    if chosen > experts:
+        raise _unsupported(path, "num_experts_per_tok", chosen, f"there are {experts_key}={experts}")
+    weights = config.get("norm_topk_prob", False)
+    if weights is not (chosen > 1):
+        reason = "the weights of several chosen experts add up to 1 here, that of one alone is what the router gives it"
+        raise _unsupported(path, "norm_topk_prob", weights, reason)
+    if config.get("shared_expert_intermediate_size"):
+        key = "shared_expert_intermediate_size"
+        raise _unsupported(path, key, config[key], "no expert is shared here")
+    width = _required(config, "moe_intermediate_size", path)
+    return {"num_experts": experts, "moe_top_k": chosen, "moe_ffn_hidden_size": width}
 
 
 def _refuse_windows(config: dict[str, Any], family: Family, path: Path) -> None:
@@ -175,6 +209,14 @@ def family_of(description: ModelDescription) -> str:
             "model.qkv_bias and model.qk_norm together belong to no supported Hugging Face family. Train with one of "
             "them to export."
         )
+    if shape.num_experts is not None:
+        if not shape.qk_norm:
+            raise CheckpointError(
+                f"model.num_experts={shape.num_experts} with model.qk_norm=false: of Hugging Face's families with "
+                "experts, the one that is written here (Qwen3-MoE) always normalises queries and keys. Train with "
+                "model.qk_norm=true to export; the checkpoint stays as it is, and --to megatron writes it."
+            )
+        return "qwen3_moe"
     return "qwen2" if shape.qkv_bias else "qwen3" if shape.qk_norm else "llama"
 
 
@@ -219,6 +261,17 @@ def llama_config(description: ModelDescription, dtype: torch.dtype) -> dict[str,
     if FAMILIES[family].window_flag:
         config |= {"use_sliding_window": False, "sliding_window": None}
         del config["mlp_bias"]
+    if FAMILIES[family].experts:
+        config |= {
+            "num_experts": shape.num_experts,
+            "num_experts_per_tok": description.moe_top_k,
+            # Training's softmax over the chosen experts is that over all, made to add up to 1 again. Of one expert
+            # alone it would always be 1: there it is over all.
+            "norm_topk_prob": description.moe_top_k != 1,
+            "moe_intermediate_size": shape.expert_width,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [shape.num_trunk_layers] if shape.heads_are_layers else [],
+        }
     if family == "qwen2":  # its biases are part of the family, and the setting would mean one more
         del config["attention_bias"]
     return config

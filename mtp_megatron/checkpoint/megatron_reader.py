@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import math
 import pickle
 import re
@@ -25,24 +26,36 @@ from mtp_megatron.training.checkpoint_files import find_checkpoint, problem_of
 
 # Trunk layers are stacked along a leading axis: `decoder.layers.<rest>` [layers, ...] is `decoder.layers.{k}.<rest>`.
 _STACKED = re.compile(r"decoder\.layers\.(?!\d+\.)(.+)")
+# So are experts, behind that axis: `<layer>.mlp.experts.experts.<rest>` [experts, ...] is
+# `<layer>.mlp.experts.experts.{e}.<rest>`.
+_EXPERTS = re.compile(r"mlp\.experts\.experts\.(?!\d+\.)(.+)")
+# Before experts the norm is a module of its own under Transformer Engine, and keeps its own name; megatron-core's own
+# modules give it the one that it has everywhere else.
+NORM_BEFORE_EXPERTS = ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
 # Tensors that belong to training, not to the model.
 _TRAINING_STATE = re.compile(r"(optimizer|chained_\d+)\.")
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A model tensor: a stored one, or layer ``layer`` of a stacked one."""
+    """A model tensor: a stored one, or of a stacked one what lies at ``index`` of its first axes (layer, expert).
+
+    ``chunks`` are those that hold a part of it.
+    """
 
     stored: StoredTensor
-    layer: int | None
+    index: tuple[int, ...]
+    chunks: tuple[StoredChunk, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.stored.shape if self.layer is None else self.stored.shape[1:]
+        return self.stored.shape[len(self.index) :]
 
 
 class MegatronCheckpoint:
-    """The model tensors of one ``iter_*`` folder by key; trunk layers are named ``decoder.layers.{k}.*``.
+    """The model tensors of one ``iter_*`` folder by key.
+
+    Trunk layers are named ``decoder.layers.{k}.*``, their experts ``decoder.layers.{k}.mlp.experts.experts.{e}.*``.
 
     Attributes:
         folder: the checkpoint's folder.
@@ -73,13 +86,10 @@ class MegatronCheckpoint:
         source = self._sources[key]
         result = torch.empty(source.shape, dtype=source.stored.dtype)
         filled = 0
-        for chunk in source.stored.chunks:
-            offsets, sizes = chunk.offsets, chunk.sizes
-            if source.layer is not None and not offsets[0] <= source.layer < offsets[0] + sizes[0]:
-                continue
-            values = _load(chunk, source.stored.dtype)
-            if source.layer is not None:
-                values, offsets, sizes = values[source.layer - offsets[0]], offsets[1:], sizes[1:]
+        for chunk in source.chunks:
+            within = [at - start for at, start in zip(source.index, chunk.offsets, strict=False)]
+            values = _load(chunk, source.stored.dtype)[tuple(within)]
+            offsets, sizes = chunk.offsets[len(within) :], chunk.sizes[len(within) :]
             box = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
             if any(part.stop > extent for part, extent in zip(box, source.shape, strict=True)):
                 raise CheckpointError(
@@ -125,10 +135,28 @@ def _model_tensors(index: dict[str, StoredTensor]) -> Iterator[tuple[str, _Sourc
             continue
         stacked = _STACKED.fullmatch(key)
         if stacked is None:
-            yield key, _Source(stored, None)
+            yield key, _Source(stored, (), stored.chunks)
             continue
-        for layer in range(stored.shape[0]):
-            yield f"decoder.layers.{layer}.{stacked[1]}", _Source(stored, layer)
+        name = NORM_BEFORE_EXPERTS[1] if stacked[1] == NORM_BEFORE_EXPERTS[0] else stacked[1]
+        experts = _EXPERTS.fullmatch(name)
+        for source in _unstacked(stored, 1 if experts is None else 2):
+            if experts is not None:
+                name = f"mlp.experts.experts.{source.index[1]}.{experts[1]}"
+            yield f"decoder.layers.{source.index[0]}.{name}", source
+
+
+def _unstacked(stored: StoredTensor, axes: int) -> Iterator[_Source]:
+    """What a tensor holds at each index of its first ``axes`` axes."""
+    chunks: dict[tuple[int, ...], list[StoredChunk]] = {
+        index: [] for index in itertools.product(*map(range, stored.shape[:axes]))
+    }
+    for chunk in stored.chunks:
+        boxes = zip(chunk.offsets, chunk.sizes, stored.shape[:axes], strict=False)
+        for index in itertools.product(*(range(start, min(start + size, end)) for start, size, end in boxes)):
+            if index in chunks:  # a damaged index may name others
+                chunks[index].append(chunk)
+    for index, parts in chunks.items():
+        yield _Source(stored, index, tuple(parts))
 
 
 def _load(chunk: StoredChunk, dtype: torch.dtype) -> Tensor:

@@ -36,6 +36,7 @@ from mtp_megatron.data.tokenizer_store import write_tokenizer
 from mtp_megatron.training import checkpoint_files as files
 
 _TRUNK_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"(mlp\.experts\.experts)\.(\d+)\.(.+)")
 _LINEAR = re.compile(r"(.+\.linear_(?:qkv|proj|fc1|fc2))\.weight")
 # dist_checkpointing's metadata.json: which reader to take.
 _BACKENDS = {
@@ -48,7 +49,10 @@ _BACKENDS = {
 
 @dataclass(frozen=True)
 class _Piece:
-    """One chunk of a stored tensor: a whole tensor, or a trunk layer's slice of the stacked one."""
+    """One chunk of a stored tensor: a whole tensor, or a trunk layer's slice of the stacked one (or its expert's).
+
+    ``stacked`` counts the axes that the stored tensor has before the piece's own.
+    """
 
     key: str
     stored: str
@@ -56,6 +60,7 @@ class _Piece:
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     dtype: torch.dtype
+    stacked: int = 0
 
 
 def write_megatron(
@@ -94,23 +99,30 @@ def write_megatron(
 def _pieces(
     keys: Iterable[str], source: TensorSource, description: ModelDescription, dtype: torch.dtype | None
 ) -> Iterable[_Piece]:
-    layers = description.shape.num_trunk_layers
+    shape = description.shape
     for key in keys:
         meta = source.meta(key).to(dtype=dtype)
         sizes, match = tuple(meta.shape), _TRUNK_LAYER.fullmatch(key)
         if match is None:
             yield _Piece(key, key, sizes, (0,) * len(sizes), sizes, meta.dtype)
         else:
-            offsets = (int(match[1]), *(0 for _ in sizes))
-            yield _Piece(key, f"decoder.layers.{match[2]}", (layers, *sizes), offsets, (1, *sizes), meta.dtype)
+            name, at, extent = match[2], [int(match[1])], [shape.num_trunk_layers]
+            if expert := _EXPERT.fullmatch(name):
+                name = f"{expert[1]}.{expert[3]}"
+                at, extent = [*at, int(expert[2])], [*extent, shape.num_experts or 0]
+            offsets, ones = (*at, *(0 for _ in sizes)), (1 for _ in at)
+            yield _Piece(
+                *(key, f"decoder.layers.{name}", (*extent, *sizes), offsets, (*ones, *sizes), meta.dtype),
+                stacked=len(at),
+            )
 
 
 def _extra_states(pieces: Iterable[_Piece]) -> Iterable[str]:
     """Keys of the empty objects that Megatron's linear layers store beside their weights, and miss where absent."""
     for piece in pieces:
         if match := _LINEAR.fullmatch(piece.stored):
-            stacked = piece.stored.startswith("decoder.layers.")
-            yield f"{match[1]}._extra_state/shard_{piece.offsets[0]}_{piece.size[0] if stacked else 1}"
+            at, extent = piece.offsets[: piece.stacked] or (0,), piece.size[: piece.stacked] or (1,)
+            yield f"{match[1]}._extra_state/shard_{'.'.join(map(str, at))}_{'.'.join(map(str, extent))}"
 
 
 class _LazyPlanner(SavePlanner):

@@ -164,6 +164,7 @@ def write_meta(
     shape = description.shape
     for applies, what in (
         (not shape.heads_are_layers, f"heads.kind={shape.head_kind}"),
+        (shape.num_experts is not None, f"model.num_experts={shape.num_experts}"),
         (shape.tied_embeddings, "model.tied_embeddings=true"),
         (shape.qkv_bias, "model.qkv_bias=true"),
         (shape.qk_norm, "model.qk_norm=true"),

@@ -116,6 +116,11 @@ def open_plain(folder: Path, model_recipe: str | Path | None) -> tuple[TensorSou
     step, where = 0, folder
     if model_recipe is not None:
         model = _from_recipe(model_recipe, rows)
+        if model["num_experts"] is not None:
+            raise CheckpointError(
+                f"{model_recipe}: model.num_experts={model['num_experts']} is not supported in a checkpoint of another "
+                "training: its routers may have settings that a recipe cannot say. Train experts with this package."
+            )
     else:
         arguments = read_arguments(folder)
         step, where = arguments.step, arguments.path

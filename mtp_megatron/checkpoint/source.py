@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +19,7 @@ from mtp_megatron.errors import CheckpointError
 
 # Called with the number of bytes just written and the total.
 Progress = Callable[[int, int], None]
+_EXPERT = re.compile(r"(\.experts\.)\d+\.")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -135,10 +137,14 @@ def fingerprint(files: Iterable[Path]) -> str:
 
 
 def model_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Shapes of one layer's tensors and of those outside layers, by the end of their Megatron key."""
+    """Shapes of one layer's tensors and of those outside layers, by the end of their Megatron key without the number
+    of an expert. Where two ends fit, the first is meant."""
     h, f, d = shape.hidden_size, shape.ffn_hidden_size, shape.head_dim
     qkv = (shape.num_attention_heads + 2 * shape.num_query_groups) * d
     return {
+        "experts.linear_fc1.weight": (2 * shape.expert_width, h),
+        "experts.linear_fc2.weight": (h, shape.expert_width),
+        "router.weight": (shape.num_experts or 0, h),
         "word_embeddings.weight": (shape.padded_vocab_size, h),
         "output_layer.weight": (shape.padded_vocab_size, h),
         "layer_norm_weight": (h,),
@@ -156,8 +162,16 @@ def model_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 
 def expected_shape(key: str, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of the tensor that ends as ``key`` does in ``shapes`` (:func:`model_shapes`)."""
-    return next(size for suffix, size in shapes.items() if key.endswith(suffix))
+    """The shape of the tensor that ends as ``key`` does in ``shapes`` (:func:`model_shapes`).
+
+    Raises:
+        KeyError: none does.
+    """
+    name = _EXPERT.sub(r"\1", key)
+    for suffix, size in shapes.items():
+        if name.endswith(suffix):
+            return size
+    raise KeyError(key)
 
 
 def check_shapes(source: TensorSource, shape: ModelShape, described_by: str) -> None:
@@ -169,13 +183,16 @@ def check_shapes(source: TensorSource, shape: ModelShape, described_by: str) -> 
     shapes = model_shapes(shape)
     for key in source.keys():  # noqa: SIM118 (not a dict)
         tensor = source.meta(key)
-        for suffix, expected in shapes.items():
-            if key.endswith(suffix) and tuple(tensor.shape) != expected:
-                raise CheckpointError(
-                    f"{source.folder}: {key} has shape {list(tensor.shape)}, and {described_by} describes "
-                    f"{list(expected)}: a checkpoint of another architecture. Give the checkpoint with its own "
-                    f"{described_by}."
-                )
+        try:
+            expected = expected_shape(key, shapes)
+        except KeyError:  # no tensor of the model: refused by name when its place is looked for
+            expected = tuple(tensor.shape)
+        if tuple(tensor.shape) != expected:
+            raise CheckpointError(
+                f"{source.folder}: {key} has shape {list(tensor.shape)}, and {described_by} describes "
+                f"{list(expected)}: a checkpoint of another architecture. Give the checkpoint with its own "
+                f"{described_by}."
+            )
         check_dtype(source.folder, key, tensor)
 
 

@@ -31,7 +31,10 @@ class Rule(NamedTuple):
 
 
 class Section(NamedTuple):
-    """Rules under a pair of prefixes, repeated for each ``(megatron index, other index)`` that ``layers`` gives."""
+    """Rules under a pair of prefixes, repeated for each ``(megatron index, other index)`` that ``layers`` gives.
+
+    Prefixes that hold ``{expert}`` too are repeated for each expert of a layer, which both layouts number alike.
+    """
 
     megatron_prefix: str
     prefix: str
@@ -39,8 +42,9 @@ class Section(NamedTuple):
     layers: Callable[[ModelShape], Iterable[tuple[int, int]]]
 
 
-# The norms go by Transformer Engine's fused names in every distributed checkpoint, whatever module wrote them.
-LLAMA_LAYER = (
+# The norms go by Transformer Engine's fused names in every distributed checkpoint, whatever module wrote them; the
+# reader sees to the one exception (:data:`.megatron_reader.NORM_BEFORE_EXPERTS`).
+_LLAMA_ATTENTION = (
     Rule("self_attention.linear_qkv.layer_norm_weight", ("input_layernorm.weight",)),
     Rule(
         "self_attention.linear_qkv.weight",
@@ -57,9 +61,20 @@ LLAMA_LAYER = (
     Rule("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), when="qk_norm"),
     Rule("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",)),
     Rule("mlp.linear_fc1.layer_norm_weight", ("post_attention_layernorm.weight",)),
-    Rule("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "gate_up"),
-    Rule("mlp.linear_fc2.weight", ("mlp.down_proj.weight",)),
 )
+_LLAMA_MLP = (
+    Rule("linear_fc1.weight", ("gate_proj.weight", "up_proj.weight"), "gate_up"),
+    Rule("linear_fc2.weight", ("down_proj.weight",)),
+)
+LLAMA_LAYER = (
+    *_LLAMA_ATTENTION,
+    *(
+        rule._replace(megatron=f"mlp.{rule.megatron}", parts=tuple(f"mlp.{part}" for part in rule.parts))
+        for rule in _LLAMA_MLP
+    ),
+)
+# A layer with experts, without them: they are a section of their own.
+_ROUTED_LAYER = (*_LLAMA_ATTENTION, Rule("mlp.router.weight", ("mlp.gate.weight",)))
 # A head that reads the normed trunk output (mtp_megatron.heads.PostNormHead).
 POST_NORM_HEAD = (
     Rule("linear.weight", ("linear.weight",)),
@@ -91,6 +106,14 @@ def _trunk(shape: ModelShape) -> Iterable[tuple[int, int]]:
     return ((k, k) for k in range(shape.num_trunk_layers))
 
 
+def _dense_trunk(shape: ModelShape) -> Iterable[tuple[int, int]]:
+    return [] if shape.num_experts else _trunk(shape)
+
+
+def _routed_trunk(shape: ModelShape) -> Iterable[tuple[int, int]]:
+    return _trunk(shape) if shape.num_experts else []
+
+
 def _head_1(shape: ModelShape) -> Iterable[tuple[int, int]]:
     return [(0, shape.num_trunk_layers)] if shape.heads_are_layers else []
 
@@ -101,12 +124,21 @@ def _further(shape: ModelShape) -> Iterable[tuple[int, int]]:
 
 
 def _next_token_model(
-    layer: tuple[Rule, ...], layers: str, embedding: str, norm: str, unembedding: str
+    layer: tuple[Rule, ...],
+    layers: str,
+    embedding: str,
+    norm: str,
+    unembedding: str,
+    routed: tuple[Section, ...] = (),
 ) -> tuple[Section, ...]:
-    """Trunk + head 1 as a plain model; where heads are layers, its last one is head 1 (``heads.0``)."""
+    """Trunk + head 1 as a plain model; where heads are layers, its last one is head 1 (``heads.0``).
+
+    ``routed`` is the trunk of a model with experts.
+    """
     return (
         Section("", "", (Rule("embedding.word_embeddings.weight", (embedding,), "vocabulary"),), _once),
-        Section("decoder.layers.{layer}.", layers, layer, _trunk),
+        Section("decoder.layers.{layer}.", layers, layer, _dense_trunk),
+        *routed,
         Section("heads.{layer}.", layers, layer, _head_1),
         Section("", "", (Rule("final_norm.weight", (norm,)),), _once),
         Section("", "", (Rule("output_layer.weight", (unembedding,), "vocabulary"),), _untied),
@@ -114,7 +146,20 @@ def _next_token_model(
 
 
 LLAMA = _next_token_model(
-    LLAMA_LAYER, "model.layers.{layer}.", "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+    LLAMA_LAYER,
+    "model.layers.{layer}.",
+    "model.embed_tokens.weight",
+    "model.norm.weight",
+    "lm_head.weight",
+    (
+        Section("decoder.layers.{layer}.", "model.layers.{layer}.", _ROUTED_LAYER, _routed_trunk),
+        Section(
+            "decoder.layers.{layer}.mlp.experts.experts.{expert}.",
+            "model.layers.{layer}.mlp.experts.{expert}.",
+            _LLAMA_MLP,
+            _routed_trunk,
+        ),
+    ),
 )
 FURTHER_HEADS: tuple[Section, ...] = (
     Section(
@@ -165,12 +210,13 @@ def expand(sections: Iterable[Section], shape: ModelShape) -> list[Mapping]:
     """Every tensor of a model, in the order of the table."""
     return [
         Mapping(
-            section.megatron_prefix.format(layer=megatron_layer) + rule.megatron,
-            tuple(section.prefix.format(layer=layer) + key for key in rule.parts),
+            section.megatron_prefix.format(layer=megatron_layer, expert=expert) + rule.megatron,
+            tuple(section.prefix.format(layer=layer, expert=expert) + key for key in rule.parts),
             rule.transform,
         )
         for section in sections
         for megatron_layer, layer in section.layers(shape)
+        for expert in range((shape.num_experts or 0) if "{expert}" in section.prefix else 1)
         for rule in section.rules
         if rule.when is None or getattr(shape, rule.when)
     ]

@@ -32,6 +32,8 @@ class ModelShape:
         head_size: channels of one attention head; None: ``h / np``.
         qkv_bias: queries, keys and values have a bias (Qwen2).
         qk_norm: each query and key is normalised, RMSNorm over its channels (Qwen3).
+        num_experts: MLPs of each trunk layer, side by side behind a router; None: one. Heads are dense.
+        moe_ffn_hidden_size: width of an expert's projections; None: ``f``.
         head_kind: ``"transformer"``: each head is one more layer; ``"linear"``, ``"medusa"``: head 1 is the trunk's own
             output, the others are maps of it after the final norm.
     """
@@ -48,6 +50,8 @@ class ModelShape:
     head_size: int | None = None
     qkv_bias: bool = False
     qk_norm: bool = False
+    num_experts: int | None = None
+    moe_ffn_hidden_size: int | None = None
     head_kind: str = "transformer"
 
     @property
@@ -62,6 +66,11 @@ class ModelShape:
     def num_plain_layers(self) -> int:
         """Layers of trunk + head 1 as a plain model."""
         return self.num_trunk_layers + self.heads_are_layers
+
+    @property
+    def expert_width(self) -> int:
+        """Width of an expert's projections."""
+        return self.moe_ffn_hidden_size or self.ffn_hidden_size
 
     @property
     def head_dim(self) -> int:

@@ -1,5 +1,6 @@
 """Distributed checkpoints across versions of megatron-core: 0.19 reads older ones, older ones here those of 0.19;
-across optimizers: Adam's step, parameters in FP8. The distributed optimizer's state: :mod:`.optimizer_state`."""
+across modules: names and extra states; across optimizers: Adam's step, parameters in FP8. The distributed optimizer's
+state: :mod:`.optimizer_state`."""
 
 from __future__ import annotations
 
@@ -76,6 +77,31 @@ def take_unsaved_states(state: dict[str, Any], folder: Path) -> list[tuple[str, 
     for key, name in unsaved:
         del state[key][name]
     return unsaved
+
+
+# The norm before experts: megatron-core's own modules save it by the name that Transformer Engine's fused layer gives
+# the norm of a dense MLP, Transformer Engine's modules, which do not fuse it there, by its own.
+_NORM_BEFORE_EXPERTS = (".mlp.linear_fc1.layer_norm_weight", ".pre_mlp_layernorm.weight")
+
+
+def follow_saved_names(state: dict[str, Any], folder: Path) -> None:
+    """Look for the norms before experts, and what the optimizer keeps of them, by the names that they were saved by.
+
+    In place: a run may be resumed with the other modules (``train.transformer_engine``), and a converted checkpoint has
+    megatron-core's names.
+    """
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    tensors = [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
+    if not any(".mlp.router." in tensor.key for tensor in tensors):
+        return
+    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+    for tensor in tensors:
+        for name, other in (_NORM_BEFORE_EXPERTS, _NORM_BEFORE_EXPERTS[::-1]):
+            renamed = tensor.key.removesuffix(name) + other
+            if tensor.key.endswith(name) and tensor.key not in saved and renamed in saved:
+                tensor.key = renamed
 
 
 def merge_in_place(state: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ def readme(llama: dict[str, Any], export: dict[str, Any], drafts: Sequence[Draft
         drafts: the drafts in it.
     """
     heads = export["num_heads"]
-    sections = [_front(llama, export), _plain()]
+    sections = [_front(llama, export), _plain(llama)]
     for draft in drafts:
         if draft.folder == HEADS_FOLDER:
             sections.append(_all_heads(heads))
@@ -56,9 +56,16 @@ vLLM, which takes nearly all of the memory otherwise.
 """
 
 
-def _plain() -> str:
-    return f"""## Without speculation: any engine
-
+def _plain(llama: dict[str, Any]) -> str:
+    engines, why = "any engine", ""
+    if llama.get("mlp_only_layers"):
+        engines = "vLLM"
+        why = """
+The last layer is dense, the others have experts (`mlp_only_layers`). vLLM and transformers read that. SGLang and
+llama.cpp, by their sources, give every layer of this family experts, and cannot serve the model.
+"""
+    return f"""## Without speculation: {engines}
+{why}
 {_vllm(None, 0)}
 
 Greedy text takes `"temperature": 0` in the request: vLLM does not read `do_sample` in `generation_config.json`. Its
@@ -142,6 +149,7 @@ def _card(llama: dict[str, Any], export: dict[str, Any]) -> str:
         "hidden size": llama["hidden_size"],
         "attention heads": f"{llama['num_attention_heads']}, {llama['num_key_value_heads']} key/value heads",
         "MLP size": llama["intermediate_size"],
+        **_experts(llama),
         "vocabulary": llama["vocab_size"],
         "context": llama["max_position_embeddings"],
         "embeddings": "tied" if llama["tie_word_embeddings"] else "untied",
@@ -164,6 +172,13 @@ How the heads were trained:
 {settings}
 ```
 """
+
+
+def _experts(llama: dict[str, Any]) -> dict[str, str]:
+    if "num_experts" not in llama:
+        return {}
+    chosen, width = llama["num_experts_per_tok"], llama["moe_intermediate_size"]
+    return {"experts of a trunk layer": f"{llama['num_experts']} of size {width}, {chosen} for each token"}
 
 
 def _describe(heads: dict[str, Any]) -> str:

@@ -9,6 +9,9 @@ the logits of one position differ in the last bits between k = 1 and k = 4, and 
 the two best logits are closer than those differences can be (:data:`TIE_MARGIN`), the choice is therefore made by
 :meth:`HeadsLlama.exact_logits`, in fp64 from the tokens alone: the same question gets the same answer in either run.
 That holds in fp32; in bf16 the differences are as large as many a margin, and nothing is promised.
+
+With experts in the trunk there is one more choice. Two experts that a router likes equally well to the last bits may
+change places between two passes, and what follows differs by more than a tie does; nothing looks for that.
 """
 
 from __future__ import annotations

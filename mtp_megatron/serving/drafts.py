@@ -19,6 +19,12 @@ from mtp_megatron.serving.vllm_plugin import ARCHITECTURE, MASK_TOKEN_ID
 HEADS_FOLDER, EAGLE3_FOLDER, MEDUSA_FOLDER = "mtp-heads", "eagle3-head2", "medusa"
 # Whose layer an EAGLE-3 draft is: engines' stock class has neither Qwen2's biases nor Qwen3's query and key norms.
 _EAGLE3_FAMILIES = ("llama", "mistral")
+# Heads are dense. Beside a trunk with experts they are layers of this family, and have none of these settings.
+_DENSE = {"qwen3_moe": "qwen3"}
+_EXPERT_SETTINGS = (
+    *("num_experts", "num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size"),
+    *("decoder_sparse_step", "mlp_only_layers"),
+)
 
 
 class DraftRule(NamedTuple):
@@ -128,20 +134,22 @@ def _mtp_heads(llama: dict[str, Any], export: dict[str, Any], keys: Collection[s
     heads = export["num_heads"] - 1
     rules = [DraftRule("model.norm.weight", ("model.norm.weight",))]
     rules += [DraftRule(key, (key,)) for key in keys if key.startswith(_HEAD_PREFIX)]
+    layer_type = _DENSE.get(llama["model_type"], llama["model_type"])
     config = {
-        **llama,
+        **{key: value for key, value in llama.items() if key not in _EXPERT_SETTINGS},
         "architectures": [ARCHITECTURE],
+        "model_type": layer_type,
         "num_hidden_layers": heads,
         "num_mtp_heads": heads,
-        "mtp_layers": llama["model_type"],
+        "mtp_layers": layer_type,
         "mask_token_id": MASK_TOKEN_ID,
         "eagle_aux_hidden_state_layer_ids": [export["num_trunk_layers"]],
         "num_aux_hidden_states": 1,
     }
     draft = Draft(HEADS_FOLDER, config, tuple(rules))
-    # A head is a layer as the trunk's, so it has the tensors that the model's first layer has.
-    first = "model.layers.0."
-    layer = [key.removeprefix(first) for key in keys if key.startswith(first)]
+    # Every head has the tensors that head 1, the model's last layer, has.
+    last = f"model.layers.{export['num_trunk_layers']}."
+    layer = [key.removeprefix(last) for key in keys if key.startswith(last)]
     _check(draft, keys, {f"{_HEAD_PREFIX}{i}.{key}" for i in range(2, heads + 2) for key in layer})
     return draft
 

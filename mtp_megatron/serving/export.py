@@ -35,6 +35,8 @@ class DecoderConfig:
         rope_scaling: how the rotary frequencies are lowered; None where they are not.
         qkv_bias: queries, keys and values have a bias (Qwen2).
         qk_norm: each query and key is normalised (Qwen3).
+        num_experts: of each trunk layer; None: its MLP is dense, as a head's is in any case.
+        moe_top_k: experts that each token goes through.
         head_kind: ``heads.kind`` of the training.
     """
 
@@ -52,6 +54,8 @@ class DecoderConfig:
     rope_scaling: RopeScaling | None = None
     qkv_bias: bool = False
     qk_norm: bool = False
+    num_experts: int | None = None
+    moe_top_k: int = 0
     head_kind: str = "transformer"
 
     @property
@@ -107,6 +111,8 @@ def open_export(folder: str | Path) -> Export:
             rope_scaling=rope_scaling_of(rope_settings(llama, folder / "config.json")),
             qkv_bias=family.qkv_bias,
             qk_norm=family.qk_norm,
+            num_experts=llama["num_experts"] if family.experts else None,
+            moe_top_k=llama["num_experts_per_tok"] if family.experts else 0,
             head_kind=heads["heads"]["kind"],
         )
         layers, entry, sha256 = llama["num_hidden_layers"], heads["tokenizer"], heads["tokenizer"]["sha256"]

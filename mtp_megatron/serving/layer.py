@@ -24,18 +24,20 @@ _STACKED_AXES = {"attention_norm": 1, "mlp_norm": 1, "qkv_bias": 1, "query_norm"
 class Layer:
     """Weights of one layer, or of several stacked along a leading axis ``S`` (vectors then ``[S, 1, ...]``).
 
-    ``qkv_bias`` is Qwen2's, ``query_norm`` and ``key_norm`` are Qwen3's; None in a Llama.
+    ``qkv_bias`` is Qwen2's, ``query_norm`` and ``key_norm`` are Qwen3's; None in a Llama. A layer has one MLP, or a
+    router and ``e`` experts of width ``f``; those layers are not stacked.
     """
 
     attention_norm: Tensor  # [h]
     qkv: Tensor  # [(nq + 2 nk) d, h]
     output: Tensor  # [h, nq d]
     mlp_norm: Tensor  # [h]
-    gate_up: Tensor  # [2 f, h]
-    down: Tensor  # [h, f]
+    gate_up: Tensor  # [2 f, h]; experts: [e, 2 f, h]
+    down: Tensor  # [h, f]; experts: [e, h, f]
     qkv_bias: Tensor | None = None  # [(nq + 2 nk) d]
     query_norm: Tensor | None = None  # [d]
     key_norm: Tensor | None = None  # [d]
+    router: Tensor | None = None  # [e, h]
 
     def weights(self) -> dict[str, Tensor]:
         """Those that the layer has, by field."""
@@ -98,8 +100,14 @@ class Block(NamedTuple):
     mask: Tensor | None
 
 
-def take_layer(tensors: dict[str, Tensor], prefix: str, config: DecoderConfig) -> Layer:
+def take_layer(tensors: dict[str, Tensor], prefix: str, config: DecoderConfig, experts: int | None = None) -> Layer:
     """Move a layer's tensors, named as Hugging Face does, out of ``tensors``.
+
+    Args:
+        tensors: by key.
+        prefix: of the layer's keys.
+        config: which parts a layer has.
+        experts: that it has; None: one MLP.
 
     Raises:
         KeyError: one of them is not there.
@@ -111,16 +119,24 @@ def take_layer(tensors: dict[str, Tensor], prefix: str, config: DecoderConfig) -
     def take_qkv(part: str) -> Tensor:
         return torch.cat([take(f"self_attn.{name}_proj", part) for name in "qkv"])
 
+    def take_mlp(name: str) -> tuple[Tensor, Tensor]:
+        return torch.cat((take(f"{name}.gate_proj"), take(f"{name}.up_proj"))), take(f"{name}.down_proj")
+
+    if experts is None:
+        gate_up, down = take_mlp("mlp")
+    else:
+        gate_up, down = map(torch.stack, zip(*(take_mlp(f"mlp.experts.{e}") for e in range(experts)), strict=True))
     return Layer(
         attention_norm=take("input_layernorm"),
         qkv=take_qkv("weight"),
         output=take("self_attn.o_proj"),
         mlp_norm=take("post_attention_layernorm"),
-        gate_up=torch.cat((take("mlp.gate_proj"), take("mlp.up_proj"))),
-        down=take("mlp.down_proj"),
+        gate_up=gate_up,
+        down=down,
         qkv_bias=take_qkv("bias") if config.qkv_bias else None,
         query_norm=take("self_attn.q_norm") if config.qk_norm else None,
         key_norm=take("self_attn.k_norm") if config.qk_norm else None,
+        router=None if experts is None else take("mlp.gate"),
     )
 
 
@@ -165,5 +181,32 @@ def run_layer(layer: Layer, x: Tensor, cache: LayerCache, block: Block, config: 
     attended = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
     attended = attended.view(stacked, nq, rows, d).transpose(1, 2).reshape(stacked, rows, nq * d)
     x = x[:, count - rows :] + attended @ layer.output.mT
-    gate, up = (rms_norm(x, layer.mlp_norm, config.norm_epsilon) @ layer.gate_up.mT).chunk(2, -1)
-    return x + (F.silu(gate) * up) @ layer.down.mT
+    normed = rms_norm(x, layer.mlp_norm, config.norm_epsilon)
+    if layer.router is None:
+        return x + _swiglu(normed, layer.gate_up, layer.down)
+    return x + _mix_experts(layer, layer.router, normed[0], config.moe_top_k)
+
+
+def _swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = (x @ gate_up.mT).chunk(2, -1)
+    return (F.silu(gate) * up) @ down.mT
+
+
+def _mix_experts(layer: Layer, router: Tensor, x: Tensor, count: int) -> Tensor:
+    """``[rows, h]`` -> ``[rows, h]``: of each row's ``count`` best experts the sum by the router's weights.
+
+    The router works in fp32 at least, as in training (``moe_router_dtype``).
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scores = x.to(wide) @ router.to(wide).mT
+    if count == 1:  # over the one alone it would always be 1
+        weights, chosen = scores.softmax(-1).topk(1)
+    else:
+        best, chosen = scores.topk(count)
+        weights = best.softmax(-1)
+    mixed = torch.zeros_like(x)
+    for expert in chosen.unique().tolist():
+        rows, place = (chosen == expert).nonzero(as_tuple=True)
+        made = _swiglu(x[rows], layer.gate_up[expert], layer.down[expert])
+        mixed.index_add_(0, rows, made * weights[rows, place].unsqueeze(1).to(x.dtype))
+    return mixed

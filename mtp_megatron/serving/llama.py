@@ -111,8 +111,11 @@ class HeadsLlama:
             self.embedding = remaining.pop("model.embed_tokens.weight")
             self.unembedding = self.embedding if config.tied else remaining.pop("lm_head.weight")
             self.final_norm = remaining.pop("model.norm.weight")
-            layers = range(config.num_trunk_layers + config.heads_are_layers)
-            self.layers = [take_layer(remaining, f"model.layers.{k}.", config) for k in layers]
+            trunk, head_1 = [config.num_experts] * config.num_trunk_layers, [None] * config.heads_are_layers
+            self.layers = [
+                take_layer(remaining, f"model.layers.{k}.", config, experts)
+                for k, experts in enumerate((*trunk, *head_1))
+            ]
             self.further = _take_heads(remaining, config)
         except KeyError as error:
             raise CheckpointError(f"the export lacks the tensor {error}. Convert the checkpoint again.") from error

@@ -19,6 +19,7 @@ from mtp_megatron.compat.checkpoints import (
     add_step,
     cast_parameters_again,
     fit_adam,
+    follow_saved_names,
     keep_empty_masters_local,
     load_strategies,
     merge_in_place,
@@ -171,6 +172,7 @@ def read_state(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     try:
         unsaved = take_unsaved_states(state, folder)
+        follow_saved_names(state, folder)
         merge_in_place(state)
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder), **load_strategies())
     except (CheckpointingException, CheckpointException, OSError, EOFError, pickle.UnpicklingError, KeyError) as error:

@@ -70,9 +70,11 @@ def load_and_save(rank: int, world_size: int, tree: dict[str, Any]) -> None:
 
 
 def through_megatron(data: Path, tmp_path: Path, converted: Path, precision: str = "fp32") -> Path:
-    """Load at TP2 x PP2, save; returns the run."""
+    """Load at TP2 x PP2, experts at EP2, save; returns the run."""
     run = tmp_path / "run"
     tree = tree_for(data, run, converted, parallel__tensor=2, parallel__pipeline=2, train__precision=precision)
+    if tree["model"]["num_experts"]:
+        tree["parallel"] |= {"expert": 2, "sequence_parallel": True}
     run_world(load_and_save, 4, tree)
     return run
 
@@ -102,6 +104,15 @@ def test_each_family_has_transformers_logits_and_survives_tp2_pp2(case: str, dat
     convert(run, tmp_path / "back", to="hf", heads=1, progress=False)
     assert_same(hf_tensors(tmp_path / "back"), hf_tensors(source))
     torch.testing.assert_close(hf_logits(tmp_path / "back", TOKENS), theirs, atol=1e-6, rtol=0)
+
+
+def test_one_expert_for_each_token_has_transformers_logits(data: Path, tmp_path: Path) -> None:
+    """Its weight is then not 1: the softmax is over all experts before one is chosen."""
+    alone = {"num_experts_per_tok": 1, "norm_topk_prob": False}
+    convert(write_hf(tmp_path / "source", "qwen3_moe", **alone), tmp_path / "megatron", to="megatron", progress=False)
+    ((first,),) = run_world(head_logits, 1, tree_for(data, tmp_path / "logits", tmp_path / "megatron"), TOKENS)
+    theirs = hf_logits(tmp_path / "source", TOKENS)
+    torch.testing.assert_close(first, theirs, atol=1e-4, rtol=0)
 
 
 def test_rope_scaling_would_be_missed(data: Path, tmp_path: Path) -> None:

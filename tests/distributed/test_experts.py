@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-from mtp_megatron.checkpoint.convert import convert
-from mtp_megatron.errors import CheckpointError
 from tests.harness import run_world
 from tests.parity import Case, assert_same_step, gradient_problems, make_parameters, megatron_step, reference_step
 from tests.training_runs import interrupted_copy, largest_difference, metrics, tiny_tree, train_body
@@ -126,12 +124,6 @@ def test_load_balancing_is_reported_without_its_weight(single: Path) -> None:
     """1 is even; all tokens to one of two experts, with certainty, is 2."""
     losses = [record["load_balancing_loss"] for record in metrics(single).values()]
     assert all(0.9 < loss < 2 for loss in losses), losses
-
-
-def test_a_trunk_with_experts_is_not_exported(single: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"model.num_experts=2: a trunk with experts .* no counterpart"):
-        convert(single, tmp_path / "hf", to="hf")
-    assert not (tmp_path / "hf").exists()
 
 
 def test_a_dense_checkpoint_does_not_pass_for_one_with_experts(data: Path, single: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""vLLM with heads of every family: the layers of Qwen2 and Qwen3, and lowered rotary frequencies."""
+"""vLLM with heads of every family: the layers of Qwen2 and Qwen3, a trunk with experts, lowered rotary frequencies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZES = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, 
 NEW_TOKENS = 16
 
 
-@pytest.mark.parametrize("case", ["qwen2", "qwen3", "llama3"])
+@pytest.mark.parametrize("case", ["qwen2", "qwen3", "qwen3_moe", "llama3"])
 def test_text_and_counts_are_those_of_torch(case, tmp_path, vllm_python):
     """Heads 2 and 3 are copies of head 1: right wherever the random model repeats itself."""
     source = write_hf(tmp_path / "source", case, **SIZES)
