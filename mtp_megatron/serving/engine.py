@@ -42,7 +42,7 @@ class EngineRun:
     Attributes:
         name: for messages and for finding the result.
         speculative: vLLM's speculative configuration; None decodes plainly.
-        engine: further arguments of ``vllm.LLM``.
+        engine: further arguments of ``vllm.LLM``, among them ``dtype`` where it shall not be fp32.
         rounds: how often to decode all prompts, one after another.
     """
 
@@ -97,13 +97,12 @@ def run_vllm(
     *,
     max_new_tokens: int,
     context: int,
-    dtype: str = "float32",
     arguments: Sequence[str] = (),
     plugin: bool = True,
     quiet: bool = False,
     environment: dict[str, str] | None = None,
 ) -> dict[str, list[EngineRound]]:
-    """Decode the prompts with each engine, one engine after another in one process.
+    """Decode the prompts with each engine in fp32, one engine after another in one process.
 
     Args:
         python: interpreter that has vLLM.
@@ -112,7 +111,6 @@ def run_vllm(
         runs: the engines.
         max_new_tokens: new tokens of each prompt; the end of a document does not stop them.
         context: vLLM's ``max_model_len``.
-        dtype: vLLM's ``dtype``.
         arguments: of ``vllm serve``, for every engine; they come after those that are set here.
         plugin: some run needs this package's plugin.
         quiet: do not show vLLM's messages.
@@ -126,7 +124,7 @@ def run_vllm(
     """
     job = {
         "model": str(model.absolute()),
-        "dtype": dtype,
+        "dtype": "float32",
         "max_model_len": context,
         "max_new_tokens": max_new_tokens,
         "prompts": [list(prompt) for prompt in prompts],
