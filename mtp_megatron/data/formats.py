@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import BinaryIO, NamedTuple
 
+from packaging.version import Version
+
 from mtp_megatron.errors import DataError
+from mtp_megatron.install import EXPLANATION, install_command
 
 JSON_LINES = frozenset({".jsonl", ".ndjson"})
 JSON = ".json"  # lines or one document: the content decides
+PARQUET = ".parquet"
 # Module whose open() reads it as a stream. Imported when used: some builds of Python lack one or the other.
-_DECOMPRESSORS = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
+_DECOMPRESSORS = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "mtp_megatron.data.zst"}
 _COMPRESSED = "is compressed, and only JSON lines are read so (.jsonl.gz)"
-_TO_LINES = "Write its column of text as JSON lines (.jsonl)."
 
 
 class NotRead(NamedTuple):
@@ -30,10 +34,24 @@ _NOT_READ = {
     ".gz": NotRead(_COMPRESSED, "Decompress it with gunzip."),
     ".bz2": NotRead(_COMPRESSED, "Decompress it with bunzip2."),
     ".xz": NotRead(_COMPRESSED, "Decompress it with unxz."),
-    ".zst": NotRead("is compressed with Zstandard, which is not read", "Decompress it with zstd -d."),
-    ".parquet": NotRead("is a Parquet table, which is not read", _TO_LINES),
-    ".arrow": NotRead("is an Arrow table, which is not read", _TO_LINES),
+    ".zst": NotRead(_COMPRESSED, "Decompress it with zstd -d."),
+    # A truncated stream of Arrow's, which a cache of Hugging Face datasets is, cannot be told from a whole one.
+    ".arrow": NotRead(
+        "is an Arrow table, which is not read", "Write it as Parquet: datasets.Dataset.from_file(...).to_parquet(...)."
+    ),
 }
+
+
+class Package(NamedTuple):
+    """A package that a format takes: its name, the extra of this project that installs it, the oldest that will do."""
+
+    name: str
+    extra: str
+    least: str
+
+
+# pyarrow before 14.0.1 runs code that a Parquet file holds (CVE-2023-47248); 17 is the oldest that was run.
+_PACKAGES = {PARQUET: Package("pyarrow", "parquet", "17"), ".zst": Package("zstandard", "zst", "0.22")}
 
 
 class UnreadableError(Exception):
@@ -60,15 +78,62 @@ def not_read(path: PurePath) -> NotRead | None:
     return _NOT_READ.get(extension(path))
 
 
+def refuse_without_package(paths: Iterable[Path]) -> None:
+    """Refuse files whose format takes a package that is not installed.
+
+    Leaving them out would make another data set of the same files on another machine.
+
+    Raises:
+        DataError: naming the first of them, the package, the command that installs it and the way to do without.
+    """
+    first: dict[str, Path] = {}
+    for path in paths:
+        first.setdefault(path.suffix.lower(), path)
+    for suffix, path in first.items():
+        package = _PACKAGES.get(suffix)
+        if package is not None and importlib.util.find_spec(package.name) is None:
+            raise DataError(
+                f"{path}: reading {suffix} takes the package {package.name}, which is not installed. "
+                f"{_install(package)} To leave such files out of a folder, name the extensions to take with "
+                "--extensions."
+            )
+
+
+def import_package(path: Path) -> None:
+    """Import the package that the format of ``path`` takes.
+
+    Raises:
+        DataError: it cannot be imported, or is too old.
+    """
+    package = _PACKAGES[path.suffix.lower()]
+    try:
+        version = importlib.import_module(package.name).__version__
+    except ImportError as error:
+        raise DataError(
+            f"{path}: the package {package.name}, which reads it, cannot be imported ({error}). {_install(package)}"
+        ) from error
+    if Version(version) < Version(package.least):
+        raise DataError(
+            f"{path}: {package.name} {version} is installed, and {package.least} or newer reads it. {_install(package)}"
+        )
+
+
+def _install(package: Package) -> str:
+    return f"Install it: {install_command(package.extra)} ({EXPLANATION})."
+
+
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
     """The bytes of a file, decompressed where :func:`decompressed` says so.
 
     Raises:
-        DataError: this Python was built without what decompresses it.
+        DataError: this Python was built without what decompresses it, or the package that does is not there.
         UnreadableError: the file cannot be opened, or reading it fails within the block.
     """
-    name = "io" if decompressed(path) is None else _DECOMPRESSORS[path.suffix.lower()]
+    suffix = path.suffix.lower()
+    name = "io" if decompressed(path) is None else _DECOMPRESSORS[suffix]
+    if name != "io" and suffix in _PACKAGES:
+        import_package(path)
     try:
         module = importlib.import_module(name)
     except ImportError as error:
