@@ -165,23 +165,10 @@ def test_a_disk_that_fails_within_a_table_is_said(tmp_path):
         read(tmp_path / "d.parquet")
 
 
-def test_memory_does_not_grow_with_a_row_group(tmp_path):
-    pages = {"compression": "none", "use_dictionary": False, "write_batch_size": 64}
-    path = put(tmp_path / "d.parquet", many(4000, size=8000), row_group_size=4000, **pages)
-    assert parquet.read_metadata(path).row_group(0).column(1).total_uncompressed_size > 30e6
-    idle = most = pyarrow.total_allocated_bytes()
-    documents = Corpus(find_sources([path])).documents()
-    for count, _ in enumerate(documents, 1):  # noqa: B007
-        most = max(most, pyarrow.total_allocated_bytes())
-    assert count == 4000
-    assert most - idle < 5e6
-
-
-def test_only_the_column_of_text_is_read(tmp_path, monkeypatch):
-    """The others may be large, or of kinds that nobody trusts."""
-    table = pyarrow.table({"image": [b"\1" * 100_000] * 50, "text": ["short"] * 50})
-    parquet.write_table(table, tmp_path / "d.parquet", compression="none", use_dictionary=False)
-    taken = 0
+@pytest.fixture
+def parts(monkeypatch):
+    """The sizes of all that is read from files."""
+    sizes = []
     real = TextColumn.__init__
 
     class Counting:
@@ -192,14 +179,34 @@ def test_only_the_column_of_text_is_read(tmp_path, monkeypatch):
             return getattr(self.stream, name)
 
         def read(self, size=-1):
-            nonlocal taken
             part = self.stream.read(size)
-            taken += len(part)
+            sizes.append(len(part))
             return part
 
     monkeypatch.setattr(TextColumn, "__init__", lambda self, path, stream, key: real(self, path, Counting(stream), key))
+    return sizes
+
+
+def test_memory_does_not_grow_with_a_row_group(tmp_path, parts):
+    pages = {"compression": "none", "use_dictionary": False, "write_batch_size": 64}
+    path = put(tmp_path / "d.parquet", many(4000, size=8000), row_group_size=4000, **pages)
+    assert parquet.read_metadata(path).row_group(0).column(1).total_uncompressed_size > 30e6
+    idle = most = pyarrow.total_allocated_bytes()
+    documents = Corpus(find_sources([path])).documents()
+    for count, _ in enumerate(documents, 1):  # noqa: B007
+        most = max(most, pyarrow.total_allocated_bytes())
+    assert count == 4000
+    assert most - idle < 5e6
+    assert 30e6 < sum(parts)
+    assert max(parts) < 2e6  # they are Python's, and not among Arrow's
+
+
+def test_only_the_column_of_text_is_read(tmp_path, parts):
+    """The others may be large, or of kinds that nobody trusts."""
+    table = pyarrow.table({"image": [b"\1" * 100_000] * 50, "text": ["short"] * 50})
+    parquet.write_table(table, tmp_path / "d.parquet", compression="none", use_dictionary=False)
     assert len(read(tmp_path / "d.parquet")[0]) == 50
-    assert 0 < taken < 200_000
+    assert 0 < sum(parts) < 200_000
 
 
 def test_going_on_decodes_no_row_group_that_is_done(tmp_path, monkeypatch):
