@@ -93,6 +93,8 @@ class TextColumn:
                 texts = texts.cast(pyarrow.binary() if texts.type == pyarrow.string() else pyarrow.large_binary())
                 if categorical:
                     for index in column.indices.to_pylist():
+                        if index is not None and not 0 <= index < len(texts):
+                            raise UnreadableError(f"a row has text {index} of {len(texts)}")
                         yield None if index is None else texts[index].as_py()
                 else:
                     yield from texts.to_pylist()
@@ -118,6 +120,6 @@ def _explained() -> Iterator[None]:
 
     try:
         yield
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:  # the last is of a column's name
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise UnreadableError(reason) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+from types import SimpleNamespace
 
 import pyarrow
 import pytest
@@ -13,6 +14,7 @@ from pyarrow import parquet
 
 from mtp_megatron.data import reading
 from mtp_megatron.data.corpus import Corpus, Tally
+from mtp_megatron.data.formats import UnreadableError
 from mtp_megatron.data.parquet import TextColumn
 from mtp_megatron.data.preprocess import PreprocessOptions, preprocess
 from mtp_megatron.data.reading import Cursor
@@ -159,6 +161,27 @@ def test_a_damaged_table_is_an_error_unless_asked_for(tmp_path, place):
     assert len(texts) == (0 if place != "page" else pytest.approx(140, abs=20))
 
 
+def test_a_name_that_is_not_utf8_is_damage(tmp_path):
+    path = put(tmp_path / "d.parquet", pyarrow.array(["x"]), store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"text", b"t\xffxt"))
+    with pytest.raises(DataError, match=r"d\.parquet: cannot be read \('utf-8' codec"):
+        read(path)
+
+
+@pytest.mark.parametrize("index", [-1, 3])
+def test_a_row_of_no_text_of_a_category_is_damage(tmp_path, index):
+    """pyarrow does not hold all of them against the texts."""
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0, index]), pyarrow.array(["a", "b", "c"]), safe=False)
+    path = put(tmp_path / "d.parquet", pyarrow.array(["a", "b"]).dictionary_encode())
+    table = TextColumn(path, path.open("rb"), "text")
+    batch = pyarrow.record_batch({"text": column})
+    table._file = SimpleNamespace(iter_batches=lambda *args, **kwargs: iter([batch]))
+    values = table.values(0)
+    assert next(values) == b"a"
+    with pytest.raises(UnreadableError, match=rf"a row has text {index} of 3"):
+        next(values)
+
+
 def test_a_disk_that_fails_within_a_table_is_said(tmp_path):
     (tmp_path / "d.parquet").symlink_to("/proc/self/mem")  # reads as an input/output error
     with pytest.raises(DataError, match=r"d\.parquet: cannot be read \("):
@@ -197,7 +220,7 @@ def test_memory_does_not_grow_with_a_row_group(tmp_path, parts):
         most = max(most, pyarrow.total_allocated_bytes())
     assert count == 4000
     assert most - idle < 5e6
-    assert 30e6 < sum(parts)
+    assert sum(parts) > 30e6
     assert max(parts) < 2e6  # they are Python's, and not among Arrow's
 
 
