@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
@@ -43,15 +42,20 @@ _NOT_READ = {
 
 
 class Package(NamedTuple):
-    """A package that a format takes: its name, the extra of this project that installs it, the oldest that will do."""
+    """A package that a format takes: its name, the module that reads, the extra of this project that installs it, the
+    oldest release that will do."""
 
     name: str
+    module: str
     extra: str
     least: str
 
 
-# pyarrow before 14.0.1 runs code that a Parquet file holds (CVE-2023-47248); 17 is the oldest that was run.
-_PACKAGES = {PARQUET: Package("pyarrow", "parquet", "17"), ".zst": Package("zstandard", "zst", "0.22")}
+# pyarrow before 14.0.1 runs code that a Parquet file holds (CVE-2023-47248); these are the oldest that were run.
+_PACKAGES = {
+    PARQUET: Package("pyarrow", "pyarrow.parquet", "parquet", "17"),
+    ".zst": Package("zstandard", "zstandard", "zst", "0.22"),
+}
 
 
 class UnreadableError(Exception):
@@ -78,48 +82,44 @@ def not_read(path: PurePath) -> NotRead | None:
     return _NOT_READ.get(extension(path))
 
 
-def refuse_without_package(paths: Iterable[Path]) -> None:
-    """Refuse files whose format takes a package that is not installed.
-
-    Leaving them out would make another data set of the same files on another machine.
+def import_packages(paths: Iterable[Path]) -> None:
+    """Import what the formats of the files take: a package that is missing should not end a pass in its middle.
 
     Raises:
-        DataError: naming the first of them, the package, the command that installs it and the way to do without.
+        DataError: see :func:`import_package`.
     """
     first: dict[str, Path] = {}
     for path in paths:
         first.setdefault(path.suffix.lower(), path)
     for suffix, path in first.items():
-        package = _PACKAGES.get(suffix)
-        if package is not None and importlib.util.find_spec(package.name) is None:
-            raise DataError(
-                f"{path}: reading {suffix} takes the package {package.name}, which is not installed. "
-                f"{_install(package)} To leave such files out of a folder, name the extensions to take with "
-                "--extensions."
-            )
+        if suffix in _PACKAGES:
+            import_package(path)
 
 
 def import_package(path: Path) -> None:
-    """Import the package that the format of ``path`` takes.
+    """Import the package that the format of the file takes.
+
+    It is an error not to have it, in a folder too: without these files, the same folder would make another data set on
+    another machine.
 
     Raises:
-        DataError: it cannot be imported, or is too old.
+        DataError: it cannot be imported or is too old; with the command that installs it and the way to do without.
     """
     package = _PACKAGES[path.suffix.lower()]
     try:
+        importlib.import_module(package.module)
         version = importlib.import_module(package.name).__version__
     except ImportError as error:
-        raise DataError(
-            f"{path}: the package {package.name}, which reads it, cannot be imported ({error}). {_install(package)}"
-        ) from error
-    if Version(version) < Version(package.least):
-        raise DataError(
-            f"{path}: {package.name} {version} is installed, and {package.least} or newer reads it. {_install(package)}"
-        )
-
-
-def _install(package: Package) -> str:
-    return f"Install it: {install_command(package.extra)} ({EXPLANATION})."
+        problem = f"which cannot be imported ({error})"
+    else:
+        if Version(version) >= Version(package.least):
+            return
+        problem = f"{package.least} or newer, and {version} is installed"
+    raise DataError(
+        f"{path}: reading it takes the package {package.name}, {problem}. Install it: "
+        f"{install_command(package.extra)} ({EXPLANATION}). To leave such files out of a folder, name the extensions "
+        "to take with --extensions."
+    )
 
 
 @contextlib.contextmanager

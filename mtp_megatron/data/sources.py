@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mtp_megatron.data.corpus import Tally
-from mtp_megatron.data.formats import decompressed, extension, not_read, refuse_without_package
+from mtp_megatron.data.formats import decompressed, extension, import_packages, not_read
 from mtp_megatron.data.reading import Rejected, Source
 from mtp_megatron.data.walk import Found, Walker
 from mtp_megatron.errors import ConfigError, DataError
@@ -76,7 +76,7 @@ def find_sources(
             choice.consider(position, found)
     if not choice.taken:
         raise DataError(f"{', '.join(map(str, paths))}: {choice.nothing()}")
-    refuse_without_package(source.path for _, source in choice.taken.values())
+    import_packages(source.path for _, source in choice.taken.values())
     for item in choice.left_out.values():
         (Tally() if tally is None else tally).reject(item)
     return tuple(source for _, source in sorted(choice.taken.values(), key=lambda item: (item[0], item[1].name)))

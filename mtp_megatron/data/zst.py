@@ -17,11 +17,10 @@ _BUFFER_BYTES = 1 << 20
 
 
 def open(path: Path, mode: str) -> BinaryIO:
-    """The decompressed bytes of a file, with the signature of ``gzip.open``.
+    """The decompressed bytes of a file, as ``gzip.open`` gives them.
 
-    Raises (reading it):
-        OSError: no Zstandard, damaged, compressed with a dictionary, or more than 2 GiB to look back to.
-        EOFError: it ends within a frame.
+    Reading raises OSError where the file is no Zstandard, damaged, compressed with a dictionary or has more than 2 GiB
+    to look back to, and EOFError where it ends within a frame.
     """
     return io.BufferedReader(_Frames(path.open(mode)), _BUFFER_BYTES)
 
