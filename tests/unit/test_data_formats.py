@@ -181,7 +181,7 @@ def test_without_its_package_a_format_is_an_error_and_never_left_out(tmp_path, m
     )
     for given in (path, tmp_path):
         with pytest.raises(DataError, match=message):
-            read(given)
+            find_sources([given])
     assert read(tmp_path, find={"extensions": [".py", ".md"]}) == (["fine"], [])
 
 
