@@ -7,6 +7,7 @@ Events are what a record is made of (fsync, rename, removal, cut) and each docum
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -66,6 +67,7 @@ def main(file: str) -> None:
     draw = random.Random(setting["seed"])
     journal.EVERY = journal._SHARE = 0
     optimal_dtype(257)  # imports megatron-core once for all the processes
+    importlib.import_module("pyarrow.parquet")
     for kills in range(1000):
         child = os.fork()
         if child == 0:

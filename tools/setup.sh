@@ -146,7 +146,7 @@ import re, tomllib
 
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
 extras = project["optional-dependencies"]
-needs = [*project["dependencies"], *extras["report"], *extras["dev"]]
+needs = [*project["dependencies"], *extras["parquet"], *extras["report"], *extras["zst"], *extras["dev"]]
 print(*(need for need in needs if not re.match(r"(torch|megatron-core|mtp-megatron)[^\w-]", need)), sep="\n")
 PY
   retry "${pip[@]}" -c "$pins" -r "$needs"

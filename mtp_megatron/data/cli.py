@@ -28,8 +28,9 @@ examples:
   # with the tokenizer of a Hugging Face model that is to get heads (pip install with the extra hf)
   mtp-megatron preprocess dump.jsonl --tokenizer models/Llama-3.1-8B --workers 8 --output data/llama3
 
-  # JSON lines, the text under "content"
+  # JSON lines or Parquet (pip install with the extra parquet), the text under "content"
   mtp-megatron preprocess dump.jsonl --json-key content --train-tokenizer 32000 --output data/dump
+  mtp-megatron preprocess the-stack/data --json-key content --tokenizer models/Llama-3.1-8B --output data/stack
 
 what is read:
   .jsonl .ndjson       JSON lines: each line an object with the text under --json-key, and one document. A line without
@@ -37,17 +38,22 @@ what is read:
   .json                JSON lines too, where one of the first two lines is an object by itself with that key, or where
                        the first is an object by itself and not alone; else one document as it stands (package.json).
                        Records in a list or over several lines are left out, with jq's command to make lines of them
-  .jsonl.gz, ...       JSON lines compressed with gzip, bzip2 (.bz2) or xz. --extensions .jsonl takes them from folders,
-                       unless the .jsonl itself lies there
+  .jsonl.gz, ...       JSON lines compressed with gzip, bzip2 (.bz2), xz or Zstandard (.zst, of one frame or many, with
+                       up to 2 GiB to look back to; the extra zst). --extensions .jsonl takes them from folders, unless
+                       the .jsonl itself lies there
+  .parquet             Parquet (the extra parquet): each row one document, its text in the column --json-key, of
+                       strings. Only that column is read, a few rows at a time. A row without text is left out as a line
+                       is; a file without the column is an error that names those it has
   other files          one document of UTF-8 text each; other encodings are left out
-  Not read: other .gz .bz2 .xz, any .zst .parquet .arrow. Named, they are an error; in a folder, they are left out.
+  Not read: other .gz .bz2 .xz .zst, any .arrow. Named, they are an error; in a folder, they are left out. Where the
+  extra for a file is not installed, that is an error in both cases, with the command that installs it.
 
   Links to folders are followed, and each folder is read once. A document has at most 1 GiB. A longer one, a file or
-  folder that cannot be read and a damaged compressed file are errors (but see --skip-unreadable). What was left out is
-  printed, and counted in dataset.json.
+  folder that cannot be read and a damaged compressed file or table are errors (but see --skip-unreadable). What was
+  left out is printed, and counted in dataset.json.
 
 output:
-  train.bin train.idx valid.bin valid.idx   megatron-core's indexed data set, one document per file or JSON line,
+  train.bin train.idx valid.bin valid.idx   megatron-core's indexed data set, one document per file, line or row,
                                             each ended by the end-of-document token
   tokenizer.model                           with a sentencepiece tokenizer
   tokenizer/                                with a Hugging Face tokenizer: its files, unchanged
@@ -117,15 +123,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"files to take from folders (default {' '.join(DEFAULT_EXTENSIONS)}); a file given by name is taken",
     )
     parser.add_argument(
-        "--json-key", default="text", metavar="KEY", help="field of a JSON line that holds the text (default text)"
+        "--json-key",
+        default="text",
+        metavar="KEY",
+        help="field of a JSON line, or column of a Parquet file, that holds the text (default text)",
     )
     parser.add_argument("--max-documents", type=int, metavar="N", help="take only the first N documents")
     parser.add_argument("--with-tests", action="store_true", help="without PATH: the standard library's tests too")
     parser.add_argument(
         "--skip-unreadable",
         action="store_true",
-        help="leave out what cannot be read (no permission, a failing disk, a damaged .gz) and say so, in place of an "
-        "error; of a file that fails midway the documents before are kept",
+        help="leave out what cannot be read (no permission, a failing disk, a damaged .gz or .parquet) and say so, in "
+        "place of an error; of a file that fails midway the documents before are kept",
     )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenize (default 1)")
     parser.add_argument(

@@ -39,7 +39,7 @@ class Corpus:
 
     Args:
         sources: the files.
-        json_key: the field that holds the text of a JSON line.
+        json_key: the field of a JSON line, or the column of a table, that holds the text.
         max_documents: stop after this many documents; all of them when None.
         skip_unreadable: leave out files that cannot be read, in place of the error.
     """
@@ -57,8 +57,8 @@ class Corpus:
             cursor: where to begin; after each document it is moved behind that.
 
         Raises:
-            DataError: a file cannot be read, a document is longer than 1 GiB, or the first 10,000 JSON lines are all
-                unusable, so that the key is most likely wrong.
+            DataError: a file cannot be read, a table has no such column, a document is longer than 1 GiB, or the first
+                10,000 JSON lines and rows are all unusable, so that the key is most likely wrong.
         """
         tally = Tally() if tally is None else tally
         cursor = Cursor() if cursor is None else cursor
@@ -85,7 +85,7 @@ class Corpus:
 
 @dataclass
 class _Unusable:
-    """The JSON lines before the first that has text: a wrong key should not cost a pass over terabytes."""
+    """The JSON lines and rows before the first that has text: a wrong key should not cost a pass over terabytes."""
 
     json_key: str
     count: int = 0
@@ -98,7 +98,7 @@ class _Unusable:
             self.first = item
         if self.count == _HOPELESS:
             raise DataError(
-                f"--json-key={self.json_key!r}: the first {_HOPELESS:,} JSON lines are all unusable "
+                f"--json-key={self.json_key!r}: the first {_HOPELESS:,} JSON lines or rows are all unusable "
                 f"({self.first.explanation}). Name the field that holds the text with --json-key."
             )
 

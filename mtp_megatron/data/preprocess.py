@@ -42,7 +42,7 @@ class PreprocessOptions:
         valid_fraction: share of the documents that are held out (at least one is, at least one is not).
         seed: which documents are held out.
         extensions: which files to take from folders.
-        json_key: field of a JSON line that holds the text.
+        json_key: field of a JSON line, or column of a table, that holds the text.
         max_documents: take only the first so many documents.
         with_tests: take the standard library's tests too.
         skip_unreadable: leave out what cannot be read, in place of the error.

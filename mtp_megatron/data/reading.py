@@ -10,7 +10,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import BinaryIO
 
-from mtp_megatron.data.formats import JSON, JSON_LINES, UnreadableError, decompressed, extension, opened
+from mtp_megatron.data.formats import JSON, JSON_LINES, PARQUET, UnreadableError, decompressed, extension, opened
+from mtp_megatron.data.parquet import TextColumn
 from mtp_megatron.errors import DataError
 
 UNREADABLE_REMEDY = (
@@ -41,9 +42,9 @@ class Cursor:
     Attributes:
         source: number of the file.
         byte: how much of that file (decompressed) was read.
-        line: how many lines of it, where it has JSON lines.
+        line: how many lines of it, where it has JSON lines, or rows, where it is a table.
         documents: how many were drawn from it and the files before.
-        json_text: whether a line of JSON had text, which shows that the key is right.
+        json_text: whether a line of JSON or a row had text, which shows that the key is right.
     """
 
     source: int = 0
@@ -59,11 +60,11 @@ class Cursor:
 
 @dataclass(frozen=True)
 class Document:
-    """One text; a line of JSON lines or a whole file. ``data`` is its UTF-8 encoding."""
+    """One text; a line of JSON lines, a row of a table or a whole file. ``data`` is its UTF-8 encoding."""
 
     name: str
     data: bytes
-    from_json_line: bool = False
+    from_json_line: bool = False  # or a row
 
     @property
     def text(self) -> str:
@@ -72,11 +73,11 @@ class Document:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A file or line that is not in the data set, and why; ``fields`` are those of a record without text."""
+    """A file, line or row that is not in the data set, and why; ``fields`` are those of a record without text."""
 
     name: str
     reason: str
-    from_json_line: bool = False
+    from_json_line: bool = False  # or a row
     fields: str = ""
 
     def __str__(self) -> str:
@@ -95,19 +96,23 @@ def read(
 
     Args:
         source: the file.
-        json_key: the field that holds the text of a JSON line.
+        json_key: the field of a JSON line, or the column of a table, that holds the text.
         cursor: where in the file to begin: at its beginning, or after an item that was drawn before.
         skip_unreadable: what cannot be read is left out, in place of the error.
 
     Raises:
-        DataError: the file cannot be read, which says nothing about its text; or a text is longer than 1 GiB.
+        DataError: the file cannot be read, which says nothing about its text; a table has no such column; or a text
+            is longer than 1 GiB.
     """
     cursor = Cursor() if cursor is None else cursor
     try:
         with opened(source.path) as stream:
+            kind = extension(source.path)
+            if kind == PARQUET:
+                yield from _rows(source, stream, json_key, cursor)
+                return
             lines = _lines(source, stream, cursor)
             begun = cursor.byte > 0  # in its lines, or at its end
-            kind = extension(source.path)
             head = _head(lines) if kind == JSON and not begun else []
             if begun or kind in JSON_LINES or _are_records(head, json_key):
                 for line in chain(head, lines):
@@ -124,6 +129,25 @@ def read(
         if not skip_unreadable:
             raise DataError(f"{source.path}: {reason}. {UNREADABLE_REMEDY}") from error
         yield Rejected(source.name, reason)
+
+
+def _rows(source: Source, stream: BinaryIO, json_key: str, cursor: Cursor) -> Iterator[Document | Rejected]:
+    """What the rows of a table from the cursor on are."""
+    column = TextColumn(source.path, stream, json_key)
+    for data in column.values(cursor.line):
+        cursor.line += 1
+        name = f"{source.name}:{cursor.line}"
+        if data is None:
+            yield _without_text(name, json_key, column.fields)
+        elif len(data) > _MOST_BYTES:
+            raise DataError(
+                f"{source.path}: the text of row {cursor.line} is longer than {_MOST}, the most that one document may "
+                "have. Split it, or check that the column is one of text."
+            )
+        elif reason := _not_utf8(data):
+            yield Rejected(name, reason, from_json_line=True)
+        else:
+            yield Document(name, data, from_json_line=True)
 
 
 def _lines(source: Source, stream: BinaryIO, cursor: Cursor) -> Iterator[bytes]:
@@ -192,14 +216,21 @@ def _parsed(line: bytes) -> object:
 
 
 def _one_text(source: Source, data: bytes, json_key: str) -> Document | Rejected:
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return Rejected(source.name, f"not UTF-8 (byte {data[error.start]:#04x} at offset {error.start})")
-    if extension(source.path) == JSON and (query := _unfold(text, json_key)):
+    if reason := _not_utf8(data):
+        return Rejected(source.name, reason)
+    if extension(source.path) == JSON and (query := _unfold(data.decode("utf-8"), json_key)):
         name = source.path.name
         return Rejected(source.name, f"its records are not one a line; write them so: jq -c '{query}' {name} > {name}l")
     return Document(source.name, data)
+
+
+def _not_utf8(data: bytes) -> str | None:
+    """Why it is no text; None where it is."""
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 (byte {data[error.start]:#04x} at offset {error.start})"
+    return None
 
 
 def _unfold(text: str, json_key: str) -> str | None:
@@ -225,11 +256,15 @@ def _json_line(name: str, line: bytes, json_key: str) -> Document | Rejected:
         return Rejected(name, "lists or objects nested too deeply to be read", from_json_line=True)
     text = record.get(json_key) if isinstance(record, dict) else None
     if not isinstance(text, str):
-        return Rejected(name, f"no text under the key {json_key!r}", from_json_line=True, fields=_fields(record))
+        return _without_text(name, json_key, _fields(record))
     try:
         return Document(name, text.encode("utf-8"), from_json_line=True)
     except UnicodeEncodeError:  # JSON can spell a lone surrogate, which is not a character
         return Rejected(name, "holds a lone surrogate, which UTF-8 cannot encode", from_json_line=True)
+
+
+def _without_text(name: str, json_key: str, fields: str) -> Rejected:
+    return Rejected(name, f"no text under the key {json_key!r}", from_json_line=True, fields=fields)
 
 
 def _fields(record: object) -> str:

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mtp_megatron.data.corpus import Tally
-from mtp_megatron.data.formats import decompressed, extension, not_read
+from mtp_megatron.data.formats import decompressed, extension, import_packages, not_read
 from mtp_megatron.data.reading import Rejected, Source
 from mtp_megatron.data.walk import Found, Walker
 from mtp_megatron.errors import ConfigError, DataError
 
-DEFAULT_EXTENSIONS = (".py", ".txt", ".md", ".jsonl", ".ndjson")
+DEFAULT_EXTENSIONS = (".py", ".txt", ".md", ".jsonl", ".ndjson", ".parquet")
 _NEVER_ENTERED = frozenset({"__pycache__"})
 _INSTALLED_PACKAGES = frozenset({"site-packages", "dist-packages"})
 _TESTS = frozenset({"test", "tests", "idle_test"})
@@ -43,14 +43,15 @@ def find_sources(
             files and folders and ``__pycache__`` excepted. Without paths: the Python source of the running
             interpreter's standard library, without installed packages.
         extensions: which files of a folder to take, for example ``(".py", ".md")``; upper and lower case are alike,
-            and ``.jsonl`` means ``.jsonl.gz`` too.
+            and ``.jsonl`` means ``.jsonl.gz`` and ``.jsonl.zst`` too.
         with_tests: take the standard library's own tests too (not every distribution ships them).
         skip_unreadable: leave out folders that cannot be listed, in place of the error.
         tally: what is left out of a folder for another reason than its extension is added to it.
 
     Raises:
         ConfigError: an extension that is not one, or one of files that are not read.
-        DataError: a path that does not exist or is not read, a folder that cannot be listed, or nothing to take.
+        DataError: a path that does not exist or is not read, a folder that cannot be listed, nothing to take, or a
+            file whose format takes a package that is not installed.
     """
     _check_extensions(extensions)
     if not paths:
@@ -75,6 +76,7 @@ def find_sources(
             choice.consider(position, found)
     if not choice.taken:
         raise DataError(f"{', '.join(map(str, paths))}: {choice.nothing()}")
+    import_packages(source.path for _, source in choice.taken.values())
     for item in choice.left_out.values():
         (Tally() if tally is None else tally).reject(item)
     return tuple(source for _, source in sorted(choice.taken.values(), key=lambda item: (item[0], item[1].name)))

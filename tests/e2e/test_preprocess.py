@@ -91,17 +91,17 @@ def test_json_lines_of_upstream_are_one_document_each_from_the_command_line(tmp_
     (tmp_path / "part-0.json").write_text(lines)
     (tmp_path / "part-1.json.gz").write_bytes(gzip.compress(lines.replace("record", "text").encode()))
     (tmp_path / "gone").symlink_to("nowhere")
-    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    (tmp_path / "x.arrow").write_bytes(b"ARROW1")
     out = tmp_path / "out"
     assert preprocess(tmp_path, "--extensions", ".json", "--output", out) == 0
     captured = capsys.readouterr()
     assert f"left out: {tmp_path.name}/gone: a link that leads nowhere (to nowhere)" in captured.err
-    assert f"left out: {tmp_path.name}/x.parquet: is a Parquet table, which is not read. Write its" in captured.err
+    assert f"left out: {tmp_path.name}/x.arrow: is an Arrow table, which is not read. Write it as" in captured.err
     assert "2 files; left out: 2 unusable, 0 empty" in captured.out
     manifest = load_manifest(out)
     assert manifest.train.documents + manifest.valid.documents == 12
     assert manifest.train.text_bytes + manifest.valid.text_bytes == 6 * len("record 0") + 6 * len("text 0")
-    assert preprocess(tmp_path / "x.parquet", "--output", out) == 2
+    assert preprocess(tmp_path / "x.arrow", "--output", out) == 2
     assert preprocess(tmp_path / "part-0.json", "--json-key", "body", "--output", tmp_path / "other") == 2
     assert "its fields: text (str), id (int)" in capsys.readouterr().err
 

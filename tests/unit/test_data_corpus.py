@@ -123,8 +123,8 @@ def test_a_wrong_key_ends_the_pass_early_and_names_the_fields(tmp_path):
     with pytest.raises(DataError) as caught:
         list(Corpus(find_sources([tmp_path])).documents(seen))
     assert str(caught.value) == (
-        "--json-key='text': the first 10,000 JSON lines are all unusable (a.jsonl:1: no text under the key 'text'; "
-        "its fields: content (str), id (int)). Name the field that holds the text with --json-key."
+        "--json-key='text': the first 10,000 JSON lines or rows are all unusable (a.jsonl:1: no text under the key "
+        "'text'; its fields: content (str), id (int)). Name the field that holds the text with --json-key."
     ).replace("a.jsonl", f"{tmp_path.name}/a.jsonl")
     # One line with text is enough to go on, and files of plain text neither help nor hurt.
     (tmp_path / "c.txt").write_text("text")

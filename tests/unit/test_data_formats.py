@@ -6,16 +6,24 @@ import bz2
 import gzip
 import json
 import lzma
+import struct
+import subprocess
 import sys
+from types import SimpleNamespace
 
+import pyarrow
 import pytest
+import zstandard
+from pyarrow import parquet
 
+from mtp_megatron.data import zst
 from mtp_megatron.data.corpus import Corpus, Tally
 from mtp_megatron.data.sources import find_sources
 from mtp_megatron.errors import ConfigError, DataError
 
 RECORDS = "".join(json.dumps({"text": text, "id": 1}) + "\n" for text in ("one", "two\nlines", "three"))
-COMPRESSORS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+ZSTANDARD = zstandard.ZstdCompressor(write_checksum=True)  # as the command does
+COMPRESSORS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": ZSTANDARD.compress}
 
 
 def read(*paths, **options):
@@ -44,8 +52,10 @@ def test_the_default_extensions_take_json_lines_and_their_compressed_forms(tmp_p
     for name in ("a.ndjson", "b.jsonl"):
         put(tmp_path / name, RECORDS)
     put(tmp_path / "c.jsonl.gz", gzip.compress(RECORDS.encode()))
+    put(tmp_path / "d.ndjson.zst", ZSTANDARD.compress(RECORDS.encode()))
+    parquet.write_table(pyarrow.table({"text": ["one", "two"]}), tmp_path / "e.parquet")
     put(tmp_path / "package.json", "{}")
-    assert len(read(tmp_path)[0]) == 9
+    assert len(read(tmp_path)[0]) == 14
 
 
 ONE_DOCUMENT = {
@@ -113,13 +123,96 @@ def test_a_python_without_a_decompressor_is_named(tmp_path, monkeypatch):
         read(path)
 
 
+def test_zstandard_may_come_in_many_frames(tmp_path):
+    """As `cat`, pzstd and appending programs make them; frames to be skipped hold an index, say."""
+    skipped = struct.pack("<II", 0x184D2A53, 5) + b"index"
+    lines = [json.dumps({"text": f"{i} " * 400}) + "\n" for i in range(300)]
+    empty = ZSTANDARD.compress(b"")
+    frames = [skipped, empty, *(ZSTANDARD.compress(line.encode()) for line in lines), skipped, empty]
+    path = put(tmp_path / "d.jsonl.zst", b"".join(frames))
+    assert path.stat().st_size > 2 * zst._PART_BYTES
+    assert read(path) == ([json.loads(line)["text"] for line in lines], [])
+
+
+@pytest.mark.parametrize("rest", [b"", b"\n", ZSTANDARD.compress(RECORDS.encode() * 9)[:-5], b"(\xb5/\xfd"])
+def test_zstandard_that_does_not_end_with_a_frame_is_damaged(tmp_path, rest):
+    whole = ZSTANDARD.compress(RECORDS.encode()) if rest else b""
+    path = put(tmp_path / "d.jsonl.zst", whole + rest)
+    with pytest.raises(DataError, match=r"d\.jsonl\.zst: cannot be read \(.*(truncated|Unknown frame descriptor)"):
+        read(path)
+
+
+def test_zstandard_with_a_long_window_is_read_up_to_a_bound(tmp_path, monkeypatch):
+    """`--long=31` is the most that the command writes; its default refuses to read what is over 128 MiB."""
+    settings = zstandard.ZstdCompressionParameters(window_log=31, hash_log=6, chain_log=6, strategy=1)
+    stream = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    path = put(tmp_path / "d.jsonl.zst", stream.compress(RECORDS.encode()) + stream.flush())
+    assert zstandard.get_frame_parameters(path.read_bytes()).window_size == 1 << 31
+    assert len(read(path)[0]) == 3
+    monkeypatch.setattr(zst, "_MOST_WINDOW", 1 << 30)
+    with pytest.raises(DataError, match=r"d\.jsonl\.zst: cannot be read \(.*requires too much memory"):
+        read(path)
+
+
+def test_what_zstandard_blows_up_comes_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(zst, "_PART_BYTES", 256)
+    size = 32 << 20
+    path = put(tmp_path / "d.jsonl.zst", ZSTANDARD.compress(bytes(size)))
+    assert path.stat().st_size > 1024
+    with zst.open(path, "rb") as stream:
+        left, most = size, 0
+        while part := stream.read1(1 << 20):
+            left -= len(part)
+            most = max(most, len(stream.raw._text))
+    assert left == 0
+    assert most <= zst._PART_BYTES // 4 << 17
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "extra"), [("d.parquet", "pyarrow", "parquet"), ("d.jsonl.zst", "zstandard", "zst")]
+)
+def test_without_its_package_a_format_is_an_error_and_never_left_out(tmp_path, monkeypatch, name, package, extra):
+    put(tmp_path / "a.py", "fine")
+    path = put(tmp_path / name, b"")
+    monkeypatch.setitem(sys.modules, package, None)
+    message = (
+        rf"{name}: reading it takes the package {package}, which cannot be imported \(.*\)\. Install it: "
+        rf"pip install 'PATH_TO_CHECKOUT\[{extra}\]'.*--extensions"
+    )
+    for given in (path, tmp_path):
+        with pytest.raises(DataError, match=message):
+            find_sources([given])
+    assert read(tmp_path, find={"extensions": [".py", ".md"]}) == (["fine"], [])
+
+
+@pytest.mark.parametrize(("name", "package"), [("d.parquet", "pyarrow"), ("d.jsonl.zst", "zstandard")])
+def test_a_package_that_is_too_old_is_an_error_before_anything_is_read(tmp_path, monkeypatch, name, package):
+    path = put(tmp_path / name, b"")
+    sources = find_sources([path])
+    monkeypatch.setitem(sys.modules, package, SimpleNamespace(__version__="0.9.1"))
+    for look in (lambda: find_sources([path]), lambda: list(Corpus(sources).documents())):
+        with pytest.raises(DataError, match=rf"{name}: .* {package}, \S+ or newer, and 0\.9\.1 is installed\. .*pip"):
+            look()
+
+
+def test_other_formats_take_neither_package(tmp_path):
+    put(tmp_path / "a.jsonl.gz", gzip.compress(RECORDS.encode()))
+    code = (
+        "import sys; from pathlib import Path; from mtp_megatron.data.corpus import Corpus; "
+        "from mtp_megatron.data.sources import find_sources; import mtp_megatron.data.cli; "
+        f"assert len(list(Corpus(find_sources([Path({str(tmp_path)!r})])).documents())) == 3; "
+        "print({'pyarrow', 'zstandard'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
 NOT_READ = {
     "notes.txt.gz": "compressed, and only JSON lines are read so",
-    "d.jsonl.zst": "zstd -d",
+    "d.txt.zst": "zstd -d",
     "d.py.bz2": "bunzip2",
     "x.xz": "unxz",
-    "d.parquet": r"Parquet table.*JSON lines \(\.jsonl\)",
-    "d.arrow": "Arrow table",
+    "d.arrow": r"Arrow table.*to_parquet",
 }
 
 

@@ -14,7 +14,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow
 import pytest
+import zstandard
+from pyarrow import parquet
 
 from mtp_megatron.data import journal, reading
 from mtp_megatron.data import preprocess as module
@@ -39,7 +42,7 @@ def json_lines(name, count):
 
 @pytest.fixture
 def source(tmp_path):
-    """Files of every kind, one of them damaged in its middle."""
+    """Files of every kind, some of them damaged in their middle."""
     folder = tmp_path / "src"
     folder.mkdir()
     for i in range(6):
@@ -47,14 +50,27 @@ def source(tmp_path):
     (folder / "empty.py").write_text("")
     (folder / "latin.py").write_bytes(b"\xe9")
     (folder / "a.jsonl").write_text(json_lines("plain", 25))
-    (folder / "b.jsonl.gz").write_bytes(gzip.compress(json_lines("zipped", 25).encode()))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(json_lines("zipped", 13).encode()))
     (folder / "c.json").write_text(json_lines("records", 6))
     (folder / "d.json.bz2").write_bytes(bz2.compress(b'{\n"one": "document"\n}\n'))
     torn = [json.dumps({"text": random.Random(i).randbytes(400).hex()}) for i in range(40)]
     packed = bytearray(gzip.compress("\n".join(torn).encode()))
     packed[len(packed) // 2] ^= 0xFF
     (folder / "torn.jsonl.gz").write_bytes(packed)
-    (folder / "z.parquet").write_bytes(b"PAR1")
+    frames = [zstandard.compress(line.encode()) for line in json_lines("frames", 6).splitlines(keepends=True)]
+    (folder / "e.jsonl.zst").write_bytes(b"".join(frames))
+    frames = [zstandard.compress(f"{line}\n".encode()) for line in torn[:7]]
+    (folder / "t.jsonl.zst").write_bytes(b"".join(frames)[:-9])
+    rows = [f"row {i} é\n" * (1 + i % 4) if i % 5 else [None, ""][i % 2] for i in range(16)]
+    parquet.write_table(pyarrow.table({"text": rows}), folder / "p.parquet", row_group_size=6)
+    table = pyarrow.table({"text": [json.loads(line)["text"] for line in torn[:20]]})
+    pages = {"data_page_size": 1, "write_batch_size": 1, "write_page_checksum": True, "write_statistics": False}
+    path = folder / "r.parquet"
+    parquet.write_table(table, path, row_group_size=4, compression="none", use_dictionary=False, **pages)
+    packed = bytearray(path.read_bytes())
+    packed[len(packed) // 2] ^= 0xFF
+    path.write_bytes(packed)
+    (folder / "q.parquet").write_bytes(b"PAR1")
     (folder / "bad\udcff.py").write_text("# a name that is not UTF-8\n")
     (folder / "bad\udcff-too.py").write_bytes(b"\xe9")
     return folder
@@ -70,7 +86,7 @@ def options(tmp_path, source, monkeypatch):
         tmp_path / "out",
         (source,),
         valid_fraction=0.2,
-        extensions=(".py", ".jsonl", ".json"),
+        extensions=(".py", ".jsonl", ".json", ".parquet"),
         skip_unreadable=True,
         quiet=True,
     )
@@ -182,16 +198,17 @@ def everything(corpus, cursor, tally):
     return [(document, Cursor(*cursor.place())) for document in corpus.documents(tally, cursor)]
 
 
-@pytest.mark.parametrize("most", [None, 45])
+@pytest.mark.parametrize("most", [None, 64])
 def test_a_corpus_goes_on_after_any_document(source, most):
-    sources = find_sources([source], (".py", ".jsonl", ".json"), skip_unreadable=True)
+    sources = find_sources([source], (".py", ".jsonl", ".json", ".parquet"), skip_unreadable=True)
     corpus = Corpus(sources, max_documents=most, skip_unreadable=True)
     tally = Tally()
     whole = everything(corpus, Cursor(), tally)
     assert {name.partition(":")[0] for name in (document.name for document, _ in whole)} >= {"src/a.jsonl"}
     if most is None:
-        assert len({document.name.partition(":")[0] for document, _ in whole}) == 12
-        assert 0 < sum(document.name.startswith("src/torn") for document, _ in whole) < 40
+        assert len({document.name.partition(":")[0] for document, _ in whole}) == 16
+        for damaged, records in {"torn.jsonl.gz": 40, "t.jsonl.zst": 7, "r.parquet": 20}.items():
+            assert 0 < sum(document.name.startswith(f"src/{damaged}:") for document, _ in whole) < records
     for count, (_, place) in enumerate(whole, 1):
         assert place.documents == count
         assert everything(corpus, Cursor(*place.place()), Tally()) == whole[count:]

@@ -165,7 +165,9 @@ def test_a_vendors_torch_stays_and_what_is_missing_comes_beside_it(checkout, mac
         "install --no-deps -e . []",
     ]
     needs = [line.split()[1] for line in asked if line.startswith("need ")]
-    assert {"numpy>=1.26,<3", "pytest>=8.2", "matplotlib>=3.8,<4"} <= set(needs)
+    assert {"numpy>=1.26,<3", "pytest>=8.2", "matplotlib>=3.8,<4", "pyarrow>=17,<27", "zstandard>=0.22,<0.26"} <= set(
+        needs
+    )
     assert not any(need.startswith(("torch", "megatron-core", "mtp-")) for need in needs)
     assert setup(checkout, **machine).returncode == 0
     assert calls(checkout) == [], "done"
