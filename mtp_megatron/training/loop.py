@@ -22,7 +22,7 @@ from mtp_megatron.errors import ConfigError
 from mtp_megatron.signals import Stopped, StopRequest, stop_on_signal
 from mtp_megatron.training.agreement import job_store, preflight_together, require_shared
 from mtp_megatron.training.batches import Microbatch, chunk_iterators
-from mtp_megatron.training.build import overlapped_communication
+from mtp_megatron.training.build import learning_rate_at, overlapped_communication
 from mtp_megatron.training.checkpoint_files import step_of, temporary_folder
 from mtp_megatron.training.checkpointing import count_parameters, latest_checkpoint
 from mtp_megatron.training.divergence import DivergenceFile, way_back
@@ -215,16 +215,22 @@ class _Session:
             f"{compat.device().type}, {self.recipe.train.precision}; {self.origin}; run folder {self.folder.path}"
         )
         if self.plan.changes:
-            log.message(f"run.accept_changes: {'; '.join(self.plan.changes)}")
+            step = self.recipe.train.skipped_to(self.step) + 1
+            rate = learning_rate_at(self.trainable.scheduler, step)
+            log.message(
+                f"run.accept_changes: {'; '.join(self.plan.changes)}; step {step} trains at a learning rate of {rate:.3e}"
+            )
         for slower in (compat.slower_without_apex(), compat.slower_without_triton()):
             if slower is not None:
                 log.message(slower)
         steps = self.recipe.train.steps
         if self.step >= steps:
             beyond = f"the run is at step {self.step}, beyond train.steps={steps}, so nothing is trained"
+            end = self.recipe.optimizer.decay_steps
+            schedule = "" if end is None else f" and optimizer.decay_steps={end}, the end of this run's schedule,"
             log.message(
-                f"{beyond if self.step > steps else f'step {steps} was the last one'}: set train.steps higher and "
-                f"optimizer.decay_steps={self.recipe.optimizer.decay_steps}, the end of this run's schedule, to go on."
+                f"{beyond if self.step > steps else f'step {steps} was the last one'}: set train.steps higher"
+                f"{schedule} to go on."
             )
 
     def _announce_blend(self, log: RunLog) -> None:
