@@ -21,7 +21,7 @@ def summarise(run: Path, metrics: RunMetrics, speculative: Record | None) -> dic
         ``heads``: each head's last validation loss (nats per token) and accuracy (0 to 1), None before any evaluation;
         ``tokens_per_forward``: what validation expects of greedy self-speculative decoding; ``speculative``: what
         decoding measured; ``training``: the last logged step, the tokens up to it (those that were passed over
-        included), median tokens per second; ``versions``: what it ran with.
+        included), medians of tokens per second and of the model's TFLOP/s per GPU; ``versions``: what it ran with.
     """
     valid = metrics.valid[-1] if metrics.valid else None
     train = metrics.train[-1] if metrics.train else None
@@ -44,6 +44,7 @@ def summarise(run: Path, metrics: RunMetrics, speculative: Record | None) -> dic
             "steps": train["step"] if train else 0,
             "tokens": train.get("tokens") if train else 0,
             "tokens_per_second": _median([record.get("tokens_per_second") for record in metrics.train]),
+            "tflops_per_gpu": _median([record.get("tflops_per_gpu") for record in metrics.train]),
         },
         "versions": {
             "mtp_megatron": __version__,

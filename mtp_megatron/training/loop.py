@@ -130,7 +130,8 @@ class _Session:
         steps = self.recipe.train.steps
         evaluation, stop = None, False
         iterators = self._train_iterators()
-        with RunLog(self.folder, self.recipe, start_step=self.step, enabled=dist.get_rank() == 0) as log:
+        ranks, first = self.plan.world_size, dist.get_rank() == 0
+        with RunLog(self.folder, self.recipe, start_step=self.step, world_size=ranks, enabled=first) as log:
             self._announce(log)
             self._announce_blend(log)
             while self.step < steps and not stop:
@@ -216,9 +217,10 @@ class _Session:
         )
         if self.plan.changes:
             step = self.recipe.train.skipped_to(self.step) + 1
-            rate = learning_rate_at(self.trainable.scheduler, step)
+            rate = f"{learning_rate_at(self.trainable.scheduler, step):.3e}"
             log.message(
-                f"run.accept_changes: {'; '.join(self.plan.changes)}; step {step} trains at a learning rate of {rate:.3e}"
+                f"run.accept_changes: {'; '.join(self.plan.changes)}; the next step, {step}, trains at a learning rate "
+                f"of {rate}"
             )
         for slower in (compat.slower_without_apex(), compat.slower_without_triton()):
             if slower is not None:

@@ -94,7 +94,7 @@ def test_new_values_take_effect_at_the_next_step_and_need_no_flag_afterwards(
     assert metrics(resumed)[5]["head_loss"][2] is None
     assert "optimizer.lr is 0.001 there and 0.0005 here" in looks[0][-1]
     assert "heads.loss_weights is None there and [1.0, 0.5, 0.0] here" in looks[0][-1]
-    assert looks[0][-1].count("; step 5 trains at a learning rate of 4.667e-04") == 1
+    assert looks[0][-1].count("; the next step, 5, trains at a learning rate of 4.667e-04") == 1
     recorded = load_recipe(resumed / "recipe.yaml")
     assert (recorded.optimizer.lr, recorded.run.accept_changes) == (5e-4, False)
 

@@ -34,6 +34,7 @@ def train_record(step, losses=(3.0, 4.0)):
         "head_loss": list(losses),
         "head_accuracy": [0.5, 0.25],
         "tokens_per_second": 100.0 * step,
+        "tflops_per_gpu": 0.5 * step,
         "tokens": 64 * step,
     }
 
@@ -74,7 +75,7 @@ def test_report_prints_the_table_and_writes_both_files(run, capsys):
     report = json.loads((folder / "report.json").read_text())
     assert report["heads"][0]["validation_loss"] == 3.125
     assert report["heads"][1]["training_loss"] == 4.0
-    assert report["training"] == {"steps": 3, "tokens": 192, "tokens_per_second": 200.0}
+    assert report["training"] == {"steps": 3, "tokens": 192, "tokens_per_second": 200.0, "tflops_per_gpu": 1.0}
     assert report["speculative"] == SPECULATIVE
     assert report["versions"]["torch"].startswith("2.")
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
