@@ -22,7 +22,8 @@ class RunMetrics:
     Attributes:
         train: for every log ``step``, ``loss``, ``head_loss`` [n], ``head_accuracy`` [n], ``tokens_per_second``,
             ``tflops_per_gpu``.
-        valid: for every evaluation the same without speed, and ``tokens_per_forward``.
+        valid: for every evaluation the same without speed, and ``tokens_per_forward``; of a blend also ``folders``,
+            by name.
     """
 
     train: list[Record] = field(default_factory=list)

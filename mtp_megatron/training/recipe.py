@@ -314,6 +314,10 @@ class TrainSection(Section):
                 step = min(last, self.steps)
         return step
 
+    def passes_over(self, step: int) -> bool:
+        """Whether ``step`` is one of ``skip_steps``."""
+        return any(first <= step <= last for first, last in self.skip_steps)
+
 
 class RunSection(Section):
     """Where the run lives and how it starts."""

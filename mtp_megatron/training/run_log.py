@@ -9,15 +9,17 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from types import TracebackType
 from typing import Any, Self
 
 from tqdm import tqdm
 
-from mtp_megatron.training.evaluation import Evaluation
+from mtp_megatron.training.evaluation import Evaluation, FolderFigures
 from mtp_megatron.training.metrics_file import MetricsFile
 from mtp_megatron.training.operations import StepOperations
 from mtp_megatron.training.recipe import Recipe
@@ -25,6 +27,7 @@ from mtp_megatron.training.run_folder import RunFolder
 from mtp_megatron.training.step import StepFigures
 
 _REMEMBERED = 1000  # steps; train.log_interval may be any number
+_FOLDERS_IN_LINE = 8
 logger = logging.getLogger(__name__)
 
 
@@ -32,7 +35,7 @@ class RunLog:
     """Writes the figures of a run. On ranks other than 0 every method does nothing."""
 
     def __init__(self, folder: RunFolder, recipe: Recipe, *, start_step: int, world_size: int, enabled: bool) -> None:
-        """Open the files of a run on ``world_size`` ranks that continues after ``start_step``, dropping later entries."""
+        """Open the files for ``world_size`` ranks that continue a run after ``start_step``, dropping later entries."""
         self._recipe, self._world_size, self._enabled = recipe, world_size, enabled
         self._unwritten: deque[tuple[int, StepFigures]] = deque(maxlen=_REMEMBERED)  # since the last line
         self._tokens_per_step = recipe.train.global_batch_size * recipe.train_seq_length
@@ -156,6 +159,7 @@ class RunLog:
             head_loss=result.head_loss,
             head_accuracy=result.head_accuracy,
             tokens_per_forward=result.tokens_per_forward,
+            **({"folders": {name: asdict(found) for name, found in result.folders.items()}} if result.folders else {}),
         )
         self._scalars(step, {"valid/loss": result.loss, "valid/tokens_per_forward": result.tokens_per_forward})
         self._per_head(step, "valid", result.head_loss, result.head_accuracy)
@@ -165,6 +169,23 @@ class RunLog:
             f"step {step}  validation: heads {heads}  accuracy {accuracy}  "
             f"tokens per forward {result.tokens_per_forward:.2f}"
         )
+        if result.folders:
+            self._evaluation_by_folder(step, result.folders)
+
+    def _evaluation_by_folder(self, step: int, folders: Mapping[str, FolderFigures]) -> None:
+        """The points of all, and a line with head 1 of the first ones. None where a folder gave no sample."""
+        given = {name: found for name, found in folders.items() if found.head_tokens[0]}
+        for name, found in given.items():
+            self._scalars(step, {f"valid_folder/{name}/loss": found.loss})
+            for figure, values in (("loss", found.head_loss), ("accuracy", found.head_accuracy)):
+                points = {f"valid_folder_{figure}/{name}/head_{i + 1}": value for i, value in enumerate(values)}
+                self._scalars(step, points)
+        shown = [
+            f"{name} {found.head_loss[0]:.3f} {100 * found.head_accuracy[0]:.1f}%" if name in given else f"{name} -"
+            for name, found in islice(folders.items(), _FOLDERS_IN_LINE)
+        ]
+        more = f"  and {len(folders) - len(shown)} more" if len(folders) > len(shown) else ""
+        self.message(f"step {step}  validation of head 1 by folder: {'  '.join(shown)}{more}")
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -24,7 +24,7 @@ from mtp_megatron.errors import CheckpointError
 from mtp_megatron.signals import stop_on_signal
 from mtp_megatron.training import checkpoint_files as files
 from mtp_megatron.training import run_log
-from mtp_megatron.training.evaluation import Evaluation
+from mtp_megatron.training.evaluation import Evaluation, FolderFigures
 from mtp_megatron.training.metrics_file import drop_later_lines, read_metrics
 from mtp_megatron.training.operations import StepOperations
 from mtp_megatron.training.recipe import Recipe
@@ -255,10 +255,43 @@ def test_the_log_writes_lines_points_and_text(tmp_path: Path, capsys: pytest.Cap
         *("valid/loss", "valid/tokens_per_forward", "valid_loss/head_1", "valid_accuracy/head_2"),
     } <= set(events.Tags()["scalars"])
     assert [(point.step, point.value) for point in events.Scalars("train_loss/head_2")] == [(2, 5.0), (4, 9.0)]
+    assert "folders" not in records[2], "this is no blend"
     said = capsys.readouterr().err
+    assert "by folder" not in said
     assert "step 2/8  loss 2.5000  heads 2.500 5.000" in said
     assert re.search(r"  [0-9]+ tokens/s  [0-9.e-]+ TFLOP/s per GPU\n", said)
     assert "tokens per forward 1.75" in said
+
+
+def test_the_log_has_the_held_out_figures_of_every_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = RunFolder(tmp_path / "run")
+    web = FolderFigures(2.5, [1.0, 1.5], [0.5, 0.25], [30, 28])
+    none = FolderFigures(math.nan, [math.nan] * 2, [math.nan] * 2, [0, 0])
+    folders = {"web": web, "code": none, **{f"more{number}": web for number in range(8)}}
+    recipe = recipe_of(tmp_path, heads__n=2, run__tensorboard=True)
+    with RunLog(folder, recipe, start_step=0, world_size=1, enabled=True) as log:
+        log.evaluation(4, Evaluation(3.0, [1.0, 2.0], [0.5, 0.25], tokens_per_forward=1.75, folders=folders))
+    (record,) = read_metrics(folder.metrics)
+    assert list(record["folders"]) == list(folders)
+    assert record["folders"]["web"] == {
+        "loss": 2.5,
+        "head_loss": [1.0, 1.5],
+        "head_accuracy": [0.5, 0.25],
+        "head_tokens": [30, 28],
+    }
+    assert record["folders"]["code"]["loss"] is None
+    assert record["folders"]["code"]["head_loss"] == [None, None]
+    events = EventAccumulator(str(folder.tensorboard))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert events.Scalars("valid_folder_loss/web/head_2")[0].value == 1.5
+    assert {"valid_folder/web/loss", "valid_folder_accuracy/more7/head_1"} <= set(tags)
+    assert not any("code" in tag for tag in tags)
+    said = capsys.readouterr().err
+    assert "step 4  validation of head 1 by folder: web 1.000 50.0%  code -  more0 1.000 50.0%" in said
+    assert said.endswith("more5 1.000 50.0%  and 2 more\n")
 
 
 def test_an_error_does_not_lose_the_steps_since_the_last_line(tmp_path: Path) -> None:
