@@ -93,22 +93,25 @@ def test_a_run_goes_on_exactly_where_it_stopped(workers: int, folders: Folders, 
     assert metrics(resumed, "valid") == metrics(single, "valid")
 
 
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "CP2, heads on two stages": {
+        "parallel__context": 2,
+        "parallel__pipeline": 2,
+        "parallel__layout": "Ettttmm|mL",
+    },
+    "TP2 with SP, PP2": {"parallel__tensor": 2, "parallel__sequence_parallel": True, "parallel__pipeline": 2},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_it_goes_on_alike_in_another_layout_and_with_weights_of_another_scale(
-    folders: Folders, single: Path, tmp_path: Path
+    layout: str, folders: Folders, single: Path, tmp_path: Path
 ) -> None:
     resumed = interrupted_copy(single, tmp_path / "resumed", 4)
-    heads_on_both = {"parallel__pipeline": 2, "parallel__layout": "Ettttmm|mL"}
-    tree = blend_tree(folders, resumed, (0.2, 0.8), parallel__context=2, **heads_on_both)
+    tree = blend_tree(folders, resumed, (0.2, 0.8), **LAYOUTS[layout])
     assert run_world(train_body, 4, tree) == [8] * 4
     assert largest_difference(metrics(resumed), metrics(single)) < 1e-5
     assert_held_out_figures_alike(resumed, single)
-
-
-def test_held_out_figures_are_alike_on_tensor_parallel_stages(folders: Folders, single: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    tree = blend_tree(folders, run, parallel__tensor=2, parallel__pipeline=2, parallel__sequence_parallel=True)
-    assert run_world(train_body, 4, tree) == [8] * 4
-    assert_held_out_figures_alike(run, single)
 
 
 def test_a_run_that_is_made_longer_trains_as_if_it_had_been_from_the_start(
