@@ -119,11 +119,14 @@ def _folder_figures(weights: Sequence[float], sums: Sequence[float]) -> FolderFi
 
 def _add_samples(by_folder: Tensor, batch: Microbatch, report: HeadReport) -> None:
     """Add the losses, correct and targets of a microbatch's samples, each ``[n]``, to their folders' rows."""
-    if report.predictions is None or report.sample_loss is None or batch.targets is None or batch.parts is None:
+    if report.predictions is None or report.losses is None or batch.targets is None or batch.parts is None:
         raise RuntimeError("evaluation by folder needs each sample's figures and folder on the last stage")
     valid = batch.targets != IGNORE_INDEX
-    correct = ((report.predictions == batch.targets) & valid).sum(dim=2)
-    rows = torch.cat([report.sample_loss.to(torch.float64), correct, valid.sum(dim=2)]).t()
+    correct = (report.predictions == batch.targets) & valid
+    # One row of the microbatch is a sample, or holds all of them one after another.
+    shape = (len(valid), len(batch.parts), -1)
+    figures = [figure.reshape(shape).sum(dim=2, dtype=torch.float64) for figure in (report.losses, correct, valid)]
+    rows = torch.cat(figures).t()
     by_folder.index_add_(0, batch.parts.to(by_folder.device), rows)
 
 
