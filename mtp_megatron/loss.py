@@ -73,11 +73,13 @@ class TokenSums:
         loss: ``[]`` sum of the negative log likelihoods of the valid targets, fp32 (fp64 for fp64 inputs).
         correct: ``[]`` how many valid targets were the most likely entry (ties go to the lowest index), same dtype.
         predictions: ``[tokens]`` int64 most likely entry of every position, or None when not asked for.
+        losses: ``[tokens]`` what every position adds to ``loss``, or None when predictions were not asked for.
     """
 
     loss: Tensor
     correct: Tensor
     predictions: Tensor | None
+    losses: Tensor | None = None
 
 
 def chunk_tokens_for(
@@ -136,7 +138,7 @@ def linear_cross_entropy(
         grad_scale: scalar dL/d(loss sum). None: no gradient is computed.
         weight_grad: ``[V/tp, h]`` buffer to which this call's dL/dweight is added; None: not wanted.
         chunk_tokens: tokens per chunk; None: :func:`chunk_tokens_for`.
-        predictions: return the most likely entry of every position.
+        predictions: return the most likely entry and the loss of every position.
         softmax: what makes softmax and gradient of the logits; None: :func:`mtp_megatron.loss_softmax.softmax_for`.
 
     Returns:
@@ -151,6 +153,7 @@ def linear_cross_entropy(
     loss = torch.zeros((), dtype=compute, device=hidden.device)
     correct = torch.zeros_like(loss)
     predicted = torch.empty(tokens, dtype=torch.int64, device=hidden.device) if predictions else None
+    each = torch.empty(tokens, dtype=compute, device=hidden.device) if predictions else None
     hidden_grad = None if grad_scale is None else torch.empty_like(hidden)
     softmax = softmax or softmax_for(hidden)
     bytes_per_logit = softmax.bytes_per_logit(hidden.dtype)
@@ -166,10 +169,11 @@ def linear_cross_entropy(
         valid, known = y != IGNORE_INDEX, (y >= 0) & (y < shard.vocab_size)
         share = torch.where(valid, torch.where(known, 1.0, torch.nan), 0.0).to(compute)
         losses = whole.total.log() + (whole.top - whole.target_logit)  # in this order: the logits may be large
-        loss += torch.where(valid, share * losses, 0).sum()
+        losses = torch.where(valid, share * losses, 0)
+        loss += losses.sum()
         correct += (valid & (whole.best == y)).sum()
-        if predicted is not None:
-            predicted[part] = whole.best
+        if predicted is not None and each is not None:
+            predicted[part], each[part] = whole.best, losses
         if grad_scale is None or hidden_grad is None:
             continue
         if shard.rows:
@@ -177,7 +181,7 @@ def linear_cross_entropy(
         torch.mm(logits, rows, out=hidden_grad[part])
         if weight_grad is not None and shard.rows:
             _add_outer(weight_grad[: shard.rows], logits, x)
-    return TokenSums(loss, correct, predicted), hidden_grad
+    return TokenSums(loss, correct, predicted, each), hidden_grad
 
 
 def _no_sums(column: Tensor, dtype: torch.dtype) -> RowSums:

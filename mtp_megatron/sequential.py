@@ -33,6 +33,7 @@ class HeadReport:
         normalizer: ``[]`` valid targets of head 1: the one count by which every head's sum is divided (DESIGN.md).
         weights: weight of each head in the total loss. In training a head of weight 0 is not computed: it stays NaN.
         predictions: ``[n, b, s]`` most likely entry of every position, in evaluation only.
+        losses: ``[n, b, s]`` what every position adds to ``loss_sum``, in evaluation only.
 
     Where heads are on several pipeline stages, each stage's report holds zeros for the heads of the others, and in
     ``normalizer`` where head 1 is not: the reports of one microbatch add up. ``weights`` is 0 for those heads too.
@@ -44,6 +45,7 @@ class HeadReport:
     normalizer: Tensor
     weights: tuple[float, ...]
     predictions: Tensor | None = None
+    losses: Tensor | None = None
 
     @classmethod
     def empty(
@@ -60,8 +62,11 @@ class HeadReport:
         """
         nan = torch.full((targets.shape[0],), torch.nan, dtype=dtype, device=targets.device)
         tokens = (targets != IGNORE_INDEX).sum(dim=(1, 2))
+        losses = torch.full_like(targets, torch.nan, dtype=dtype) if predictions else None
         for head in elsewhere:
             nan[head], tokens[head] = 0, 0
+            if losses is not None:
+                losses[head] = 0
         return cls(
             loss_sum=nan,
             correct=nan.clone(),
@@ -69,6 +74,7 @@ class HeadReport:
             normalizer=tokens[0],
             weights=tuple(weights),
             predictions=torch.full_like(targets, IGNORE_INDEX) if predictions else None,
+            losses=losses,
         )
 
     @property
@@ -82,6 +88,8 @@ class HeadReport:
         self.correct[head] = sums.correct
         if self.predictions is not None and sums.predictions is not None:
             self.predictions[head] = sums.predictions.view(self.predictions.shape[2], -1).t()
+        if self.losses is not None and sums.losses is not None:
+            self.losses[head] = sums.losses.view(self.losses.shape[2], -1).t()
 
     def clear(self) -> None:
         """Back to NaN and no predictions, so that nobody reads half a report."""
@@ -89,6 +97,8 @@ class HeadReport:
         self.correct.fill_(torch.nan)
         if self.predictions is not None:
             self.predictions.fill_(IGNORE_INDEX)
+        if self.losses is not None:
+            self.losses.fill_(torch.nan)
 
 
 class HeadPass(Protocol):

@@ -124,7 +124,8 @@ def metrics(run: str | Path, kind: str = "train") -> dict[int, dict[str, Any]]:
     for line in (Path(run) / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         if record["kind"] == kind:
-            record.pop("tokens_per_second", None)
+            for speed in ("tokens_per_second", "tflops_per_gpu"):
+                record.pop(speed, None)
             assert record["step"] not in records, "a step was reported twice"
             records[record["step"]] = record
     return records

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from mtp_megatron.data.manifest import Manifest, load_manifest
@@ -50,6 +52,17 @@ class Blend:
             return self.first.fingerprint
         content = [[weight, part.fingerprint] for weight, part in zip(self.weights, self.parts, strict=True)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """A name for each part: as much of the end of its folder's path as tells it from the others."""
+        paths = [part.path.absolute().parts for part in self.parts]
+        labels = [""] * len(paths)
+        for depth in range(1, 1 + max(map(len, paths))):
+            ends = [str(Path(*path[-depth:])) for path in paths]
+            taken = Counter(ends)
+            labels = [label or (end if taken[end] == 1 else "") for label, end in zip(labels, ends, strict=True)]
+        return tuple(labels)
 
     def used(self, samples: int) -> tuple[int, ...]:
         """How many samples each part has given when the run has used so many, not fewer than ``since``."""

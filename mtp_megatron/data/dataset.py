@@ -89,13 +89,13 @@ class BlendedSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return self._length
 
     def __getitem__(self, index: int | None) -> dict[str, torch.Tensor]:
-        """As :meth:`Samples.__getitem__`."""
+        """As :meth:`Samples.__getitem__`, with ``part`` []: which data set it is of (any for None)."""
         if index is None:
-            return self.parts[0][None]
+            return {**self.parts[0][None], "part": torch.tensor(0)}
         if not self.since <= index < self._length:
             raise IndexError(f"sample {index} is none of {self.since} to {self._length - 1}")
         part, within = self._order[index - self.since]
-        return self.parts[part][self._before[part] + within]
+        return {**self.parts[part][self._before[part] + within], "part": torch.tensor(part)}
 
 
 AnySamples = Samples | BlendedSamples

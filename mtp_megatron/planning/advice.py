@@ -13,9 +13,9 @@ from mtp_megatron.planning.candidates import layouts
 from mtp_megatron.planning.cost import logits_chunk, rank_costs
 from mtp_megatron.planning.estimate import Hardware
 from mtp_megatron.planning.lines import changed
-from mtp_megatron.planning.shapes import Sizes
 from mtp_megatron.planning.tensors import Tensors, largest_category, largest_tensors
 from mtp_megatron.training.recipe import Recipe
+from mtp_megatron.training.shapes import Sizes
 from mtp_megatron.training.validate import check_recipe
 
 _LEAST_CHUNK = 64

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from mtp_megatron.compat.optimizer_state import ROUND
 from mtp_megatron.planning.cost import RankCost, optimizer_shards
-from mtp_megatron.planning.shapes import Sizes
 from mtp_megatron.planning.tensors import matrices
 from mtp_megatron.training.recipe import Recipe
+from mtp_megatron.training.shapes import Sizes
 
 _STATE = 12  # bytes of a parameter's fp32 weight and Adam's two moments
 

@@ -13,7 +13,9 @@ from mtp_megatron.errors import ConfigError
 from mtp_megatron.layout import StageLayout
 from mtp_megatron.loss import VocabShard, chunk_tokens_for
 from mtp_megatron.planning.layer_memory import layer_activations, layer_backward, norm_activations, scores_buffer
-from mtp_megatron.planning.shapes import (
+from mtp_megatron.planning.simulate import in_flight
+from mtp_megatron.training.recipe import Recipe
+from mtp_megatron.training.shapes import (
     Sizes,
     attention_flops,
     heads_flops,
@@ -21,8 +23,6 @@ from mtp_megatron.planning.shapes import (
     stage_parameters,
     unembedding_copies,
 )
-from mtp_megatron.planning.simulate import in_flight
-from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.validate import data_parallel_size, num_microbatches
 
 _USERBUFFERS = 12

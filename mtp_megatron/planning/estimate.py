@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mtp_megatron.planning.cost import RankCost, rank_costs
-from mtp_megatron.planning.shapes import Sizes
 from mtp_megatron.planning.simulate import Schedule, simulate
+from mtp_megatron.training.operations import StepOperations
 from mtp_megatron.training.recipe import Recipe
+from mtp_megatron.training.shapes import Sizes
 from mtp_megatron.training.validate import data_parallel_size, num_microbatches
 
 
@@ -151,7 +152,7 @@ def estimate(recipe: Recipe, world_size: int, hardware: Hardware) -> Estimate:
         imbalance=max(busy) / mean,
         step_seconds=seconds,
         tokens_per_second=recipe.train.global_batch_size * recipe.train_seq_length / seconds,
-        mfu=_model_flops(costs) * microbatches / (seconds * ranks * hardware.tflops * 1e12),
+        mfu=StepOperations(recipe)(recipe.heads.base_weights()) / (seconds * world_size * hardware.tflops * 1e12),
     )
 
 
@@ -205,11 +206,6 @@ def reduction_seconds(
         holders = 1
     summed = 8 * sizes.rows * sizes.hidden * (holders - 1) / holders / hardware.between(world_size)
     return slowest + summed
-
-
-def _model_flops(costs: Sequence[RankCost]) -> float:
-    """Of a microbatch over one GPU of every stage: a forward pass, and a backward pass of twice that."""
-    return sum(3 * sum(cost.forward_flops) + sum(cost.head_flops) for cost in costs)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ own, which a recipe without ``train.transformer_engine`` runs, on GPUs too. The 
 
 from __future__ import annotations
 
-from mtp_megatron.planning.shapes import Sizes
 from mtp_megatron.training.recipe import Recipe
+from mtp_megatron.training.shapes import Sizes
 
 
 def layer_activations(recipe: Recipe, sizes: Sizes) -> int:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from mtp_megatron.planning.cost import RankCost, logits_chunk, optimizer_shards
 from mtp_megatron.planning.layer_memory import scores
-from mtp_megatron.planning.shapes import Sizes, unembedding_copies
 from mtp_megatron.training.recipe import Recipe
+from mtp_megatron.training.shapes import Sizes, unembedding_copies
 
 CATEGORIES = {
     "weights": "weights",

@@ -20,8 +20,10 @@ class RunMetrics:
     """The records of one run, by step; of a step that was trained twice (after a crash) the later record.
 
     Attributes:
-        train: for every log ``step``, ``loss``, ``head_loss`` [n], ``head_accuracy`` [n], ``tokens_per_second``.
-        valid: for every evaluation the same without speed, and ``tokens_per_forward``.
+        train: for every log ``step``, ``loss``, ``head_loss`` [n], ``head_accuracy`` [n], ``tokens_per_second``,
+            ``tflops_per_gpu``.
+        valid: for every evaluation the same without speed, and ``tokens_per_forward``; of a blend also ``folders``,
+            by name.
     """
 
     train: list[Record] = field(default_factory=list)

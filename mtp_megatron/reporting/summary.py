@@ -19,9 +19,10 @@ def summarise(run: Path, metrics: RunMetrics, speculative: Record | None) -> dic
 
     Returns:
         ``heads``: each head's last validation loss (nats per token) and accuracy (0 to 1), None before any evaluation;
+        ``folders``: of a blend, each folder's last validation loss, and by head loss, accuracy and targets;
         ``tokens_per_forward``: what validation expects of greedy self-speculative decoding; ``speculative``: what
         decoding measured; ``training``: the last logged step, the tokens up to it (those that were passed over
-        included), median tokens per second; ``versions``: what it ran with.
+        included), medians of tokens per second and of the model's TFLOP/s per GPU; ``versions``: what it ran with.
     """
     valid = metrics.valid[-1] if metrics.valid else None
     train = metrics.train[-1] if metrics.train else None
@@ -38,12 +39,25 @@ def summarise(run: Path, metrics: RunMetrics, speculative: Record | None) -> dic
             for head in range(metrics.num_heads)
         ],
         "validation_step": valid["step"] if valid else None,
+        "folders": {
+            name: {
+                "validation_loss": found["loss"],
+                "heads": [
+                    {"head": head + 1, "validation_loss": loss, "validation_accuracy": accuracy, "targets": targets}
+                    for head, (loss, accuracy, targets) in enumerate(
+                        zip(found["head_loss"], found["head_accuracy"], found["head_tokens"], strict=True)
+                    )
+                ],
+            }
+            for name, found in ((valid or {}).get("folders") or {}).items()
+        },
         "tokens_per_forward": valid.get("tokens_per_forward") if valid else None,
         "speculative": speculative,
         "training": {
             "steps": train["step"] if train else 0,
             "tokens": train.get("tokens") if train else 0,
             "tokens_per_second": _median([record.get("tokens_per_second") for record in metrics.train]),
+            "tflops_per_gpu": _median([record.get("tflops_per_gpu") for record in metrics.train]),
         },
         "versions": {
             "mtp_megatron": __version__,
@@ -54,16 +68,14 @@ def summarise(run: Path, metrics: RunMetrics, speculative: Record | None) -> dic
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report for a terminal: a row for each head, then what decoding with the heads gains."""
+    """The report for a terminal: a row for each head, of each folder of a blend too, then what decoding gains."""
     lines = [
         f"{'head':>4}  {'validation loss':>15}  {'validation accuracy':>19}",
         f"{'-' * 4}  {'-' * 15}  {'-' * 19}",
     ]
-    for row in report["heads"]:
-        loss, accuracy = row["validation_loss"], row["validation_accuracy"]
-        shown_loss = "-" if loss is None else f"{loss:.4f}"
-        shown_accuracy = "-" if accuracy is None else f"{100 * accuracy:.2f} %"
-        lines.append(f"{row['head']:>4}  {shown_loss:>15}  {shown_accuracy:>19}")
+    lines += [_row(row) for row in report["heads"]]
+    for name, found in report["folders"].items():
+        lines += ["", f"{name}:", *map(_row, found["heads"])]
     speculative = report["speculative"]
     if speculative is not None:
         verdict = "output identical to plain greedy" if speculative["identical"] else "OUTPUT DIFFERS FROM PLAIN GREEDY"
@@ -74,6 +86,13 @@ def table(report: dict[str, Any]) -> str:
             f"({verdict})",
         ]
     return "\n".join(lines)
+
+
+def _row(head: dict[str, Any]) -> str:
+    loss, accuracy = head["validation_loss"], head["validation_accuracy"]
+    shown_loss = "-" if loss is None else f"{loss:.4f}"
+    shown_accuracy = "-" if accuracy is None else f"{100 * accuracy:.2f} %"
+    return f"{head['head']:>4}  {shown_loss:>15}  {shown_accuracy:>19}"
 
 
 def _median(values: list[float | None]) -> float | None:

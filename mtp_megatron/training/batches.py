@@ -21,11 +21,13 @@ class Microbatch:
         tokens: ``[b, s]`` input ids.
         position_ids: ``[b, s]`` 0 .. s - 1.
         targets: ``[n, b, s]`` (:func:`mtp_megatron.targets.future_targets`).
+        parts: ``[b]`` on the host: of a blend, which data set each sample is of.
     """
 
     tokens: Tensor | None = None
     position_ids: Tensor | None = None
     targets: Tensor | None = None
+    parts: Tensor | None = None
 
 
 def chunk_iterators(
@@ -76,4 +78,5 @@ def to_microbatch(recipe: Recipe, sample: dict[str, Tensor], eod: int) -> Microb
     positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
     size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
     # The targets are complete, so nothing has to be rolled across context parallel ranks.
-    return Microbatch(*(context_shard(values, size, rank) for values in (tokens, positions, targets)))
+    tokens, positions, targets = (context_shard(values, size, rank) for values in (tokens, positions, targets))
+    return Microbatch(tokens, positions, targets, sample.get("part"))

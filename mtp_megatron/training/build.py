@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from mtp_megatron.model import MTPGPTModel
     from mtp_megatron.sequential import HeadReport
 
+_DECAY_STYLES = {"wsd": "WSD"}  # megatron-core's names where they are others
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -316,18 +318,30 @@ def build_scheduler(settings: OptimizerSection, optimizer: Any) -> OptimizerPara
     """
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+    decay_steps = settings.decay_steps or settings.warmup_steps + 1  # upstream wants an end after the warm-up
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=settings.lr,
         min_lr=settings.min_lr,
         lr_warmup_steps=settings.warmup_steps,
-        lr_decay_steps=settings.decay_steps,
-        lr_decay_style=settings.schedule,
+        lr_decay_steps=decay_steps,
+        # Upstream's WSD falls to min_lr after its end, also where its decay has no steps.
+        lr_decay_style="constant" if settings.decays_later else _DECAY_STYLES.get(settings.schedule, settings.schedule),
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,
-        wd_incr_steps=settings.decay_steps,
+        wd_incr_steps=decay_steps,
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
+        wsd_decay_steps=settings.wsd_decay_steps,
+        lr_wsd_decay_style=settings.wsd_decay_style,
     )
+
+
+def learning_rate_at(scheduler: OptimizerParamScheduler, step: int) -> float:
+    """That step ``step`` (1-based) trains at; the schedule stays where it is."""
+    there = copy.copy(scheduler)
+    there.num_steps = step
+    rate: float = there.get_lr({})
+    return rate

@@ -156,12 +156,9 @@ class HeadStages:
         if self._group is not None:
             dist.all_reduce(total, group=self._group)
         for report, whole in zip(last_stage, total, strict=False):
-            figures, predictions = _split(whole, report)
-            report.loss_sum.copy_(figures[0])
-            report.correct.copy_(figures[1])
-            report.tokens.copy_(figures[2])
-            if report.predictions is not None:
-                report.predictions.copy_(predictions.view_as(report.predictions))
+            places = _figures(report)
+            for place, figure in zip(places, whole.split([place.numel() for place in places]), strict=True):
+                place.copy_(figure.view_as(place))
 
 
 def embedding_ranks(stages: Sequence[StageLayout], *, tied: bool) -> Callable[..., list[int]] | None:
@@ -213,17 +210,17 @@ def _copies(found: Sequence[tuple[Tensor, bool]], source_rank: int, group: dist.
 
 
 def _as_vector(report: HeadReport, owned: Sequence[int]) -> Tensor:
-    """Figures, then predictions of the ``owned`` heads and zeros for the others; fp64 holds token ids exactly."""
-    parts = [report.loss_sum, report.correct, report.tokens]
+    """All figures, with zeros for predictions of other than the ``owned`` heads; fp64 holds token ids exactly."""
+    parts = _figures(report)
     if report.predictions is not None:
         predictions = torch.zeros_like(report.predictions)
         for head in owned:
             predictions[head] = report.predictions[head]
-        parts.append(predictions.flatten())
-    return torch.cat([part.to(torch.float64) for part in parts])
+        parts[-1] = predictions
+    return torch.cat([part.flatten().to(torch.float64) for part in parts])
 
 
-def _split(whole: Tensor, report: HeadReport) -> tuple[Tensor, Tensor]:
-    """``[3, n]`` figures and the rest of what :func:`_as_vector` made."""
-    n = report.tokens.shape[0]
-    return whole[: 3 * n].view(3, n), whole[3 * n :]
+def _figures(report: HeadReport) -> list[Tensor]:
+    """What a stage tells the last one, predictions as the last of it."""
+    figures = (report.loss_sum, report.correct, report.tokens, report.losses, report.predictions)
+    return [figure for figure in figures if figure is not None]

@@ -22,12 +22,13 @@ from mtp_megatron.errors import ConfigError
 from mtp_megatron.signals import Stopped, StopRequest, stop_on_signal
 from mtp_megatron.training.agreement import job_store, preflight_together, require_shared
 from mtp_megatron.training.batches import Microbatch, chunk_iterators
-from mtp_megatron.training.build import overlapped_communication
+from mtp_megatron.training.build import learning_rate_at, overlapped_communication
 from mtp_megatron.training.checkpoint_files import step_of, temporary_folder
 from mtp_megatron.training.checkpointing import count_parameters, latest_checkpoint
 from mtp_megatron.training.divergence import DivergenceFile, way_back
 from mtp_megatron.training.evaluation import Evaluation, evaluate
 from mtp_megatron.training.host import host_of
+from mtp_megatron.training.metrics_file import has_record
 from mtp_megatron.training.preflight import Plan
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.run_lock import take_lock
@@ -128,11 +129,12 @@ class _Session:
 
     def _run(self) -> Outcome:
         steps = self.recipe.train.steps
-        evaluation, stop = None, False
         iterators = self._train_iterators()
-        with RunLog(self.folder, self.recipe, start_step=self.step, enabled=dist.get_rank() == 0) as log:
+        ranks, first = self.plan.world_size, dist.get_rank() == 0
+        with RunLog(self.folder, self.recipe, start_step=self.step, world_size=ranks, enabled=first) as log:
             self._announce(log)
             self._announce_blend(log)
+            evaluation, stop = self._evaluate_late(log)
             while self.step < steps and not stop:
                 trained = not self._pass_over(log)
                 if trained:
@@ -177,6 +179,22 @@ class _Session:
                 stop = self._asked_to_stop()  # or it would train one more step, and save that
         return evaluation, stop
 
+    def _evaluate_late(self, log: RunLog) -> tuple[Evaluation | None, bool]:
+        """Evaluate the step that the run goes on from, where that was due and is not in metrics.jsonl: who asked to
+        stop was given the save alone.
+
+        Returns as :meth:`_report_and_keep`.
+        """
+        train, step = self.recipe.train, self.step
+        on_the_way = step < train.steps and _due(step, train.eval_interval) and not train.passes_over(step)
+        if self.latest is None or not train.eval_batches or not (on_the_way or step == train.steps):
+            return None, False
+        missing = dist.get_rank() == 0 and not has_record(self.folder.metrics, "valid", self.step)
+        if sum_over_world([], 0, missing)[-1] == 0:
+            return None, False
+        with log.paused():
+            return self._evaluate(log), self._asked_to_stop()
+
     def _asked_to_stop(self) -> bool:
         """Whether any rank was; collective."""
         return sum_over_world([], 0, bool(self.stop))[-1] > 0
@@ -215,16 +233,23 @@ class _Session:
             f"{compat.device().type}, {self.recipe.train.precision}; {self.origin}; run folder {self.folder.path}"
         )
         if self.plan.changes:
-            log.message(f"run.accept_changes: {'; '.join(self.plan.changes)}")
+            step = self.recipe.train.skipped_to(self.step) + 1
+            rate = f"{learning_rate_at(self.trainable.scheduler, step):.3e}"
+            log.message(
+                f"run.accept_changes: {'; '.join(self.plan.changes)}; the next step, {step}, trains at a learning rate "
+                f"of {rate}"
+            )
         for slower in (compat.slower_without_apex(), compat.slower_without_triton()):
             if slower is not None:
                 log.message(slower)
         steps = self.recipe.train.steps
         if self.step >= steps:
             beyond = f"the run is at step {self.step}, beyond train.steps={steps}, so nothing is trained"
+            end = self.recipe.optimizer.decay_steps
+            schedule = "" if end is None else f" and optimizer.decay_steps={end}, the end of this run's schedule,"
             log.message(
-                f"{beyond if self.step > steps else f'step {steps} was the last one'}: set train.steps higher and "
-                f"optimizer.decay_steps={self.recipe.optimizer.decay_steps}, the end of this run's schedule, to go on."
+                f"{beyond if self.step > steps else f'step {steps} was the last one'}: set train.steps higher"
+                f"{schedule} to go on."
             )
 
     def _announce_blend(self, log: RunLog) -> None:
@@ -239,7 +264,8 @@ class _Session:
         loader = partial(build_valid_batches, self.valid_data, batches=batches)
         iterators = chunk_iterators(recipe, self.plan.data.eod, loader)
         batches = count_valid_batches(self.valid_data, global_batch_size=batch, batches=batches)
-        result = evaluate(recipe, self.trainable, iterators, batches, self.num_microbatches)
+        folders = self.plan.data.labels if len(self.plan.data.parts) > 1 else ()
+        result = evaluate(recipe, self.trainable, iterators, batches, self.num_microbatches, folders)
         log.evaluation(self.step, result)
         return result
 

@@ -69,6 +69,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def has_record(path: Path, kind: str, step: int) -> bool:
+    """Whether a metrics.jsonl has one of that kind and step."""
+    return any(record["step"] == step and record.get("kind") == kind for record in read_metrics(path))
+
+
 def drop_later_lines(path: Path, step: int) -> None:
     """Keep only records up to ``step``, so that a resumed run has each step once."""
     kept = [record for record in read_metrics(path) if record["step"] <= step]

@@ -208,10 +208,25 @@ class OptimizerSection(Section):
     min_lr: float | None = Field(
         default=None, ge=0, description=f"learning rate at the end of the decay; null: {MIN_LR_FRACTION} of lr"
     )
-    schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="decay after the warm-up")
+    schedule: Literal["cosine", "linear", "constant", "inverse-square-root", "wsd"] = Field(
+        default="cosine",
+        description="decay after the warm-up; wsd: lr stays until the last wsd_decay_steps of decay_steps; "
+        "inverse-square-root: lr * sqrt(warmup_steps / step), min_lr at the least",
+    )
     warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up from 0 to lr")
     decay_steps: int | None = Field(
         default=None, ge=1, description="step at which min_lr is reached, warm-up included; null: train.steps"
+    )
+    wsd_decay_steps: int | None = Field(
+        default=None,
+        ge=0,
+        description="steps of schedule=wsd's decay, which ends at decay_steps; 0: none yet, the run stays at lr until "
+        "it is resumed with another number (run.accept_changes)",
+    )
+    wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] | None = Field(
+        default=None,
+        description="of schedule=wsd, from lr to min_lr over r from 0 to 1: exponential 2 * 0.5^r - 1, linear 1 - r, "
+        "cosine, minus_sqrt 1 - sqrt(r); null: exponential, as in Megatron-LM",
     )
     weight_decay: float = Field(default=0.1, ge=0, description="decoupled weight decay; norms are exempt")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of Adam's first moment")
@@ -223,6 +238,11 @@ class OptimizerSection(Section):
     overlap_param_gather: bool = Field(
         default=False, description="gather parameters while forward runs; needs distributed and overlap_grad_reduce"
     )
+
+    @property
+    def decays_later(self) -> bool:
+        """Whether it is in the stable phase of schedule=wsd for as long as nobody says when the decay begins."""
+        return self.schedule == "wsd" and self.wsd_decay_steps == 0
 
 
 class TrainSection(Section):
@@ -294,6 +314,10 @@ class TrainSection(Section):
                 step = min(last, self.steps)
         return step
 
+    def passes_over(self, step: int) -> bool:
+        """Whether ``step`` is one of ``skip_steps``."""
+        return any(first <= step <= last for first, last in self.skip_steps)
+
 
 class RunSection(Section):
     """Where the run lives and how it starts."""
@@ -307,9 +331,9 @@ class RunSection(Section):
     )
     accept_changes: bool = Field(
         default=False,
-        description="resume although optimizer.lr, min_lr, warmup_steps, decay_steps, weight_decay, clip_grad, "
-        "heads.loss_weights, loss_decay, curriculum_steps or the data are not as they were, or start from a model "
-        "(run.load) whose tokenizer is not the data's; that is then recorded",
+        description="resume although optimizer.lr, min_lr, schedule, warmup_steps, decay_steps, wsd_decay_steps, "
+        "wsd_decay_style, weight_decay, clip_grad, heads.loss_weights, loss_decay, curriculum_steps or the data are "
+        "not as they were, or start from a model (run.load) whose tokenizer is not the data's; that is then recorded",
     )
     load: str | None = Field(
         default=None,
@@ -369,6 +393,8 @@ class Recipe(Section):
         """
         model, optimizer = self.model, self.optimizer
         lr_floor = MIN_LR_FRACTION * optimizer.lr if optimizer.min_lr is None else optimizer.min_lr
+        end = None if optimizer.decays_later else self.train.steps  # a stable phase has none, however long it gets
+        style = optimizer.wsd_decay_style or ("exponential" if optimizer.schedule == "wsd" else None)
         ffn = model.ffn_hidden_size or -(-8 * model.hidden_size // (3 * 64)) * 64
         return self.model_copy(
             update={
@@ -381,7 +407,11 @@ class Recipe(Section):
                     }
                 ),
                 "optimizer": optimizer.model_copy(
-                    update={"min_lr": lr_floor, "decay_steps": optimizer.decay_steps or self.train.steps}
+                    update={
+                        "min_lr": lr_floor,
+                        "decay_steps": optimizer.decay_steps or end,
+                        "wsd_decay_style": style,
+                    }
                 ),
                 "train": self.train.model_copy(update={"seq_length": self.train_seq_length}),
             }

@@ -30,7 +30,8 @@ FREE_KEYS = frozenset(
 # What may change besides where run.accept_changes says so: what a run is steered with. Losses before and after differ.
 STEERED_KEYS = frozenset(
     {
-        *(f"optimizer.{key}" for key in ("lr", "min_lr", "warmup_steps", "decay_steps", "weight_decay", "clip_grad")),
+        *(f"optimizer.{key}" for key in ("lr", "min_lr", "schedule", "warmup_steps", "decay_steps")),
+        *(f"optimizer.{key}" for key in ("wsd_decay_steps", "wsd_decay_style", "weight_decay", "clip_grad")),
         *(f"heads.{key}" for key in ("loss_weights", "loss_decay", "curriculum_steps")),
     }
 )
@@ -127,7 +128,7 @@ def check_run_folder(recipe: Recipe) -> tuple[RunFolder, dict[str, str]]:
 
 def _another_run(recipe: Recipe, changes: dict[str, str], decay_steps: int | None) -> ConfigError:
     restore = "restore these values"
-    if "optimizer.decay_steps" in changes:  # null is train.steps, which may change
+    if "optimizer.decay_steps" in changes and decay_steps is not None:  # null is train.steps, which may change
         restore += f": set optimizer.decay_steps={decay_steps} to train longer on its schedule"
     remedy = f"Choose another run.path (with run.load to start from that run's weights), or {restore}."
     if changes.keys() <= STEERED_KEYS:

@@ -9,30 +9,34 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from types import TracebackType
 from typing import Any, Self
 
 from tqdm import tqdm
 
-from mtp_megatron.training.evaluation import Evaluation
+from mtp_megatron.training.evaluation import Evaluation, FolderFigures
 from mtp_megatron.training.metrics_file import MetricsFile
+from mtp_megatron.training.operations import StepOperations
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.run_folder import RunFolder
 from mtp_megatron.training.step import StepFigures
 
 _REMEMBERED = 1000  # steps; train.log_interval may be any number
+_FOLDERS_IN_LINE = 8
 logger = logging.getLogger(__name__)
 
 
 class RunLog:
     """Writes the figures of a run. On ranks other than 0 every method does nothing."""
 
-    def __init__(self, folder: RunFolder, recipe: Recipe, *, start_step: int, enabled: bool) -> None:
-        """Open the files for a run that continues after ``start_step``, dropping later entries."""
-        self._recipe, self._enabled = recipe, enabled
+    def __init__(self, folder: RunFolder, recipe: Recipe, *, start_step: int, world_size: int, enabled: bool) -> None:
+        """Open the files for ``world_size`` ranks that continue a run after ``start_step``, dropping later entries."""
+        self._recipe, self._world_size, self._enabled = recipe, world_size, enabled
         self._unwritten: deque[tuple[int, StepFigures]] = deque(maxlen=_REMEMBERED)  # since the last line
         self._tokens_per_step = recipe.train.global_batch_size * recipe.train_seq_length
         self._bar: tqdm[Any] | None = None
@@ -51,6 +55,7 @@ class RunLog:
         if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines:
             self._bar = tqdm(total=recipe.train.steps, initial=start_step, unit="step", dynamic_ncols=True)
         self._last_time, self._last_step, self._paused = time.perf_counter(), start_step, 0.0
+        self._operations, self._done = StepOperations(recipe), 0.0  # of steps since the last line
 
     def __enter__(self) -> Self:
         return self
@@ -82,20 +87,27 @@ class RunLog:
         if self._bar is not None:
             self._bar.update()
         self._unwritten.append((step, figures))
+        self._done += self._operations(self._recipe.heads.weights_at(step - 1))
         if step % self._recipe.train.log_interval and step != self._recipe.train.steps and not figures.stop:
             return
         now = time.perf_counter()
-        speed = (step - self._last_step) * self._tokens_per_step / max(now - self._last_time - self._paused, 1e-9)
-        self._last_time, self._last_step, self._paused = now, step, 0.0
+        seconds = max(now - self._last_time - self._paused, 1e-9)
+        speed = {
+            "tokens_per_second": (step - self._last_step) * self._tokens_per_step / seconds,
+            "tflops_per_gpu": self._done / seconds / self._world_size / 1e12,
+        }
+        self._last_time, self._last_step, self._paused, self._done = now, step, 0.0, 0.0
         self._unwritten.clear()
         self._train(step, figures, speed)
+        tokens, tflops = f"{speed['tokens_per_second']:.0f}", f"{speed['tflops_per_gpu']:.3g}"
         if self._bar is not None:
-            self._bar.set_postfix(loss=f"{figures.loss:.3f}", head1=f"{figures.head_loss[0]:.3f}", tok_s=f"{speed:.0f}")
+            losses = {"loss": f"{figures.loss:.3f}", "head1": f"{figures.head_loss[0]:.3f}"}
+            self._bar.set_postfix({**losses, "tok_s": tokens, "tflops": tflops})
         else:
             heads = " ".join(f"{value:.3f}" for value in figures.head_loss)
             self.message(
                 f"step {step}/{self._recipe.train.steps}  loss {figures.loss:.4f}  heads {heads}  "
-                f"grad norm {figures.grad_norm:.3f}  lr {figures.lr:.2e}  {speed:.0f} tokens/s"
+                f"grad norm {figures.grad_norm:.3f}  lr {figures.lr:.2e}  {tokens} tokens/s  {tflops} TFLOP/s per GPU"
             )
 
     def _write_unwritten(self) -> None:
@@ -103,7 +115,7 @@ class RunLog:
             self._train(step, figures, None)
         self._unwritten.clear()
 
-    def _train(self, step: int, figures: StepFigures, speed: float | None) -> None:
+    def _train(self, step: int, figures: StepFigures, speed: dict[str, float] | None) -> None:
         """The line and the points of a training step."""
         balance = {} if self._recipe.model.num_experts is None else {"load_balancing_loss": figures.load_balancing_loss}
         self._metrics.add(
@@ -114,13 +126,14 @@ class RunLog:
             head_accuracy=figures.head_accuracy,
             grad_norm=figures.grad_norm,
             lr=figures.lr,
-            tokens_per_second=None if speed is None else round(speed, 1),
+            tokens_per_second=None if speed is None else round(speed["tokens_per_second"], 1),
+            tflops_per_gpu=None if speed is None else float(f"{speed['tflops_per_gpu']:.4g}"),
             tokens=step * self._tokens_per_step,
             **balance,
         )
         scalars = {"train/loss": figures.loss, "train/grad_norm": figures.grad_norm, "train/lr": figures.lr}
         scalars |= {f"train/{name}": value for name, value in balance.items()}
-        self._scalars(step, scalars | ({} if speed is None else {"train/tokens_per_second": speed}))
+        self._scalars(step, scalars | {f"train/{name}": value for name, value in (speed or {}).items()})
         self._per_head(step, "train", figures.head_loss, figures.head_accuracy)
 
     def passed_over(self, step: int, skipped: int) -> None:
@@ -146,6 +159,7 @@ class RunLog:
             head_loss=result.head_loss,
             head_accuracy=result.head_accuracy,
             tokens_per_forward=result.tokens_per_forward,
+            **({"folders": {name: asdict(found) for name, found in result.folders.items()}} if result.folders else {}),
         )
         self._scalars(step, {"valid/loss": result.loss, "valid/tokens_per_forward": result.tokens_per_forward})
         self._per_head(step, "valid", result.head_loss, result.head_accuracy)
@@ -155,6 +169,23 @@ class RunLog:
             f"step {step}  validation: heads {heads}  accuracy {accuracy}  "
             f"tokens per forward {result.tokens_per_forward:.2f}"
         )
+        if result.folders:
+            self._evaluation_by_folder(step, result.folders)
+
+    def _evaluation_by_folder(self, step: int, folders: Mapping[str, FolderFigures]) -> None:
+        """The points of all, and a line with head 1 of the first ones. None where a folder gave no sample."""
+        given = {name: found for name, found in folders.items() if found.head_tokens[0]}
+        for name, found in given.items():
+            self._scalars(step, {f"valid_folder/{name}/loss": found.loss})
+            for figure, values in (("loss", found.head_loss), ("accuracy", found.head_accuracy)):
+                points = {f"valid_folder_{figure}/{name}/head_{i + 1}": value for i, value in enumerate(values)}
+                self._scalars(step, points)
+        shown = [
+            f"{name} {found.head_loss[0]:.3f} {100 * found.head_accuracy[0]:.1f}%" if name in given else f"{name} -"
+            for name, found in islice(folders.items(), _FOLDERS_IN_LINE)
+        ]
+        more = f"  and {len(folders) - len(shown)} more" if len(folders) > len(shown) else ""
+        self.message(f"step {step}  validation of head 1 by folder: {'  '.join(shown)}{more}")
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ from mtp_megatron.training.recipe import Recipe, padded_vocab_size
 from mtp_megatron.training.validate_experts import check_experts
 from mtp_megatron.training.validate_layout import check_layout
 from mtp_megatron.training.validate_overlap import check_overlap
+from mtp_megatron.training.validate_schedule import check_schedule
 
 
 def check_recipe(recipe: Recipe, *, world_size: int, tokenizer_vocab_size: int) -> Recipe:
@@ -30,7 +31,7 @@ def check_recipe(recipe: Recipe, *, world_size: int, tokenizer_vocab_size: int) 
     _check_tensor_parallel(recipe)
     check_layout(recipe)
     _check_batches(recipe, world_size)
-    _check_schedule(recipe)
+    check_schedule(recipe)
     _check_precision(recipe)
     check_low_precision(recipe)
     check_overlap(recipe)
@@ -163,36 +164,6 @@ def _check_batches(recipe: Recipe, world_size: int) -> None:
             train.global_batch_size,
             f"{microbatches} microbatches, and the interleaved schedule takes {parallel.pipeline} at a time",
             f"Set it to a multiple of {unit * parallel.pipeline}.",
-        )
-
-
-def _check_schedule(recipe: Recipe) -> None:
-    optimizer, train = recipe.optimizer, recipe.train
-    if train.skipped_to(0) == train.steps:  # an Adam that never took a step leaves no checkpoint that can be loaded
-        raise ConfigError(
-            "train.skip_steps",
-            train.skip_steps,
-            f"no step of train.steps={train.steps} is left to be trained",
-            "Begin after the last step that was trained.",
-        )
-    decay_steps, min_lr = optimizer.decay_steps or recipe.train.steps, optimizer.min_lr or 0.0
-    if optimizer.warmup_steps >= decay_steps:
-        raise ConfigError(
-            "optimizer.warmup_steps",
-            optimizer.warmup_steps,
-            f"the schedule ends at step {decay_steps} (optimizer.decay_steps, or train.steps)",
-            f"Set it to less than {decay_steps}.",
-        )
-    if min_lr > optimizer.lr:
-        raise ConfigError(
-            "optimizer.min_lr", min_lr, f"above optimizer.lr={optimizer.lr}", "Set it to at most optimizer.lr."
-        )
-    if optimizer.overlap_param_gather and not (optimizer.distributed and optimizer.overlap_grad_reduce):
-        raise ConfigError(
-            "optimizer.overlap_param_gather",
-            True,
-            "it needs optimizer.distributed and optimizer.overlap_grad_reduce",
-            "Set those two to true, or this to false.",
         )
 
 

@@ -1,10 +1,12 @@
-"""``run.accept_changes``: a run goes on with another learning rate, weight decay, clipping or weights of its heads.
+"""``run.accept_changes``: a run goes on with another learning rate, schedule, weight decay, clipping or weights of its
+heads.
 
 Not covered here: GPUs, and Adams other than torch's.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,10 @@ CHANGED: dict[str, Any] = {
     "optimizer__lr": 5e-4,
     "optimizer__min_lr": 1e-4,
     "optimizer__warmup_steps": 3,
+    "optimizer__schedule": "wsd",
     "optimizer__decay_steps": 16,
+    "optimizer__wsd_decay_steps": 12,
+    "optimizer__wsd_decay_style": "linear",
     "optimizer__weight_decay": 0.3,
     "optimizer__clip_grad": 0.25,
     "heads__loss_weights": [1.0, 0.5, 0.0],
@@ -57,6 +62,8 @@ def train_and_look(rank: int, world_size: int, tree: dict[str, Any]) -> list[Any
     return [*seen, "\n".join(said)]
 
 
+RATES = [1e-4 + 4e-4 * (1 - done / 12) for done in (1, 2)]  # of steps 5 and 6: its decay begins after step 4
+
 LAYOUTS: dict[str, dict[str, Any]] = {
     "PP2, fp32": {"parallel__pipeline": 2},
     "PP2, bf16": {"parallel__pipeline": 2, "train__precision": "bf16"},
@@ -81,11 +88,13 @@ def test_new_values_take_effect_at_the_next_step_and_need_no_flag_afterwards(
         assert decays == {0.0, 0.3}
         assert clipping == {0.25}
     assert [metrics(resumed)[step]["lr"] for step in (5, 6)] == [metrics(other)[step]["lr"] for step in (5, 6)]
+    assert [metrics(resumed)[step]["lr"] for step in (5, 6)] == pytest.approx(RATES, rel=1e-12)
     assert metrics(resumed)[5]["lr"] != metrics(whole)[5]["lr"], "control"
     assert metrics(resumed)[5]["head_loss"][:2] == metrics(whole)[5]["head_loss"][:2], "the weights are the run's"
     assert metrics(resumed)[5]["head_loss"][2] is None
     assert "optimizer.lr is 0.001 there and 0.0005 here" in looks[0][-1]
     assert "heads.loss_weights is None there and [1.0, 0.5, 0.0] here" in looks[0][-1]
+    assert looks[0][-1].count("; the next step, 5, trains at a learning rate of 4.667e-04") == 1
     recorded = load_recipe(resumed / "recipe.yaml")
     assert (recorded.optimizer.lr, recorded.run.accept_changes) == (5e-4, False)
 
@@ -93,6 +102,26 @@ def test_new_values_take_effect_at_the_next_step_and_need_no_flag_afterwards(
     looks = run_world(train_and_look, 2, tiny_tree(data, again, **{**settings, **CHANGED}))
     assert metrics(again) == metrics(resumed)
     assert "accept_changes" not in looks[0][-1]
+
+
+def test_a_decay_that_branches_off_a_stable_phase_is_the_one_from_the_start(data: Path, tmp_path: Path) -> None:
+    """The stable phase goes on where it was, too, longer than was said at its start."""
+    wsd = {"optimizer__schedule": "wsd", "train__save_interval": 2, "train__eval_batches": 0}
+    stable = {**wsd, "optimizer__wsd_decay_steps": 0}
+    decays = {**wsd, "optimizer__wsd_decay_steps": 2, "train__steps": 6}
+    run, longer, branch, whole = (tmp_path / name for name in ("run", "longer", "branch", "whole"))
+    run_world(train_body, 1, tiny_tree(data, run, **stable, train__steps=4))
+    shutil.copytree(run, longer)
+    shutil.copytree(run, branch)
+    run_world(train_body, 1, tiny_tree(data, longer, **stable, train__steps=6))
+    run_world(train_body, 1, tiny_tree(data, branch, **decays, run__accept_changes=True))
+    run_world(train_body, 1, tiny_tree(data, whole, **decays))
+    assert metrics(branch) == metrics(whole)
+    assert {step: record["lr"] for step, record in metrics(longer).items() if step > 2} == dict.fromkeys(
+        range(3, 7), 1e-3
+    )
+    assert metrics(longer)[5]["head_loss"] == metrics(whole)[5]["head_loss"], "the same weights and data"
+    assert metrics(longer)[6]["head_loss"] != metrics(whole)[6]["head_loss"], "control"
 
 
 def test_a_new_learning_rate_is_the_one_that_moves_the_weights(data: Path, tmp_path: Path) -> None:
@@ -119,5 +148,6 @@ def test_under_deepspeed_too(stage: int, data: Path, tmp_path: Path) -> None:
         assert rates == {metrics(resumed)[6]["lr"]}
         assert decays == {0.0, 0.3}
         assert clipping == {0.25}
-    assert metrics(resumed)[6]["lr"] != metrics(whole)[6]["lr"]
+    assert metrics(resumed)[6]["lr"] == pytest.approx(RATES[1], rel=1e-12)
+    assert metrics(resumed)[6]["lr"] != metrics(whole)[6]["lr"], "control"
     assert metrics(resumed)[5]["head_loss"][:2] == metrics(whole)[5]["head_loss"][:2]

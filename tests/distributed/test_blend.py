@@ -46,11 +46,35 @@ def single(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+def assert_held_out_figures_alike(run: Path, other: Path) -> None:
+    """Of the whole and of every folder."""
+    mine, theirs = metrics(run, "valid"), metrics(other, "valid")
+    assert largest_difference(mine, theirs) < 1e-5
+    for step, record in theirs.items():
+        assert mine[step]["folders"].keys() == record["folders"].keys()
+        for name, found in record["folders"].items():
+            same = mine[step]["folders"][name]
+            assert same["head_tokens"] == found["head_tokens"]
+            assert same["head_loss"] == pytest.approx(found["head_loss"], rel=1e-5)
+            assert same["head_accuracy"] == pytest.approx(found["head_accuracy"], abs=0.01)
+
+
 def test_two_copies_train_like_one_process(folders: Folders, single: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert run_world(train_body, 2, blend_tree(folders, run)) == [8, 8]
     assert largest_difference(metrics(run), metrics(single)) < 1e-5
-    assert largest_difference(metrics(run, "valid"), metrics(single, "valid")) < 1e-5
+    assert_held_out_figures_alike(run, single)
+
+
+def test_every_folder_has_held_out_figures(folders: Folders, single: Path) -> None:
+    """Both are called ``data``, so their names say more. The figures: tests/unit/test_evaluation_by_folder.py."""
+    for record in metrics(single, "valid").values():
+        assert list(record["folders"]) == [f"{folder.parent.name}/data" for folder in folders]
+        tokens = [found["head_tokens"][0] for found in record["folders"].values()]
+        losses = [found["head_loss"][0] for found in record["folders"].values()]
+        assert losses[0] != pytest.approx(losses[1], rel=1e-4)
+        total = sum(count * loss for count, loss in zip(tokens, losses, strict=True))
+        assert total / sum(tokens) == pytest.approx(record["head_loss"][0], rel=1e-6)
 
 
 def test_the_comparison_can_fail(folders: Folders, single: Path, data: Path, tmp_path: Path) -> None:
@@ -69,13 +93,25 @@ def test_a_run_goes_on_exactly_where_it_stopped(workers: int, folders: Folders, 
     assert metrics(resumed, "valid") == metrics(single, "valid")
 
 
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "CP2, heads on two stages": {
+        "parallel__context": 2,
+        "parallel__pipeline": 2,
+        "parallel__layout": "Ettttmm|mL",
+    },
+    "TP2 with SP, PP2": {"parallel__tensor": 2, "parallel__sequence_parallel": True, "parallel__pipeline": 2},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_it_goes_on_alike_in_another_layout_and_with_weights_of_another_scale(
-    folders: Folders, single: Path, tmp_path: Path
+    layout: str, folders: Folders, single: Path, tmp_path: Path
 ) -> None:
     resumed = interrupted_copy(single, tmp_path / "resumed", 4)
-    tree = blend_tree(folders, resumed, (0.2, 0.8), parallel__pipeline=2)
+    tree = blend_tree(folders, resumed, (0.2, 0.8), **LAYOUTS[layout])
     assert run_world(train_body, 4, tree) == [8] * 4
     assert largest_difference(metrics(resumed), metrics(single)) < 1e-5
+    assert_held_out_figures_alike(resumed, single)
 
 
 def test_a_run_that_is_made_longer_trains_as_if_it_had_been_from_the_start(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mtp_megatron.reference import reference_loss
 from mtp_megatron.targets import IGNORE_INDEX
@@ -52,7 +53,7 @@ class OneStage:
 
 
 def values(report: Any) -> dict[str, Any]:
-    names = ("loss_sum", "correct", "tokens", "normalizer", "total", "predictions")
+    names = ("loss_sum", "correct", "tokens", "normalizer", "total", "predictions", "losses")
     return {
         name: value.detach().cpu().clone() if isinstance(value := getattr(report, name), torch.Tensor) else value
         for name in names
@@ -92,6 +93,7 @@ def test_figures_exist_after_backward_or_at_once_in_evaluation(name: str) -> Non
         assert report["normalizer"] == want.tokens[0]
         assert not any(forwards)
         assert report["predictions"] is None
+        assert report["losses"] is None
 
         loss, report, forwards = found["backward"]
         active = weights != 0
@@ -108,8 +110,10 @@ def test_figures_exist_after_backward_or_at_once_in_evaluation(name: str) -> Non
         torch.testing.assert_close(report["loss_sum"], want.loss_sum, rtol=1e-5, atol=0)
         assert report["correct"].tolist() == want.correct.tolist()
         assert torch.equal(report["predictions"], want.logits.argmax(-1))
+        each = F.cross_entropy(want.logits.movedim(-1, 1), batch[1], ignore_index=IGNORE_INDEX, reduction="none")
+        torch.testing.assert_close(report["losses"], each, rtol=1e-5, atol=1e-6)
         assert [b - a for a, b in zip(forwards, after, strict=True)] == once
-    for figure in ("loss_sum", "correct", "predictions"):
+    for figure in ("loss_sum", "correct", "predictions", "losses"):
         assert all(torch.equal(found["evaluation"][1][figure], ranks[0]["evaluation"][1][figure]) for found in ranks)
 
 

@@ -91,6 +91,25 @@ def test_an_outcome_has_the_evaluation_of_its_own_step_alone(data: Path, tmp_pat
     assert finished.evaluation.head_loss == metrics(tmp_path / "run", "valid")[8]["head_loss"]
 
 
+def test_an_evaluation_that_a_request_left_out_is_made_up_for(data: Path, tmp_path: Path) -> None:
+    """Where the run goes on, before its next step, and of the weights that it had then; once."""
+    settings = {"train__eval_interval": 2, "optimizer__distributed": True, "train__precision": "bf16"}
+    settings |= {"optimizer__overlap_grad_reduce": True, "optimizer__overlap_param_gather": True}
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    run_world(train_body, 2, tiny_tree(data, whole, **settings))
+    tree = tiny_tree(data, run, **settings)
+    stopped, _ = run_world(outcome_of, 2, tree, 6)
+    assert (stopped.step, stopped.evaluation) == (6, None)
+    assert list(metrics(run, "valid")) == [2, 4]
+    assert run_world(train_body, 2, tree) == [8, 8]
+    assert metrics(run, "valid") == metrics(whole, "valid")
+    assert metrics(run) == metrics(whole)
+    lines = (run / "metrics.jsonl").read_text()
+    (again, _) = run_world(outcome_of, 2, tree, 99)
+    assert again.evaluation is None
+    assert (run / "metrics.jsonl").read_text() == lines
+
+
 def stopped_early(rank: int, world_size: int, tree: dict[str, Any], where: str) -> tuple[Any, float, bool]:
     """Train; the last rank alone gets a signal, while the index is written or when the model is about to be built. The
     outcome, how long it took after the signal, and whether a process that writes an index is left."""

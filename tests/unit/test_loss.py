@@ -254,6 +254,18 @@ def test_counts_and_predictions_equal_argmax(dtype: torch.dtype, chunk: int | No
     assert 15 <= int(sums.correct) <= 30
 
 
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_the_loss_of_every_position(chunk: int | None) -> None:
+    hidden, weight, targets = inputs(torch.float64)
+    assert (targets == IGNORE_INDEX).any()
+    sums, _ = linear_cross_entropy(
+        hidden, weight, targets, VocabShard.of(VOCAB, VOCAB, None), chunk_tokens=chunk, predictions=True
+    )
+    each = F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE_INDEX, reduction="none")
+    torch.testing.assert_close(sums.losses, each, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sums.loss, each.sum(), rtol=1e-12, atol=0)
+
+
 # Default chunks -------------------------------------------------------------------------------------------------------
 
 

@@ -20,8 +20,8 @@ from mtp_megatron.planning.cli import checked
 from mtp_megatron.planning.cost import RankCost, rank_costs
 from mtp_megatron.planning.estimate import Hardware, estimate
 from mtp_megatron.planning.presets import PRESETS, balanced_layout, read_plan
-from mtp_megatron.planning.shapes import Sizes
 from mtp_megatron.training.recipe import Recipe
+from mtp_megatron.training.shapes import Sizes
 
 OWN = "train.transformer_engine=false"
 TWO_STAGES = ["parallel.pipeline=2", "model.num_trunk_layers=4", "heads.n=2", "parallel.layout=Ettt|tL"]

@@ -34,6 +34,7 @@ def train_record(step, losses=(3.0, 4.0)):
         "head_loss": list(losses),
         "head_accuracy": [0.5, 0.25],
         "tokens_per_second": 100.0 * step,
+        "tflops_per_gpu": 0.5 * step,
         "tokens": 64 * step,
     }
 
@@ -74,10 +75,31 @@ def test_report_prints_the_table_and_writes_both_files(run, capsys):
     report = json.loads((folder / "report.json").read_text())
     assert report["heads"][0]["validation_loss"] == 3.125
     assert report["heads"][1]["training_loss"] == 4.0
-    assert report["training"] == {"steps": 3, "tokens": 192, "tokens_per_second": 200.0}
+    assert report["training"] == {"steps": 3, "tokens": 192, "tokens_per_second": 200.0, "tflops_per_gpu": 1.0}
     assert report["speculative"] == SPECULATIVE
     assert report["versions"]["torch"].startswith("2.")
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_of_a_blend_has_every_folder(run, capsys):
+    web = {"loss": 6.5, "head_loss": [2.5, 3.5], "head_accuracy": [0.5, 0.25], "head_tokens": [30, 28]}
+    code = {"loss": None, "head_loss": [None, None], "head_accuracy": [None, None], "head_tokens": [0, 0]}
+    folder = run([train_record(3), {**valid_record(3), "folders": {"web": web, "code": code}}])
+    assert main(["report", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    place = lines.index("web:")
+    assert lines[place + 1].split() == ["1", "2.5000", "50.00", "%"]
+    assert lines[place + 2].split() == ["2", "3.5000", "25.00", "%"]
+    assert lines[lines.index("code:") + 2].split() == ["2", "-", "-"]
+    report = json.loads((folder / "report.json").read_text())
+    assert report["folders"]["web"]["validation_loss"] == 6.5
+    assert report["folders"]["web"]["heads"][1] == {
+        "head": 2,
+        "validation_loss": 3.5,
+        "validation_accuracy": 0.25,
+        "targets": 28,
+    }
+    assert report["folders"]["code"]["heads"][0]["validation_loss"] is None
 
 
 def test_different_output_is_said_loudly(run, capsys):

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,8 +24,10 @@ from mtp_megatron.errors import CheckpointError
 from mtp_megatron.signals import stop_on_signal
 from mtp_megatron.training import checkpoint_files as files
 from mtp_megatron.training import run_log
-from mtp_megatron.training.evaluation import Evaluation
+from mtp_megatron.training.evaluation import Evaluation, FolderFigures
 from mtp_megatron.training.metrics_file import drop_later_lines, read_metrics
+from mtp_megatron.training.operations import StepOperations
+from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.recipe_io import parse_recipe
 from mtp_megatron.training.run_folder import RunFolder
 from mtp_megatron.training.run_log import RunLog
@@ -215,6 +218,10 @@ def test_metrics_are_on_disk_before_they_replace_the_old_ones(tmp_path: Path, mo
     assert [Path(name).name.startswith(".metrics.jsonl") for name in synced] == [True, False]
 
 
+def recipe_of(tmp_path: Path, **overrides: Any) -> Recipe:
+    return parse_recipe(tiny_tree(tmp_path, tmp_path / "run", **overrides)).resolved(vocab_size=257)
+
+
 def figures(loss: float) -> StepFigures:
     return StepFigures(loss, [loss, 2 * loss], [0.5, 0.25], tokens=32, grad_norm=1.5, lr=1e-3)
 
@@ -222,56 +229,92 @@ def figures(loss: float) -> StepFigures:
 def test_the_log_writes_lines_points_and_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    recipe = parse_recipe(
-        tiny_tree(tmp_path, tmp_path / "run", heads__n=2, train__log_interval=2, run__tensorboard=True)
-    )
+    recipe = recipe_of(tmp_path, heads__n=2, train__log_interval=2, run__tensorboard=True)
     folder = RunFolder(tmp_path / "run")
-    with RunLog(folder, recipe, start_step=0, enabled=True) as log:
+    with RunLog(folder, recipe, start_step=0, world_size=2, enabled=True) as log:
         for step in range(1, 5):
             log.step(step, figures(step + 0.5))
         log.evaluation(4, Evaluation(3.0, [1.0, 2.0], [0.5, 0.25], tokens_per_forward=1.75))
-    with RunLog(folder, recipe, start_step=0, enabled=False) as silent:
+    with RunLog(folder, recipe, start_step=0, world_size=2, enabled=False) as silent:
         silent.step(1, figures(9.0))
     records = read_metrics(folder.metrics)
     assert [(record["kind"], record["step"]) for record in records] == [("train", 2), ("train", 4), ("valid", 4)]
     assert records[0]["head_loss"] == [2.5, 5.0]
     assert records[0]["tokens"] == 2 * recipe.train.global_batch_size * recipe.train_seq_length
     assert records[0]["tokens_per_second"] > 0
+    a_token = StepOperations(recipe)((1, 1)) / (recipe.train.global_batch_size * recipe.train_seq_length)
+    for record in records[:2]:
+        per_gpu = record["tokens_per_second"] * a_token / 1e12 / 2  # two ranks
+        assert record["tflops_per_gpu"] == pytest.approx(per_gpu, rel=1e-3)
     assert records[2]["tokens_per_forward"] == 1.75
     events = EventAccumulator(str(folder.tensorboard))
     events.Reload()
     assert {
-        *("train/loss", "train/grad_norm", "train/lr", "train/tokens_per_second"),
+        *("train/loss", "train/grad_norm", "train/lr", "train/tokens_per_second", "train/tflops_per_gpu"),
         *("train_loss/head_1", "train_loss/head_2", "train_accuracy/head_1", "train_accuracy/head_2"),
         *("valid/loss", "valid/tokens_per_forward", "valid_loss/head_1", "valid_accuracy/head_2"),
     } <= set(events.Tags()["scalars"])
     assert [(point.step, point.value) for point in events.Scalars("train_loss/head_2")] == [(2, 5.0), (4, 9.0)]
+    assert "folders" not in records[2], "this is no blend"
     said = capsys.readouterr().err
+    assert "by folder" not in said
     assert "step 2/8  loss 2.5000  heads 2.500 5.000" in said
-    assert "tokens/s" in said
+    assert re.search(r"  [0-9]+ tokens/s  [0-9.e-]+ TFLOP/s per GPU\n", said)
     assert "tokens per forward 1.75" in said
 
 
-def test_an_error_does_not_lose_the_steps_since_the_last_line(tmp_path: Path) -> None:
-    recipe = parse_recipe(tiny_tree(tmp_path, tmp_path / "run", heads__n=2, train__log_interval=3))
+def test_the_log_has_the_held_out_figures_of_every_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     folder = RunFolder(tmp_path / "run")
-    with pytest.raises(KeyError), RunLog(folder, recipe, start_step=0, enabled=True) as log:  # noqa: PT012
+    web = FolderFigures(2.5, [1.0, 1.5], [0.5, 0.25], [30, 28])
+    none = FolderFigures(math.nan, [math.nan] * 2, [math.nan] * 2, [0, 0])
+    folders = {"web": web, "code": none, **{f"more{number}": web for number in range(8)}}
+    recipe = recipe_of(tmp_path, heads__n=2, run__tensorboard=True)
+    with RunLog(folder, recipe, start_step=0, world_size=1, enabled=True) as log:
+        log.evaluation(4, Evaluation(3.0, [1.0, 2.0], [0.5, 0.25], tokens_per_forward=1.75, folders=folders))
+    (record,) = read_metrics(folder.metrics)
+    assert list(record["folders"]) == list(folders)
+    assert record["folders"]["web"] == {
+        "loss": 2.5,
+        "head_loss": [1.0, 1.5],
+        "head_accuracy": [0.5, 0.25],
+        "head_tokens": [30, 28],
+    }
+    assert record["folders"]["code"]["loss"] is None
+    assert record["folders"]["code"]["head_loss"] == [None, None]
+    events = EventAccumulator(str(folder.tensorboard))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert events.Scalars("valid_folder_loss/web/head_2")[0].value == 1.5
+    assert {"valid_folder/web/loss", "valid_folder_accuracy/more7/head_1"} <= set(tags)
+    assert not any("code" in tag for tag in tags)
+    said = capsys.readouterr().err
+    assert "step 4  validation of head 1 by folder: web 1.000 50.0%  code -  more0 1.000 50.0%" in said
+    assert said.endswith("more5 1.000 50.0%  and 2 more\n")
+
+
+def test_an_error_does_not_lose_the_steps_since_the_last_line(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, heads__n=2, train__log_interval=3)
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(KeyError), RunLog(folder, recipe, start_step=0, world_size=2, enabled=True) as log:  # noqa: PT012
         for step in range(1, 6):
             log.step(step, figures(step + 0.5))
         raise KeyError
     records = read_metrics(folder.metrics)
     assert [(record["step"], record["loss"]) for record in records] == [(3, 3.5), (4, 4.5), (5, 5.5)]
-    assert [record["tokens_per_second"] is None for record in records] == [False, True, True]
-    with RunLog(folder, recipe, start_step=3, enabled=True) as log:
+    for speed in ("tokens_per_second", "tflops_per_gpu"):
+        assert [record[speed] is None for record in records] == [False, True, True]
+    with RunLog(folder, recipe, start_step=3, world_size=2, enabled=True) as log:
         log.step(4, figures(1.0))
     assert [record["step"] for record in read_metrics(folder.metrics)] == [3], "no error, and no line was due"
 
 
 def test_steps_that_are_never_due_take_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_log, "_REMEMBERED", 2)
-    recipe = parse_recipe(tiny_tree(tmp_path, tmp_path / "run", heads__n=2, train__log_interval=10**9))
+    recipe = recipe_of(tmp_path, heads__n=2, train__log_interval=10**9)
     folder = RunFolder(tmp_path / "run")
-    with pytest.raises(KeyError), RunLog(folder, recipe, start_step=0, enabled=True) as log:  # noqa: PT012
+    with pytest.raises(KeyError), RunLog(folder, recipe, start_step=0, world_size=2, enabled=True) as log:  # noqa: PT012
         for step in range(1, 6):
             log.step(step, figures(step + 0.5))
         raise KeyError
@@ -279,9 +322,9 @@ def test_steps_that_are_never_due_take_no_memory(tmp_path: Path, monkeypatch: py
 
 
 def test_the_last_trained_steps_are_written_where_the_end_is_passed_over(tmp_path: Path) -> None:
-    recipe = parse_recipe(tiny_tree(tmp_path, tmp_path / "run", train__log_interval=4, train__steps=8))
+    recipe = recipe_of(tmp_path, train__log_interval=4, train__steps=8)
     folder = RunFolder(tmp_path / "run")
-    with RunLog(folder, recipe, start_step=0, enabled=True) as log:
+    with RunLog(folder, recipe, start_step=0, world_size=2, enabled=True) as log:
         for step in range(1, 6):
             log.step(step, StepFigures(1.0, [1.0], [0.5], tokens=1, grad_norm=1.0, lr=0.1))
         log.passed_over(8, 3)
@@ -312,10 +355,10 @@ class Disk:
 def test_a_full_disk_delays_metrics_and_ends_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    recipe = parse_recipe(tiny_tree(tmp_path, tmp_path / "run", heads__n=2))
+    recipe = recipe_of(tmp_path, heads__n=2)
     folder = RunFolder(tmp_path / "run")
     disk = Disk(monkeypatch, 300)  # one line, and a part of the next
-    with RunLog(folder, recipe, start_step=0, enabled=True) as log:
+    with RunLog(folder, recipe, start_step=0, world_size=2, enabled=True) as log:
         for step in (1, 2, 3, 4):
             log.step(step, figures(step + 0.5))
         assert [record["step"] for record in read_metrics(folder.metrics)] == [1]
@@ -335,7 +378,7 @@ def test_a_full_disk_delays_metrics_and_ends_no_run(
     ]
     caplog.clear()
     disk.room = 0
-    with pytest.raises(KeyError), RunLog(folder, recipe, start_step=6, enabled=True) as log:  # noqa: PT012
+    with pytest.raises(KeyError), RunLog(folder, recipe, start_step=6, world_size=2, enabled=True) as log:  # noqa: PT012
         for step in (7, 8):
             log.step(step, figures(7.5))
         raise KeyError  # is what is seen
@@ -347,19 +390,19 @@ def test_an_error_of_tensorboard_ends_no_run(
 ) -> None:
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    recipe = parse_recipe(tiny_tree(tmp_path, tmp_path / "run", heads__n=2, run__tensorboard=True))
+    recipe = recipe_of(tmp_path, heads__n=2, run__tensorboard=True)
     folder = RunFolder(tmp_path / "run")
 
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(threading, "excepthook", lambda args: None)  # its writer's thread dies of it
-    with RunLog(folder, recipe, start_step=0, enabled=True) as log:
+    with RunLog(folder, recipe, start_step=0, world_size=2, enabled=True) as log:
         log.step(1, figures(1.5))
         monkeypatch.setattr(RecordWriter, "write", full)
         for step in range(2, 9):
             log.step(step, figures(step + 0.5))
-    with RunLog(folder, recipe, start_step=8, enabled=True) as log:  # also from its start on
+    with RunLog(folder, recipe, start_step=8, world_size=2, enabled=True) as log:  # also from its start on
         log.step(9, figures(9.5))
     assert [record["step"] for record in read_metrics(folder.metrics)] == list(range(1, 10))
     assert caplog.text.count("TensorBoard gets no further points of this attempt (OSError: [Errno 28]") == 2
@@ -367,14 +410,14 @@ def test_an_error_of_tensorboard_ends_no_run(
 
 def test_a_terminal_that_is_gone_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step is said before it is saved, and who closes a terminal asks to stop."""
-    recipe = parse_recipe(tiny_tree(tmp_path, tmp_path / "run", heads__n=2))
+    recipe = recipe_of(tmp_path, heads__n=2)
 
     class Gone(io.StringIO):
         def write(self, text: str) -> int:
             raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(sys, "stderr", Gone())
-    with RunLog(RunFolder(tmp_path / "run"), recipe, start_step=0, enabled=True) as log:
+    with RunLog(RunFolder(tmp_path / "run"), recipe, start_step=0, world_size=2, enabled=True) as log:
         log.step(1, figures(1.5))
         log.message("saved")
     assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1]
@@ -399,8 +442,8 @@ def test_a_small_file_that_cannot_be_written_leaves_the_old_one_alone(
 
 def test_nan_is_null_in_metrics(tmp_path: Path) -> None:
     """A head that a curriculum leaves out has no loss, and NaN is no JSON."""
-    recipe = parse_recipe(tiny_tree(tmp_path, tmp_path / "run", train__log_interval=1))
-    with RunLog(RunFolder(tmp_path / "run"), recipe, start_step=0, enabled=True) as log:
+    recipe = recipe_of(tmp_path, train__log_interval=1)
+    with RunLog(RunFolder(tmp_path / "run"), recipe, start_step=0, world_size=2, enabled=True) as log:
         log.step(1, StepFigures(1.0, [1.0, math.nan], [0.5, math.nan], tokens=1, grad_norm=1.0, lr=0.1))
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["head_loss"] == [1.0, None]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mtp_megatron.layout import StageLayout
 from mtp_megatron.training.recipe import Recipe, padded_vocab_size
 
-BYTES = {"fp32": 4, "bf16": 2}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,20 @@ def layer_flops(sizes: Sizes) -> float:
 
 def heads_flops(recipe: Recipe, sizes: Sizes, stage: StageLayout) -> float:
     """Of the forward pass of a stage's heads over a microbatch on this rank, unembedding included."""
-    count = len(stage.heads)
+    layers = sum(head_layer_flops(recipe, sizes, head) for head in stage.heads)
+    return layers + len(stage.heads) * unembedding_flops(sizes)
+
+
+def head_layer_flops(recipe: Recipe, sizes: Sizes, head: int) -> float:
+    """Of a head's own layer (``head`` from 0), forward over a microbatch on this rank."""
     if recipe.heads.kind == "transformer":
-        layers = count * layer_flops(sizes)
-    else:  # the matrices are replicated over tensor parallel ranks, each with its share of the sequence
-        layers = 2.0 * sum(head > 0 for head in stage.heads) * sizes.tokens_shard * sizes.hidden**2
-    return layers + 2.0 * count * sizes.tokens * sizes.rows * sizes.hidden
+        return layer_flops(sizes)
+    if head == 0:  # the trunk's own output
+        return 0.0
+    # The matrices are replicated over tensor parallel ranks, each with its share of the sequence.
+    return 2.0 * sizes.tokens_shard * sizes.hidden**2
+
+
+def unembedding_flops(sizes: Sizes) -> float:
+    """Of one head's logits, forward over a microbatch on this rank."""
+    return 2.0 * sizes.tokens * sizes.rows * sizes.hidden
