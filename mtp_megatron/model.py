@@ -27,11 +27,17 @@ class MTPGPTModel(FutureHeads, GPTModel):
     HeadReport)`` for targets ``[n, b, s]``, and head 1's logits ``[b, s, V/tp]`` without labels; hidden states on any
     other stage. One of those that holds heads wants targets too: the hidden states that it returns run its heads in
     their backward pass (:func:`.carry.carry`), and it keeps the report until :meth:`take_reports`.
+
+    Attention is causal. For attention within documents every stage must be told of them, by ``attention_mask``
+    (:func:`.documents.document_mask`) or, with Transformer Engine's layers, which ignore a mask, by
+    ``packed_seq_params`` (:func:`.documents.document_boundaries`).
     """
 
     post_process: bool  # upstream's
     keep_predictions = False
     """Set to True around an evaluation to get every head's predictions in its report."""
+    transformer_engine = False
+    """Whether the layers are Transformer Engine's."""
 
     def attach_heads(self, heads: HeadsConfig, *, padded_vocab_size: int, pg_collection: Any, **settings: Any) -> None:
         self._kept_reports: list[HeadReport] = []
@@ -49,7 +55,11 @@ class MTPGPTModel(FutureHeads, GPTModel):
         return kept
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        check_forward(kwargs.get("packed_seq_params"))
+        check_forward(
+            kwargs.get("packed_seq_params"),
+            transformer_engine=self.transformer_engine,
+            context=self.config.context_parallel_size,
+        )
         return super().forward(*args, **kwargs)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> Any:
@@ -77,6 +87,7 @@ class MTPGPTModel(FutureHeads, GPTModel):
             "rotary_pos_sin",
             "sequence_len_offset",
             "inference_context",
+            "packed_seq_params",
         )
         layer_kwargs = {name: kwargs[name] for name in passed_on if kwargs.get(name) is not None}
         layer_kwargs.setdefault("attention_mask", None)
@@ -138,6 +149,7 @@ def build_model(
         pg_collection=pg_collection,
         vp_stage=vp_stage,
     )
+    model.transformer_engine = transformer_engine
     if rope_scaling is not None:
         # Megatron's own scaling knows one of llama3's four numbers; the frequencies are all that it changes.
         model.rotary_pos_emb.inv_freq = rope_scaling.apply(model.rotary_pos_emb.inv_freq)

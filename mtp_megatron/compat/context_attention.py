@@ -43,9 +43,11 @@ class GatherContextAttention(DotProductAttention):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Shapes as upstream: query ``[s/cp, b, heads, size]``, key and value ``[s/cp, b, groups, size]``."""
-        if attention_mask is not None:
-            raise ValueError("context parallel attention on CPU is causal: pass attention_mask=None")
+        """Shapes as upstream: query ``[s/cp, b, heads, size]``, key and value ``[s/cp, b, groups, size]``.
+
+        A mask is ``[b, 1, s/cp, s]``: this rank's queries, and all keys in the text's order
+        (:func:`mtp_megatron.documents.document_mask`). Without one it is causal.
+        """
         size, rank = self.context_group.size(), self.context_group.rank()
         length = query.shape[0] * size
         where = [context_positions(length, size, other, query.device) for other in range(size)]
@@ -54,8 +56,14 @@ class GatherContextAttention(DotProductAttention):
             gather_from_sequence_parallel_region(part, group=self.context_group).index_select(0, order)
             for part in (key, value)
         )
-        future = torch.arange(length, device=query.device)[None, :] > where[rank][:, None]
+        if attention_mask is None:
+            attention_mask = (torch.arange(length, device=query.device)[None, :] > where[rank][:, None])[None, None]
+        elif attention_mask.shape[-2:] != (query.shape[0], length):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}: a context parallel rank's is "
+                f"[b, 1, {query.shape[0]}, {length}]"
+            )
         result: Tensor = super().forward(
-            query, key, value, future[None, None], AttnMaskType.arbitrary, attention_bias, packed_seq_params
+            query, key, value, attention_mask, AttnMaskType.arbitrary, attention_bias, packed_seq_params
         )
         return result

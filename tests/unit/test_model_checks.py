@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -71,10 +72,23 @@ def test_heads_on_the_last_stage_need_no_per_token_loss(owned: list[int] | None,
 
 
 def test_packed_sequences_are_refused_by_name() -> None:
+    """But for those of a GPTModel of Transformer Engine's layers (tests/transformer_engine)."""
     from mtp_megatron.model import MTPGPTModel
 
-    with pytest.raises(ConfigError, match="packed_seq_params"):
-        MTPGPTModel.forward(SimpleNamespace(), None, None, None, packed_seq_params=object())  # type: ignore[arg-type]
+    plain = SimpleNamespace(transformer_engine=False, config=SimpleNamespace(context_parallel_size=1))
+    with pytest.raises(ConfigError, match=r"packed_seq_params.*document_mask"):
+        MTPGPTModel.forward(plain, None, None, None, packed_seq_params=object())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("layout", "context", "says"),
+    [("thd", 1, None), ("thd", 2, "context_parallel_size=2"), ("sbhd", 1, "'sbhd'"), (None, 1, "None")],
+)
+def test_which_packed_sequences_transformer_engines_layers_take(layout: str, context: int, says: str | None) -> None:
+    packed = SimpleNamespace(qkv_format=layout)
+    refused = pytest.raises(ConfigError, match=says) if says else contextlib.nullcontext()
+    with refused:
+        check_forward(packed, transformer_engine=True, context=context)
 
 
 def test_the_report_names_what_is_refused() -> None:
