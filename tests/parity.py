@@ -197,12 +197,12 @@ def reference_step(case: Case, parameters: dict[str, torch.Tensor], batches: lis
     )
 
 
-def documents_alone(batches: list[Batch]) -> list[Batch]:
+def documents_alone(batches: list[Batch], eod: int = EOD) -> list[Batch]:
     """Every document of every sequence as a batch of its own, from its first position on."""
     alone = []
     for tokens, targets in batches:
         for row in range(tokens.shape[0]):
-            ends = (tokens[row] == EOD).nonzero().flatten().add(1).tolist()
+            ends = (tokens[row] == eod).nonzero().flatten().add(1).tolist()
             bounds = sorted({0, *ends, tokens.shape[1]})
             for first, end in itertools.pairwise(bounds):
                 alone.append((tokens[row : row + 1, first:end], targets[:, row : row + 1, first:end]))
