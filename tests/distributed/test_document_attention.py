@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.deepspeed_runs import TIMEOUT, assert_alike, deepspeed_tree, zero
 from tests.distributed.test_hybrid import HAS_HYBRID
+from tests.harness import run_world
 from tests.parity import (
     Case,
     assert_same_step,
@@ -16,6 +19,7 @@ from tests.parity import (
     megatron_step,
     reference_step,
 )
+from tests.training_runs import largest_difference, make_data, metrics, tiny_tree, train_body
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 LAYOUTS = {
@@ -64,3 +68,46 @@ def test_control_a_mask_left_out_would_be_noticed(mutate: Callable[[list[Any]], 
     parameters = make_parameters(case)
     problems = gradient_problems(megatron_step(case, parameters, mutate), reference_step(case, parameters), 1e-2)
     assert any(problem.startswith("heads.1.") for problem in problems), problems
+
+
+WITHIN = {
+    "data__reset_attention_mask": True,
+    "model__seq_length": 256,  # the documents have some 480 tokens
+    "train__steps": 3,
+    "train__eval_interval": 3,
+    "train__eval_batches": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("run")
+    run_world(train_body, 1, tiny_tree(data, run, **WITHIN))
+    return run
+
+
+def test_every_stage_of_a_run_learns_and_evaluates_within_documents(
+    data: Path, on_one_rank: Path, tmp_path: Path
+) -> None:
+    """One of the four stages here has neither embedding nor heads, and reads the data for the mask alone."""
+    stages = {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2, "parallel__layout": "Et|t|ttm|mmL"}
+    run_world(train_body, 2, tiny_tree(data, tmp_path / "stages", **WITHIN, **stages))
+    run_world(train_body, 1, tiny_tree(data, tmp_path / "control", **{**WITHIN, "data__reset_attention_mask": False}))
+    for kind, steps in (("train", [1, 2, 3]), ("valid", [3])):
+        wanted = metrics(on_one_rank, kind)
+        assert list(wanted) == steps
+        assert largest_difference(metrics(tmp_path / "stages", kind), wanted) < 1e-5
+        assert largest_difference(metrics(tmp_path / "control", kind), wanted) > 1e-4
+
+
+@pytest.mark.deepspeed
+def test_under_deepspeed_too(data: Path, on_one_rank: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_world(train_body, 1, deepspeed_tree(data, run, zero(2), **WITHIN), timeout=TIMEOUT)
+    assert_alike(metrics(run), metrics(on_one_rank))
+    assert largest_difference(metrics(run, "valid"), metrics(on_one_rank, "valid")) < 1e-5
