@@ -101,14 +101,15 @@ def to_microbatch(recipe: Recipe, sample: dict[str, Tensor], eod: int) -> Microb
     )
     positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
     if is_packed(recipe):
-        rows = (values.reshape(*values.shape[:-2], 1, -1) for values in (tokens, positions, targets))
-        return Microbatch(*rows, packed_seq_params=packed_documents(sample["tokens"], eod))
+        tokens, positions, targets = (t.reshape(*t.shape[:-2], 1, -1) for t in (tokens, positions, targets))
+        return Microbatch(tokens, positions, targets, packed_seq_params=packed_documents(sample["tokens"], eod))
     size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
     mask = None
     if recipe.data.reset_attention_mask:
         mask = document_mask(document_ends_from_tokens(tokens, eod), size, rank)
     # The targets are complete, so nothing has to be rolled across context parallel ranks.
-    return Microbatch(*(context_shard(values, size, rank) for values in (tokens, positions, targets)), mask)
+    tokens, positions, targets = (context_shard(t, size, rank) for t in (tokens, positions, targets))
+    return Microbatch(tokens, positions, targets, mask)
 
 
 def packed_documents(tokens: Tensor, eod: int) -> Any:
