@@ -1,12 +1,12 @@
 """Attention that stays within documents, where several of them share a sequence ("intra-document masking").
 
-The field trains on packed sequences either way; Llama 3 (arXiv 2407.21783, section 3.2) masks, as Megatron-LM does with
-``--reset-attention-mask``. Positions need no reset: rotary embeddings turn queries and keys by their positions, and the
-scores depend on the difference alone, which is the same wherever a document begins. So a packed sequence gives what
-each of its documents gives alone (tests/distributed/test_document_attention.py).
+As Llama 3 is trained (arXiv 2407.21783, section 3.2), and by Megatron-LM with ``--reset-attention-mask``. Positions
+need no reset: rotary embeddings turn queries and keys by their positions, and scores depend on the difference alone,
+which is the same wherever a document begins. So a packed sequence gives what each of its documents gives alone
+(tests/distributed/test_document_attention.py).
 
-There are two ways to say it. Megatron-core's own attention takes a mask ``[b, 1, s, s]``; Transformer Engine's causal
-attention ignores one, and takes the documents' boundaries, for which its kernels have no use of ``s * s`` anything.
+There are two ways to say it. Megatron-core's own attention takes a mask ``[b, 1, s, s]``. The fused kernels of
+Transformer Engine's causal attention ignore one, and take the documents' boundaries, without anything of ``s * s``.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from mtp_megatron.carry import carry
 from mtp_megatron.config import HeadsConfig
 from mtp_megatron.copies import build_output_layer, mark_copies, sharded_state_with_copies
 from mtp_megatron.future_heads import FutureHeads
-from mtp_megatron.model_checks import check_config, check_forward, check_spread
+from mtp_megatron.model_checks import check_config, check_forward, check_mask, check_spread
 from mtp_megatron.rope import RopeScaling
 from mtp_megatron.sequential import HeadReport
 
@@ -29,15 +29,13 @@ class MTPGPTModel(FutureHeads, GPTModel):
     their backward pass (:func:`.carry.carry`), and it keeps the report until :meth:`take_reports`.
 
     Attention is causal. For attention within documents every stage must be told of them, by ``attention_mask``
-    (:func:`.documents.document_mask`) or, with Transformer Engine's layers, which ignore a mask, by
-    ``packed_seq_params`` (:func:`.documents.document_boundaries`).
+    (:func:`.documents.document_mask`) or, with Transformer Engine's layers, by ``packed_seq_params``
+    (:func:`.documents.document_boundaries`).
     """
 
     post_process: bool  # upstream's
     keep_predictions = False
     """Set to True around an evaluation to get every head's predictions in its report."""
-    transformer_engine = False
-    """Whether the layers are Transformer Engine's."""
 
     def attach_heads(self, heads: HeadsConfig, *, padded_vocab_size: int, pg_collection: Any, **settings: Any) -> None:
         self._kept_reports: list[HeadReport] = []
@@ -60,6 +58,8 @@ class MTPGPTModel(FutureHeads, GPTModel):
             transformer_engine=self.transformer_engine,
             context=self.config.context_parallel_size,
         )
+        mask = kwargs.get("attention_mask", args[2] if len(args) > 2 else None)
+        check_mask(mask, transformer_engine=self.transformer_engine)
         return super().forward(*args, **kwargs)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> Any:
@@ -149,7 +149,6 @@ def build_model(
         pg_collection=pg_collection,
         vp_stage=vp_stage,
     )
-    model.transformer_engine = transformer_engine
     if rope_scaling is not None:
         # Megatron's own scaling knows one of llama3's four numbers; the frequencies are all that it changes.
         model.rotary_pos_emb.inv_freq = rope_scaling.apply(model.rotary_pos_emb.inv_freq)
@@ -177,6 +176,7 @@ def finish(
 ) -> None:
     """Attach the heads to a trunk's stage (``owned``; None: all to the last one), and freeze what ``heads.trainable``
     excludes on any stage."""
+    model.transformer_engine = transformer_engine
     if model.post_process if owned is None else owned:
         model.attach_heads(
             heads,

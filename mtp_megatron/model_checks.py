@@ -133,3 +133,20 @@ def check_forward(packed_seq_params: Any, *, transformer_engine: bool = False, c
             "Set it to 'thd', and pass tokens [1, t] and targets [n, 1, t] "
             "(mtp_megatron.documents.document_boundaries)",
         )
+
+
+def check_mask(attention_mask: Any, *, transformer_engine: bool) -> None:
+    """Refuse an attention mask for layers that would not look at it.
+
+    Raises:
+        ConfigError: Transformer Engine's layers. They are built causal, and then its flash and cuDNN kernels take no
+            notice of a mask (``DotProductAttention.forward``: "should be None for causal masks").
+    """
+    if attention_mask is not None and transformer_engine:
+        raise ConfigError(
+            "attention_mask",
+            tuple(attention_mask.shape),
+            "Transformer Engine's layers are causal, and their fused kernels ignore any other mask",
+            "Pass None for causal attention; for attention within documents give a GPTModel packed_seq_params "
+            "(mtp_megatron.documents.document_boundaries)",
+        )

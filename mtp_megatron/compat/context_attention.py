@@ -19,6 +19,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
+from mtp_megatron.errors import ConfigError
 from mtp_megatron.targets import context_positions
 
 
@@ -30,6 +31,13 @@ class GatherContextAttention(DotProductAttention):
         alone.context_parallel_size = 1  # upstream's constructor refuses anything else; its arithmetic does not mind
         alone.masked_softmax_fusion = False  # the fused causal softmax takes as many queries as keys
         super().__init__(alone, *args, pg_collection=pg_collection, **kwargs)
+        if self.scale_mask_softmax.window_size is not None:  # upstream's window would replace the mask made below
+            raise ConfigError(
+                "window_size",
+                config.window_size,
+                "a sliding window is not cut for context parallelism without Transformer Engine",
+                "Leave it out, or set context_parallel_size to 1",
+            )
         group = getattr(pg_collection, "cp", None) or parallel_state.get_context_parallel_group()
         self.context_group = group
 

@@ -201,3 +201,11 @@ def test_a_window_that_would_replace_the_mask_is_refused() -> None:
         attend(MaskedAttention, False, None, window_size=(4, 0))
         with pytest.raises(ConfigError, match=r"window_size=\(4, 0\)"):
             attend(MaskedAttention, False, document_mask(ENDS.repeat(1, 8)), window_size=(4, 0))
+
+
+def test_a_window_that_context_parallelism_would_not_cut_is_refused() -> None:
+    with model_parallel_world(recipe_of()):
+        from mtp_megatron.compat.context_attention import GatherContextAttention
+
+        with pytest.raises(ConfigError, match=r"window_size=\(4, 0\)"):
+            attend(GatherContextAttention, False, None, window_size=(4, 0), context_parallel_size=2)
