@@ -41,6 +41,8 @@ class FutureHeads:
     """Set by a host whose engine shards parameters or reduces a gradient when it arrives."""
     owned_heads: tuple[int, ...] = ()
     """Heads (0-based) on this stage."""
+    transformer_engine = False
+    """Whether the layers of trunk and heads are Transformer Engine's."""
 
     def attach_heads(
         self,

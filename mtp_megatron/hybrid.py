@@ -15,7 +15,7 @@ from mtp_megatron.config import HeadsConfig
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.future_heads import FutureHeads
 from mtp_megatron.model import finish
-from mtp_megatron.model_checks import check_config, check_forward
+from mtp_megatron.model_checks import check_config, check_forward, check_mask
 
 compat.prepare()
 require_hybrid_model()
@@ -47,6 +47,7 @@ class MTPHybridModel(FutureHeads, HybridModel):
         packed_seq_params: Any = None,
     ) -> Any:
         check_forward(packed_seq_params)
+        check_mask(attention_mask, transformer_engine=self.transformer_engine)
         z = self._trunk_output(input_ids, position_ids, attention_mask)
         if not self.post_process:
             return z

@@ -15,7 +15,7 @@ from mtp_megatron.carry import carry
 from mtp_megatron.config import HeadsConfig
 from mtp_megatron.copies import build_output_layer, mark_copies, sharded_state_with_copies
 from mtp_megatron.future_heads import FutureHeads
-from mtp_megatron.model_checks import check_config, check_forward, check_spread
+from mtp_megatron.model_checks import check_config, check_forward, check_mask, check_spread
 from mtp_megatron.rope import RopeScaling
 from mtp_megatron.sequential import HeadReport
 
@@ -27,6 +27,10 @@ class MTPGPTModel(FutureHeads, GPTModel):
     HeadReport)`` for targets ``[n, b, s]``, and head 1's logits ``[b, s, V/tp]`` without labels; hidden states on any
     other stage. One of those that holds heads wants targets too: the hidden states that it returns run its heads in
     their backward pass (:func:`.carry.carry`), and it keeps the report until :meth:`take_reports`.
+
+    Attention is causal. For attention within documents every stage must be told of them, by ``attention_mask``
+    (:func:`.documents.document_mask`) or, with Transformer Engine's layers, by ``packed_seq_params``
+    (:func:`.documents.document_boundaries`).
     """
 
     post_process: bool  # upstream's
@@ -49,7 +53,13 @@ class MTPGPTModel(FutureHeads, GPTModel):
         return kept
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        check_forward(kwargs.get("packed_seq_params"))
+        check_forward(
+            kwargs.get("packed_seq_params"),
+            transformer_engine=self.transformer_engine,
+            context=self.config.context_parallel_size,
+        )
+        mask = kwargs.get("attention_mask", args[2] if len(args) > 2 else None)
+        check_mask(mask, transformer_engine=self.transformer_engine)
         return super().forward(*args, **kwargs)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> Any:
@@ -77,6 +87,7 @@ class MTPGPTModel(FutureHeads, GPTModel):
             "rotary_pos_sin",
             "sequence_len_offset",
             "inference_context",
+            "packed_seq_params",
         )
         layer_kwargs = {name: kwargs[name] for name in passed_on if kwargs.get(name) is not None}
         layer_kwargs.setdefault("attention_mask", None)
@@ -165,6 +176,7 @@ def finish(
 ) -> None:
     """Attach the heads to a trunk's stage (``owned``; None: all to the last one), and freeze what ``heads.trainable``
     excludes on any stage."""
+    model.transformer_engine = transformer_engine
     if model.post_process if owned is None else owned:
         model.attach_heads(
             heads,

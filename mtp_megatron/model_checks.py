@@ -101,16 +101,52 @@ def check_spread(config: TransformerConfig, n: int, owned: Sequence[int] | None,
         )
 
 
-def check_forward(packed_seq_params: Any) -> None:
-    """Refuse inputs that the heads cannot work with.
+def check_forward(packed_seq_params: Any, *, transformer_engine: bool = False, context: int = 1) -> None:
+    """Refuse inputs that the layers cannot work with.
+
+    Args:
+        packed_seq_params: boundaries of documents for variable-length attention; None: there are none.
+        transformer_engine: whether trunk and heads are a GPTModel of Transformer Engine's layers.
+        context: context parallel size.
 
     Raises:
-        ConfigError: sequences packed for variable-length attention.
+        ConfigError: packed sequences for layers that would take them for one, or that are not tested with them.
     """
-    if packed_seq_params is not None:
+    if packed_seq_params is None:
+        return
+
+    def refuse(problem: str, remedy: str) -> ConfigError:
+        return ConfigError("packed_seq_params", type(packed_seq_params).__name__, problem, remedy)
+
+    mask = "Pass an attention_mask in their place (mtp_megatron.documents.document_mask)"
+    if not transformer_engine:
+        raise refuse("only a GPTModel of Transformer Engine's layers attends within them here", mask)
+    if context > 1:
+        raise refuse(
+            f"context_parallel_size={context} would cut each document by itself, and targets are cut by sequence",
+            "Set context_parallel_size to 1, or build the model without Transformer Engine and pass an attention_mask",
+        )
+    layout = getattr(packed_seq_params, "qkv_format", None)
+    if layout != "thd":
+        raise refuse(
+            f"its qkv_format is {layout!r}, with which attention sees whole rows",
+            "Set it to 'thd', and pass tokens [1, t] and targets [n, 1, t] "
+            "(mtp_megatron.documents.document_boundaries)",
+        )
+
+
+def check_mask(attention_mask: Any, *, transformer_engine: bool) -> None:
+    """Refuse an attention mask for layers that would not look at it.
+
+    Raises:
+        ConfigError: Transformer Engine's layers. They are built causal, and then its flash and cuDNN kernels take no
+            notice of a mask (``DotProductAttention.forward``: "should be None for causal masks").
+    """
+    if attention_mask is not None and transformer_engine:
         raise ConfigError(
-            "packed_seq_params",
-            type(packed_seq_params).__name__,
-            "the heads' targets are built for sequences of one length, [n, batch, sequence]",
-            "Pass whole sequences; targets end with their document (mtp_megatron.targets.future_targets)",
+            "attention_mask",
+            tuple(attention_mask.shape),
+            "Transformer Engine's layers are causal, and their fused kernels ignore any other mask",
+            "Pass None for causal attention; for attention within documents give a GPTModel packed_seq_params "
+            "(mtp_megatron.documents.document_boundaries)",
         )

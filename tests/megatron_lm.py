@@ -16,6 +16,8 @@ from packaging.version import Version
 
 from mtp_megatron.compat import megatron_lm
 from mtp_megatron.compat.versions import megatron_core_version
+from mtp_megatron.documents import document_mask
+from mtp_megatron.targets import document_ends_from_tokens
 from tests.parity import Case, fill
 
 CHECKOUTS = {(0, 16): "MTP_MEGATRON_LM_0_16", (0, 19): "MTP_MEGATRON_LM_0_19"}
@@ -86,6 +88,19 @@ class Samples(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 def samples_provider(num_samples: Sequence[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
     return Samples(), Samples(), Samples()
+
+
+class MaskedSamples(Samples):
+    """With what Megatron-LM's data sets add for ``--reset-attention-mask``."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        sample = super().__getitem__(index)
+        ends = document_ends_from_tokens(sample["tokens"][None], EOD)
+        return sample | {"attention_mask": document_mask(ends)[0]}
+
+
+def masked_provider(num_samples: Sequence[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+    return MaskedSamples(), MaskedSamples(), MaskedSamples()
 
 
 class ScarceSamples(Samples):

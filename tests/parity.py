@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -12,9 +13,11 @@ from typing import Any
 import torch
 
 from mtp_megatron.config import HeadsConfig
+from mtp_megatron.documents import document_mask
 from mtp_megatron.layout import StageLayout, heads_are_spread, stage_layouts, trunk_layout
 from mtp_megatron.reference import ReferenceConfig, parameter_shapes, reference_loss
 from mtp_megatron.targets import context_shard, document_ends_from_tokens, future_targets
+from mtp_megatron.training.batches import packed_documents
 from mtp_megatron.training.head_stages import HeadStages, embedding_ranks
 from tests.harness import parallel, run_world
 from tests.models import sharded_tensors, tiny_config
@@ -56,8 +59,14 @@ class Case:
     layout: str | None = None
     pattern: str | None = None  # of a HybridModel in place of a GPTModel
     engine: bool = False  # layers of Transformer Engine
+    within_documents: bool = False  # attention does not leave them
     loss_scale: float = 1.0
     config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the layers are told of documents by their boundaries, in one row: those that ignore a mask are."""
+        return self.within_documents and self.engine
 
     @property
     def heads_config(self) -> HeadsConfig:
@@ -165,8 +174,13 @@ def make_batches(case: Case, parameters: dict[str, torch.Tensor]) -> list[Batch]
 
 
 def reference_step(case: Case, parameters: dict[str, torch.Tensor], batches: list[Batch] | None = None) -> Step:
-    """The whole global batch by the oracle, gradients divided by the global count of head 1's valid targets."""
+    """The whole global batch by the oracle, gradients divided by the global count of head 1's valid targets.
+
+    Where attention stays within documents, the oracle takes each of them by itself.
+    """
     batches = batches or make_batches(case, parameters)
+    if case.within_documents:
+        batches = documents_alone(batches)
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in parameters.items()}
     results = [reference_loss(leaves, case.reference_config(), *batch) for batch in batches]
     normalizer = int(sum(result.tokens[0] for result in results))
@@ -181,6 +195,18 @@ def reference_step(case: Case, parameters: dict[str, torch.Tensor], batches: lis
         normalizer=normalizer,
         gradients=gradients,
     )
+
+
+def documents_alone(batches: list[Batch], eod: int = EOD) -> list[Batch]:
+    """Every document of every sequence as a batch of its own, from its first position on."""
+    alone = []
+    for tokens, targets in batches:
+        for row in range(tokens.shape[0]):
+            ends = (tokens[row] == eod).nonzero().flatten().add(1).tolist()
+            bounds = sorted({0, *ends, tokens.shape[1]})
+            for first, end in itertools.pairwise(bounds):
+                alone.append((tokens[row : row + 1, first:end], targets[:, row : row + 1, first:end]))
+    return alone
 
 
 def megatron_step(
@@ -319,8 +345,14 @@ def forward_step(case: Case, sink: list, iterator: Iterator, chunk: torch.nn.Mod
     tokens, targets = next(iterator)
     device, rank = compat.device(), ps.get_context_parallel_rank()
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    told: dict[str, Any] = {"attention_mask": None}
+    if case.packed:
+        told["packed_seq_params"] = packed_documents(tokens, EOD)
+        tokens, positions, targets = (t.reshape(*t.shape[:-2], 1, -1) for t in (tokens, positions, targets))
+    elif case.within_documents:
+        told["attention_mask"] = document_mask(document_ends_from_tokens(tokens, EOD), case.cp, rank).to(device)
     tokens, positions, targets = (context_shard(t, case.cp, rank).to(device) for t in (tokens, positions, targets))
-    output = chunk(tokens, positions, None, labels=targets)
+    output = chunk(tokens, positions, labels=targets, **told)
 
     def loss_func(output: tuple) -> tuple:
         loss, report = output
@@ -409,8 +441,8 @@ def run_schedule(
         data_iterator=iterators if len(model) > 1 else iterators[0],
         model=model if len(model) > 1 else model[0],
         num_microbatches=len(mine),
-        seq_length=case.sequence,
-        micro_batch_size=case.batch,
+        seq_length=case.sequence * (case.batch if case.packed else 1),
+        micro_batch_size=1 if case.packed else case.batch,
         forward_only=forward_only,
     )
 

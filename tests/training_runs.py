@@ -37,7 +37,7 @@ TINY: dict[str, Any] = {
 }
 
 
-def make_data(folder: Path, seed: int = 0, documents: int = 12) -> Path:
+def make_data(folder: Path, seed: int = 0, documents: int = 12, words: int = 150) -> Path:
     """A byte data set of a few documents with some structure in them; each seed makes another one."""
     from mtp_megatron.data.preprocess import PreprocessOptions, preprocess
 
@@ -45,8 +45,8 @@ def make_data(folder: Path, seed: int = 0, documents: int = 12) -> Path:
     source = folder / "source"
     source.mkdir(parents=True)
     for index in range(documents):
-        words = [f"w{number}" for number in rng.integers(0, 30, size=150)]
-        (source / f"{index}.py").write_text(" ".join(words))
+        text = [f"w{number}" for number in rng.integers(0, 30, size=words)]
+        (source / f"{index}.py").write_text(" ".join(text))
     preprocess(PreprocessOptions(output=folder / "data", paths=(source,), valid_fraction=0.2, quiet=True))
     return folder / "data"
 

@@ -15,7 +15,7 @@ from mtp_megatron.compat.packages import State
 # What mtp_megatron.model_checks refuses on every machine.
 ALWAYS_REFUSED = (
     "CUDA graphs (cuda_graph_impl): the heads run inside the backward pass",
-    "packed sequences (packed_seq_params): targets are [n, batch, sequence]",
+    "packed sequences (packed_seq_params) without Transformer Engine's layers: a mask says the same to the others",
     "megatron-core's own multi-token prediction (mtp_num_layers) beside these heads",
 )
 

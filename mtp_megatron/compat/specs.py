@@ -39,7 +39,7 @@ def layer_spec(config: TransformerConfig, *, transformer_engine: bool = False) -
         dense, use_transformer_engine=transformer_engine, normalization=config.normalization
     )
     if not transformer_engine:
-        _support_context_parallelism(config, specs)
+        _put_attention(config, specs)
     return specs[0]
 
 
@@ -55,18 +55,19 @@ def trunk_block_spec(
     )
     spec.layer_norm = None
     if not transformer_engine:
-        _support_context_parallelism(config, spec.layer_specs)
+        _put_attention(config, spec.layer_specs)
     return spec
 
 
-def _support_context_parallelism(config: TransformerConfig, specs: Sequence[ModuleSpec]) -> None:
-    """Megatron-core's own attention refuses context parallelism; put one in its place that does not."""
-    if config.context_parallel_size == 1:
-        return
+def _put_attention(config: TransformerConfig, specs: Sequence[ModuleSpec]) -> None:
+    """Megatron-core's own attention drops masks in its fused softmax and refuses context parallelism; put one in its
+    place that does neither."""
     from mtp_megatron.compat.context_attention import GatherContextAttention
+    from mtp_megatron.compat.masked_attention import MaskedAttention
 
+    attention = MaskedAttention if config.context_parallel_size == 1 else GatherContextAttention
     for spec in specs:
-        spec.submodules.self_attention.submodules.core_attention = GatherContextAttention
+        spec.submodules.self_attention.submodules.core_attention = attention
 
 
 def norm_class(config: TransformerConfig, *, transformer_engine: bool = False) -> Any:

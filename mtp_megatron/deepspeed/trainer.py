@@ -64,7 +64,7 @@ class DeepSpeedTrainer:
         scale = self._loss_scale(batches)
         reports = []
         for number, batch in enumerate(batches, start=1):
-            loss, report = self.engine(batch.tokens, batch.position_ids, None, labels=batch.targets)
+            loss, report = batch.through(self.engine)
             # The scale holds the number of microbatches already: the count of tokens is that of the global batch.
             self.engine.backward(loss * scale, scale_wrt_gas=False)
             reports.append(report)
@@ -86,7 +86,7 @@ class DeepSpeedTrainer:
         results = []
         with torch.no_grad():
             for batch in _take(iterators, num_microbatches):
-                output = self.engine(batch.tokens, batch.position_ids, None, labels=batch.targets)
+                output = batch.through(self.engine)
                 results.append(loss_func(batch, output)[2])
         return results
 

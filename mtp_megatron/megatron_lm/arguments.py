@@ -164,6 +164,7 @@ def check_args(args: argparse.Namespace) -> HeadsConfig:
         value = getattr(args, refusal.dest, refusal.fine[0])
         if value not in refusal.fine:
             raise ConfigError(refusal.name, value, refusal.problem, refusal.remedy)
+    _check_masks(args)
     _check_low_precision(args, heads)
     _check_transformer_engine(args)
     _check_rampup(args)
@@ -174,13 +175,6 @@ def check_args(args: argparse.Namespace) -> HeadsConfig:
             str(layout),
             "its m asks for a head on that stage, and Megatron-LM's loop finds all heads on the last one",
             "Leave m out, or train with `mtp-megatron train`, whose parallel.layout knows it",
-        )
-    if args.context_parallel_size > 1 and args.reset_attention_mask:
-        raise ConfigError(
-            "--reset-attention-mask",
-            True,
-            f"attention masks are not cut for --context-parallel-size {args.context_parallel_size}",
-            "Drop one of the two",
         )
     if heads.trainable != "all" and args.pipeline_model_parallel_size > 1:
         raise ConfigError(
@@ -228,13 +222,6 @@ def _check_transformer_engine(args: argparse.Namespace) -> None:
     """Refuse Transformer Engine's layers, Megatron-LM's default, where they cannot run."""
     if args.transformer_impl != "transformer_engine":
         return
-    if args.reset_attention_mask:
-        raise ConfigError(
-            "--reset-attention-mask",
-            True,
-            "Transformer Engine's layers are causal whatever mask they are given: documents would see one another",
-            "Drop it, or set --transformer-impl to local",
-        )
     package = packages.transformer_engine(torch.cuda.is_available())
     if package.state is not packages.State.USABLE:
         raise ConfigError(
@@ -242,6 +229,38 @@ def _check_transformer_engine(args: argparse.Namespace) -> None:
             args.transformer_impl,
             f"{package.name} is {package.state.value}" + (f" ({package.detail})" if package.detail else ""),
             "Set it to local, or install it on a machine with a CUDA device",
+        )
+
+
+def _check_masks(args: argparse.Namespace) -> None:
+    """Refuse attention within documents where layers would not be told of them, or would not listen."""
+    if not args.reset_attention_mask:
+        return
+
+    def refuse(problem: str, remedy: str) -> ConfigError:
+        return ConfigError("--reset-attention-mask", True, problem, remedy)
+
+    ours = "train with `mtp-megatron train` and data.reset_attention_mask=true"
+    if args.transformer_impl == "transformer_engine":
+        raise refuse(
+            "Transformer Engine's layers are causal whatever mask they are given: documents would see one another",
+            f"Drop it, set --transformer-impl to local, or {ours}",
+        )
+    if args.context_parallel_size > 1:
+        raise refuse(
+            f"attention masks are not cut for --context-parallel-size {args.context_parallel_size}",
+            f"Drop one of the two, or {ours}",
+        )
+    stages, chunks = args.pipeline_model_parallel_size, getattr(args, "virtual_pipeline_model_parallel_size", None)
+    if stages > 2 or (chunks or 1) > 1:
+        raise refuse(
+            f"Megatron-LM reads data on the first and the last stage alone, and of {stages * (chunks or 1)} stages the "
+            "others' documents would see one another",
+            f"Use at most 2 pipeline stages and no virtual ones, or {ours}",
+        )
+    if getattr(args, "window_size", None) is not None:
+        raise refuse(
+            f"--window-size {args.window_size} takes the place of any mask in these layers", "Drop one of them"
         )
 
 

@@ -12,7 +12,13 @@ from dataclasses import dataclass, replace
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.layout import StageLayout
 from mtp_megatron.loss import VocabShard, chunk_tokens_for
-from mtp_megatron.planning.layer_memory import layer_activations, layer_backward, norm_activations, scores_buffer
+from mtp_megatron.planning.layer_memory import (
+    documents_mask,
+    layer_activations,
+    layer_backward,
+    norm_activations,
+    scores_buffer,
+)
 from mtp_megatron.planning.simulate import in_flight
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.shapes import (
@@ -35,7 +41,7 @@ class Peak:
 
     Attributes:
         in_flight: microbatches of each chunk whose backward pass has not ended.
-        kept: for those: activations of layers, z and targets.
+        kept: for those: activations of layers, z, targets and the documents' masks.
         layer: what a layer's backward pass adds; 0 where heads are at work.
         heads: what the heads of a microbatch add; 0 where a layer goes back.
         exchange: buffers between ranks.
@@ -180,7 +186,10 @@ def _peak(recipe: Recipe, sizes: Sizes, chunks: list[StageLayout], rank: int, mi
     batch = 8 * sizes.tokens * (recipe.heads.n + 3)
     # Heads keep their input, z, until their backward pass, and nothing else.
     sizes_held = [
-        chunk.layers * kept + (element * shared if chunk.heads else 0) + batch * (chunk.first or bool(chunk.heads))
+        chunk.layers * kept
+        + (element * shared if chunk.heads else 0)
+        + batch * (chunk.first or bool(chunk.heads))
+        + documents_mask(recipe, sizes)
         for chunk in chunks
     ]
     best = Peak(in_flight=(0,) * len(chunks))

@@ -33,6 +33,14 @@ def scores(sizes: Sizes) -> int:
     return sizes.tokens * sizes.length * sizes.attention_heads
 
 
+def documents_mask(recipe: Recipe, sizes: Sizes) -> int:
+    """The mask of a microbatch that all layers of a stage share, ``[b, s/cp, s]``, where attention stays within
+    documents; Transformer Engine's takes their boundaries, which are nothing."""
+    if not recipe.data.reset_attention_mask or recipe.train.transformer_engine:
+        return 0
+    return sizes.tokens * sizes.length
+
+
 def norm_activations(recipe: Recipe, sizes: Sizes) -> int:
     """What an RMSNorm over the residual stream keeps beside its output."""
     elements = sizes.tokens_shard * sizes.hidden
@@ -73,8 +81,8 @@ def _own_probabilities(recipe: Recipe, sizes: Sizes) -> int:
 
 
 def _mask(recipe: Recipe, sizes: Sizes) -> int:
-    """Every layer makes one of its own, ``[s/cp, s]``."""
-    return sizes.length // recipe.parallel.context * sizes.length
+    """Every layer makes one of its own, ``[s/cp, s]``, where the microbatch brings none (:func:`documents_mask`)."""
+    return 0 if recipe.data.reset_attention_mask else sizes.length // recipe.parallel.context * sizes.length
 
 
 def _own_attention_inputs(recipe: Recipe, sizes: Sizes) -> int:

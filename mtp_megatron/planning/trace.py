@@ -71,12 +71,14 @@ def trace_rank(
     check_traceable(recipe, rank, world_size)
     start = time.perf_counter()
     fused = recipe.train.transformer_engine if fused_kernels is None else fused_kernels
-    overlap = recipe.parallel.tp_comm_overlap
+    overlap, masked = recipe.parallel.tp_comm_overlap, recipe.data.reset_attention_mask and not fused
     # Transformer Engine needs a GPU: megatron-core's own layers stand for its.
     recipe = recipe.model_copy(
         update={
             "train": recipe.train.model_copy(update={"transformer_engine": False}),
             "parallel": recipe.parallel.model_copy(update={"tp_comm_overlap": False}),
+            # Fused kernels are told of documents by their boundaries, and keep what they keep of one.
+            "data": recipe.data.model_copy(update={"reset_attention_mask": masked}),
         }
     )
     whole = num_microbatches(recipe, world_size)

@@ -134,6 +134,10 @@ class DataSection(Section):
         description="folder for the index of samples, shared by the hosts or not; null: cache inside each data folder",
     )
     seed: int = Field(default=1234, ge=0, description="seed of the order in which samples are drawn")
+    reset_attention_mask: bool = Field(
+        default=False,
+        description="no token attends to another document of its sequence (intra-document masking), in trunk and heads",
+    )
     workers: int = Field(default=0, ge=0, description="loader processes per rank; 0: load in the training process")
 
     @model_validator(mode="before")

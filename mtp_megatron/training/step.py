@@ -16,7 +16,7 @@ from torch import Tensor
 from mtp_megatron import compat
 from mtp_megatron.errors import MTPError
 from mtp_megatron.metrics import per_token
-from mtp_megatron.training.batches import Microbatch
+from mtp_megatron.training.batches import Microbatch, rows_of
 from mtp_megatron.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -165,17 +165,17 @@ def run_schedule(
 
     def forward_step(iterator: BatchIterator, model: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
         batch = next(iterator) if iterator is not None else Microbatch()
-        output = model(batch.tokens, batch.position_ids, None, labels=batch.targets)
-        return output, partial(loss_func, batch)
+        return batch.through(model), partial(loss_func, batch)
 
     several = len(chunks) > 1
+    rows, length = rows_of(recipe)
     results: list[Any] = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=list(iterators) if several else iterators[0],
         model=list(chunks) if several else chunks[0],
         num_microbatches=num_microbatches,
-        seq_length=recipe.train_seq_length,
-        micro_batch_size=recipe.train.micro_batch_size,
+        seq_length=length,
+        micro_batch_size=rows,
         forward_only=forward_only,
     )
     return results

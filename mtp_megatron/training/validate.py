@@ -35,6 +35,7 @@ def check_recipe(recipe: Recipe, *, world_size: int, tokenizer_vocab_size: int) 
     _check_precision(recipe)
     check_low_precision(recipe)
     check_overlap(recipe)
+    _check_documents(recipe)
     _check_frozen_stages(recipe)
     check_experts(recipe, world_size)
     return recipe
@@ -174,6 +175,18 @@ def _check_precision(recipe: Recipe) -> None:
             "fp16",
             "its gradients need a loss scale, which DeepSpeed brings",
             "Set it to bf16, or run.deepspeed to a configuration with fp16.enabled.",
+        )
+
+
+def _check_documents(recipe: Recipe) -> None:
+    context = recipe.parallel.context
+    if recipe.data.reset_attention_mask and recipe.train.transformer_engine and context > 1:
+        raise ConfigError(
+            "data.reset_attention_mask",
+            True,
+            f"Transformer Engine would want every document's length divisible by 2 x parallel.context={context}",
+            "Set parallel.context=1, train.transformer_engine=false (its masks are cut with the queries), or this to "
+            "false.",
         )
 
 

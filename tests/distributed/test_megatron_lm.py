@@ -18,13 +18,14 @@ from tests.megatron_lm import (
     EOD,
     Samples,
     flags,
+    masked_provider,
     needs_megatron_lm,
     scalars,
     scarce_provider,
     train_filled,
     train_upstream,
 )
-from tests.parity import make_parameters
+from tests.parity import documents_alone, make_parameters
 
 pytestmark = needs_megatron_lm
 
@@ -86,6 +87,32 @@ def test_logged_losses_are_those_of_the_oracle(
         assert loss == pytest.approx(float(wanted.loss_sum[head] / wanted.tokens[head]), rel=1e-5)
         assert loss != pytest.approx(others, rel=1e-4), "control: each head with the targets of another"
         assert f"{name} validation" in found, "evaluation reports every head"
+
+
+def test_documents_attend_to_themselves_alone(tmp_path: Path) -> None:
+    """``--reset-attention-mask``: the mask reaches the layers of both stages and the heads, and they obey it."""
+    case = replace(CASE, heads={"n": 3})
+    parameters = make_parameters(case)
+    layout = ["--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2]
+    argv = flags("--tensorboard-dir", tmp_path, "--mtp-heads", 3, "--train-iters", 1, "--eod-mask-loss")
+    run_world(train_filled, 4, [*argv, "--reset-attention-mask", *map(str, layout)], parameters, masked_provider)
+    found = scalars(tmp_path)
+    batch = {name: torch.stack([Samples()[i][name] for i in range(4)]) for name in ("tokens", "labels", "loss_mask")}
+    ends = document_ends_from_tokens(batch["tokens"], EOD)
+    targets = future_targets(batch["labels"], 3, loss_mask=batch["loss_mask"], document_ends=ends)
+    whole = [(batch["tokens"], targets)]
+    with torch.no_grad():
+        wanted, control = (
+            [reference_loss(parameters, case.reference_config(), *piece) for piece in pieces]
+            for pieces in (documents_alone(whole, EOD), whole)
+        )
+    for head, name in enumerate(["lm loss", "head 2 loss", "head 3 loss"]):
+        alone, together = (
+            float(sum(r.loss_sum[head] for r in results) / sum(r.tokens[head] for r in results))
+            for results in (wanted, control)
+        )
+        assert found[name][1] == pytest.approx(alone, rel=1e-5)
+        assert found[name][1] != pytest.approx(together, rel=1e-4), "control: documents that see one another"
 
 
 def test_heads_without_a_target_in_a_global_batch_do_not_end_the_run(tmp_path: Path) -> None:

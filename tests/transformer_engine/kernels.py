@@ -8,6 +8,7 @@ Transformer Engine's own Python; these are the leaves below it. Signatures are t
 from __future__ import annotations
 
 import importlib
+import itertools
 from typing import Any
 
 import torch
@@ -178,6 +179,22 @@ def multi_tensor_adam(
         parameter.sub_(update, alpha=lr)
 
 
+def convert_thd_to_bshd(packed: Tensor, bounds: Tensor, rows: int, longest: int) -> Tensor:
+    """``[tokens, heads, size]`` -> ``[rows, longest, heads, size]``, zero behind each sequence's end."""
+    padded = packed.new_zeros(rows, longest, *packed.shape[1:])
+    for row, (first, end) in enumerate(itertools.pairwise(bounds.tolist())):
+        padded[row, : end - first] = packed[first:end]
+    return padded
+
+
+def convert_bshd_to_thd(padded: Tensor, bounds: Tensor, tokens: int) -> Tensor:
+    """The reverse of :func:`convert_thd_to_bshd`."""
+    packed = padded.new_empty(int(tokens), *padded.shape[2:])
+    for row, (first, end) in enumerate(itertools.pairwise(bounds.tolist())):
+        packed[first:end] = padded[row, : end - first]
+    return packed
+
+
 def _values(tensor: Any) -> Tensor:
     """``[rows, columns]`` in fp32, of a plain tensor or of one in FP8."""
     if not hasattr(tensor, "_fp8_dtype"):
@@ -208,6 +225,8 @@ PLACES: dict[str, tuple[str, ...]] = {
     "quantize": (_NATIVE,),
     "fp8_transpose": (_NATIVE,),
     "dequantize": (_NATIVE,),
+    "convert_thd_to_bshd": (_NATIVE,),
+    "convert_bshd_to_thd": (_NATIVE,),
     "compute_amax": (_NATIVE,),
     "multi_tensor_compute_scale_and_scale_inv": ("transformer_engine.pytorch.tensor.utils",),
     "multi_tensor_scale": ("transformer_engine.pytorch.tensor.utils",),

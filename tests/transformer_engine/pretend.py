@@ -79,6 +79,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, capability: fp8.Capability = HOPPER
 
     # Attention in torch's own operations: Transformer Engine's choice where neither flash nor cuDNN's fits.
     utils = importlib.import_module("transformer_engine.pytorch.attention.dot_product_attention.utils")
+    monkeypatch.setattr(utils, "get_padding_mask", _on_this_device(utils.get_padding_mask))
     unfused = (False, None, False, None, True, [False, False, True])
     monkeypatch.setattr(utils, "get_attention_backend", lambda parameters: unfused)
     monkeypatch.setenv("NVTE_MASKED_SOFTMAX_FUSION", "0")
@@ -134,6 +135,17 @@ def adam_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 def _one_at_a_time(*groups: Any, async_ops: bool = False) -> contextlib.AbstractContextManager[None]:
     assert not async_ops, "these tests overlap no communication"
     return contextlib.nullcontext()
+
+
+def _on_this_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What moves its result to ``device="cuda"``, without that."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "to", cpu._on_cpu(torch.Tensor.to))
+            return function(*args, **kwargs)
+
+    return called
 
 
 def _with_cuda(module: Any) -> Callable[..., None]:

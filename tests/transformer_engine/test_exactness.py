@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.distributed import test_exactness, test_experts, test_heads_on_stages, test_hybrid
+from tests.distributed import test_document_attention, test_exactness, test_experts, test_heads_on_stages, test_hybrid
 from tests.harness import run_world
 from tests.parity import Step, assemble, assert_same_step, gradient_problems, make_parameters, reference_step
 from tests.transformer_engine.loops import steps
@@ -17,6 +17,7 @@ LAYOUTS = {
     **test_exactness.LAYOUTS,
     **{f"experts-{name}": case for name, case in test_experts.LAYOUTS.items()},
     **{f"spread-{name}": case for name, case in test_heads_on_stages.CASES.items()},
+    **{f"documents-{name}": case for name, case in test_document_attention.LAYOUTS.items() if case.pattern is None},
     **({f"hybrid-{name}": case for name, case in test_hybrid.LAYOUTS.items()} if test_hybrid.HAS_HYBRID else {}),
 }
 # Its ring of attention, and communication that is overlapped, are kernels of a GPU.

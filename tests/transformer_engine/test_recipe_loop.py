@@ -100,6 +100,30 @@ def test_nothing_changes(train: Train, tmp_path: Path, settings: dict[str, Any],
     assert largest_difference(metrics(tmp_path / "one"), metrics(tmp_path / "other")) == 0
 
 
+def test_documents_in_one_row_train_as_under_a_mask(train: Train, tmp_path: Path) -> None:
+    """``data.reset_attention_mask``: these layers take a microbatch as one row with its documents' boundaries."""
+    within = {
+        "data__reset_attention_mask": True,
+        "train__precision": "fp32",
+        "train__micro_batch_size": 2,
+        "model__seq_length": 256,  # the documents have some 480 tokens
+        "train__steps": 3,
+        "train__eval_interval": 3,
+        "train__eval_batches": 1,
+        "optimizer__warmup_steps": 0,
+    }
+    own = within | {"train__transformer_engine": False}
+    train(tmp_path / "start", **own | {"run__load": None, "train__steps": 1})
+    within["run__load"] = own["run__load"] = str(tmp_path / "start")
+    train(tmp_path / "mask", **own)
+    train(tmp_path / "rows", 2, **within, **LAYOUTS["heads on both stages"])
+    train(tmp_path / "control", **within | {"data__reset_attention_mask": False})
+    for kind in ("train", "valid"):
+        wanted = metrics(tmp_path / "mask", kind)
+        assert largest_difference(metrics(tmp_path / "rows", kind), wanted) < 1e-5
+        assert largest_difference(metrics(tmp_path / "control", kind), wanted) > 1e-4
+
+
 @pytest.mark.parametrize(
     ("settings", "layout"),
     [

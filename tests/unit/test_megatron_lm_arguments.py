@@ -159,15 +159,20 @@ def test_a_rampup_that_would_be_ignored_is_refused() -> None:
         check_args(parse("--mtp-heads", "2", rampup_batch_size=rampup, step_batch_size_schedule=None))
 
 
-def test_masks_are_not_cut_for_context_parallelism() -> None:
-    check_args(parse("--mtp-heads", "2", reset_attention_mask=True))
-    with pytest.raises(ConfigError, match="--reset-attention-mask"):
-        check_args(parse("--mtp-heads", "2", reset_attention_mask=True, context_parallel_size=2))
-
-
-def test_masks_are_not_looked_at_by_transformer_engine() -> None:
-    with pytest.raises(ConfigError, match="--reset-attention-mask=True: Transformer Engine's layers are causal"):
-        check_args(parse("--mtp-heads", "2", reset_attention_mask=True, transformer_impl="transformer_engine"))
+@pytest.mark.parametrize(
+    ("host", "says"),
+    [
+        ({"context_parallel_size": 2}, "not cut for --context-parallel-size 2"),
+        ({"transformer_impl": "transformer_engine"}, "Transformer Engine's layers are causal"),
+        ({"pipeline_model_parallel_size": 4}, "of 4 stages the others'"),
+        ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, "of 4 stages the others'"),
+        ({"window_size": (128, 0)}, r"--window-size \(128, 0\)"),
+    ],
+)
+def test_masks_that_would_be_dropped_are_refused(host: dict[str, Any], says: str) -> None:
+    check_args(parse("--mtp-heads", "2", reset_attention_mask=True, pipeline_model_parallel_size=2))
+    with pytest.raises(ConfigError, match=rf"^--reset-attention-mask=True: .*{says}"):
+        check_args(parse("--mtp-heads", "2", reset_attention_mask=True, **host))
 
 
 def test_a_layout_with_heads_on_other_stages_is_refused() -> None:
@@ -203,7 +208,7 @@ def test_no_clash_with_megatron_lm() -> None:
         others = {"--logits-load-dir", "--logits-save-dir", "--dataloader-inter-document-masking", "--fp8-output-proj"}
         others.add("--use-mup")
     dests = {refusal.dest for refusal in REFUSALS if refusal.name not in others}
-    dests |= {"reset_attention_mask", "context_parallel_size", "rampup_batch_size"}
+    dests |= {"reset_attention_mask", "context_parallel_size", "window_size", "rampup_batch_size"}
     dests |= {"fp8", "fp8_recipe", "fp8_param_gather", "fp4", "first_last_layers_bf16", "bf16"}
     assert dests <= known, f"refused, and not there: {dests - known}"
     assert ("step_batch_size_schedule" in known) == (versions.require_megatron_core().release >= (0, 18))

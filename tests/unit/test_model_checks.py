@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from mtp_megatron import compat
 from mtp_megatron.compat.report import ALWAYS_REFUSED
 from mtp_megatron.config import HeadsConfig
 from mtp_megatron.errors import ConfigError
-from mtp_megatron.model_checks import check_config, check_forward, check_spread
+from mtp_megatron.model_checks import check_config, check_forward, check_mask, check_spread
 
 REFUSED: dict[str, Any] = {
     "cuda_graph_impl": "local",
@@ -71,10 +73,37 @@ def test_heads_on_the_last_stage_need_no_per_token_loss(owned: list[int] | None,
 
 
 def test_packed_sequences_are_refused_by_name() -> None:
+    """But for those of a GPTModel of Transformer Engine's layers (tests/transformer_engine)."""
     from mtp_megatron.model import MTPGPTModel
 
-    with pytest.raises(ConfigError, match="packed_seq_params"):
-        MTPGPTModel.forward(SimpleNamespace(), None, None, None, packed_seq_params=object())  # type: ignore[arg-type]
+    plain = SimpleNamespace(transformer_engine=False, config=SimpleNamespace(context_parallel_size=1))
+    with pytest.raises(ConfigError, match=r"packed_seq_params.*document_mask"):
+        MTPGPTModel.forward(plain, None, None, None, packed_seq_params=object())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("layout", "context", "says"),
+    [("thd", 1, None), ("thd", 2, "context_parallel_size=2"), ("sbhd", 1, "'sbhd'"), (None, 1, "None")],
+)
+def test_which_packed_sequences_transformer_engines_layers_take(layout: str, context: int, says: str | None) -> None:
+    packed = SimpleNamespace(qkv_format=layout)
+    refused = pytest.raises(ConfigError, match=says) if says else contextlib.nullcontext()
+    with refused:
+        check_forward(packed, transformer_engine=True, context=context)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_mask_that_would_not_be_looked_at_is_refused(by_name: bool) -> None:
+    """Megatron-core's own layers obey one (tests/unit/test_documents.py)."""
+    from mtp_megatron.model import MTPGPTModel
+
+    mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    engine = SimpleNamespace(transformer_engine=True, config=SimpleNamespace(context_parallel_size=1))
+    told: tuple[Any, ...] = (None, None) if by_name else (None, None, mask)
+    with pytest.raises(ConfigError, match=r"attention_mask=\(1, 1, 8, 8\).*packed_seq_params"):
+        MTPGPTModel.forward(engine, *told, **({"attention_mask": mask} if by_name else {}))  # type: ignore[arg-type]
+    check_mask(mask, transformer_engine=False)
+    check_mask(None, transformer_engine=True)
 
 
 def test_the_report_names_what_is_refused() -> None:

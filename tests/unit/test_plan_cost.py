@@ -123,6 +123,32 @@ def test_a_change_on_one_side_would_be_noticed(monkeypatch: pytest.MonkeyPatch) 
     assert after.activations != pytest.approx(before.activations, rel=0.15)
 
 
+def test_the_mask_of_documents_takes_what_the_trace_says() -> None:
+    """On a stage that otherwise reads no data: one for each microbatch in flight, in place of one for each layer."""
+    from mtp_megatron.planning.trace import trace_rank
+
+    cut = ["parallel.pipeline=4", "parallel.tensor=1", "parallel.layout=null", "model.num_trunk_layers=4", "heads.n=2"]
+    planned, traced = [], []
+    for documents in ("false", "true"):
+        settings = [*cut, "train.recompute=full", OWN, f"data.reset_attention_mask={documents}"]
+        recipe = checked(read_plan("1.3B", settings), 4)
+        planned.append(rank_costs(recipe, 4)[1].memory)
+        traced.append(trace_rank(recipe, 1, 4).memory.peak)
+    more = 2 * recipe.train_seq_length**2  # three in flight, in place of one layer's own
+    assert planned[1] - planned[0] == more
+    assert traced[1] - traced[0] == pytest.approx(more, rel=0.01)  # the tokens themselves are the rest
+
+
+def test_boundaries_of_documents_take_nothing() -> None:
+    """Transformer Engine's attention takes those in place of a mask."""
+    few = ["model.num_trunk_layers=4", "heads.n=1"]
+    plain, within = (
+        rank_costs(checked(read_plan("1.3B", [*few, f"data.reset_attention_mask={on}"]), 1), 1)[0].memory
+        for on in ("false", "true")
+    )
+    assert plain == within
+
+
 def test_a_fused_adam_takes_nothing() -> None:
     """And torch's 4 bytes for every parameter of the shard, where that outweighs the passes."""
     few = ["model.num_trunk_layers=4", "heads.n=1", "model.seq_length=128"]

@@ -178,6 +178,7 @@ def test_what_may_change_when_a_run_is_resumed(tmp_path: Path) -> None:
         ({"heads__n": 2}, "heads.n is 3 there and 2 here"),
         ({"optimizer__lr": 0.5}, "optimizer.lr is 0.001 there and 0.5 here"),
         ({"data__seed": 5}, "data.seed is 1234 there and 5 here"),
+        ({"data__reset_attention_mask": True}, "data.reset_attention_mask is False there and True here"),
         ({"train__steps": 9}, "optimizer.decay_steps is 8 there and 9 here"),
     ],
 )
@@ -187,6 +188,18 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path, overrides: dict[str,
         check_run_folder(resolved(tmp_path, **overrides))
     assert caught.value.field == "run.path"
     assert says in str(caught.value)
+
+
+def test_a_run_recorded_before_a_setting_existed_goes_on_with_its_default(tmp_path: Path) -> None:
+    written(tmp_path)
+    recorded = RunFolder(tmp_path).recipe
+    lines = recorded.read_text().splitlines(keepends=True)
+    older = [line for line in lines if "reset_attention_mask" not in line]
+    assert len(older) == len(lines) - 1
+    recorded.write_text("".join(older))
+    check_run_folder(resolved(tmp_path))
+    with pytest.raises(ConfigError, match="it holds another run"):
+        check_run_folder(resolved(tmp_path, data__reset_attention_mask=True))
 
 
 def test_what_steers_a_run_may_change_where_that_is_said(tmp_path: Path) -> None:
