@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtp_megatron import stack_files
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.training.checkpoint_files import differences, latest_complete, list_iterations, write_atomically
 from mtp_megatron.training.recipe import Recipe
@@ -63,6 +64,10 @@ class RunFolder:
         return self.path / LOCK
 
     @property
+    def stacks(self) -> Path:
+        return self.path / stack_files.FOLDER
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -93,7 +98,8 @@ def check_run_folder(recipe: Recipe) -> tuple[RunFolder, dict[str, str]]:
     if not folder.recipe.is_file():
         entries = sorted(entry.name for entry in folder.path.iterdir()) if folder.path.is_dir() else []
         unfinished = f".{folder.recipe.name}."  # of a start that was killed while it wrote that
-        strangers = [name for name in entries if name != LOCK and not name.startswith(unfinished)][:3]
+        ours = (LOCK, stack_files.FOLDER)
+        strangers = [name for name in entries if name not in ours and not name.startswith(unfinished)][:3]
         if strangers:
             raise ConfigError(
                 "run.path",
