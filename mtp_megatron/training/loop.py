@@ -30,6 +30,7 @@ from mtp_megatron.training.evaluation import Evaluation, evaluate
 from mtp_megatron.training.hang_watch import HangWatch
 from mtp_megatron.training.host import host_of
 from mtp_megatron.training.preflight import Plan
+from mtp_megatron.training.profile import StepProfiler
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.run_lock import take_lock
 from mtp_megatron.training.run_log import RunLog
@@ -135,7 +136,8 @@ class _Session:
         steps = self.recipe.train.steps
         evaluation, stop = None, False
         iterators = self._train_iterators()
-        with RunLog(self.folder, self.recipe, start_step=self.step, enabled=dist.get_rank() == 0) as log:
+        self.profiler = StepProfiler(self.folder, self.recipe)
+        with RunLog(self.folder, self.recipe, start_step=self.step, enabled=dist.get_rank() == 0) as log, self.profiler:
             self._announce(log)
             self._announce_blend(log)
             while self.step < steps and not stop:
@@ -152,6 +154,7 @@ class _Session:
     def _train(self, iterators: Sequence[Iterator[Microbatch] | None], log: RunLog) -> bool:
         """One step; whether any rank was asked to stop."""
         self.watch.begin(f"step {self.step + 1}")
+        self.profiler.begin(self.step + 1)
         try:
             figures = train_step(self.recipe, self.trainable, iterators, self.num_microbatches, bool(self.stop))
         except TrainingDiverged as error:
@@ -160,6 +163,10 @@ class _Session:
         self.step += 1
         log.step(self.step, figures)
         self.divergence.passed(self.step)
+        if self.profiler.passed(self.step):
+            self.watch.begin(f"the profile of step {self.step}")
+            with log.paused():
+                self.profiler.write()
         return figures.stop
 
     def _report_and_keep(self, log: RunLog, trained: bool, stop: bool) -> tuple[Evaluation | None, bool]:
@@ -222,9 +229,10 @@ class _Session:
         )
         if self.plan.changes:
             log.message(f"run.accept_changes: {'; '.join(self.plan.changes)}")
-        for slower in (compat.slower_without_apex(), compat.slower_without_triton()):
-            if slower is not None:
-                log.message(slower)
+        profiles = StepProfiler.announcement(self.folder, self.recipe, self.step)
+        for line in (profiles, compat.slower_without_apex(), compat.slower_without_triton()):
+            if line is not None:
+                log.message(line)
         steps = self.recipe.train.steps
         if self.step >= steps:
             beyond = f"the run is at step {self.step}, beyond train.steps={steps}, so nothing is trained"

@@ -26,6 +26,7 @@ FREE_KEYS = frozenset(
             f"train.{key}"
             for key in ("log_interval", "recompute", "timeout_minutes", "transformer_engine", "skip_steps")
         ),
+        *("train.profile_steps", "train.profile_ranks"),
     }
 )
 # What may change besides where run.accept_changes says so: what a run is steered with. Losses before and after differ.
@@ -66,6 +67,10 @@ class RunFolder:
     @property
     def stacks(self) -> Path:
         return self.path / stack_files.FOLDER
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
 
     @property
     def checkpoints(self) -> Path:
