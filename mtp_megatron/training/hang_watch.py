@@ -116,6 +116,11 @@ class HangWatch:
             self._teller = threading.Thread(target=self._tell, name="hang_watch", daemon=True)
             self._teller.start()
 
+    @property
+    def what(self) -> str:
+        """The present part of the run."""
+        return self._what
+
     def begin(self, what: str) -> None:
         """What the process does next, for example ``step 12``: what came before is over, and took no longer."""
         self._what, self._began = what, time.monotonic()

@@ -20,6 +20,7 @@ from mtp_megatron.data.loader import build_train_iterator, build_valid_batches, 
 from mtp_megatron.data.passes import blend_lines
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.signals import Stopped, StopRequest, stop_on_signal
+from mtp_megatron.training import out_of_memory
 from mtp_megatron.training.agreement import job_store, preflight_together, require_shared
 from mtp_megatron.training.batches import Microbatch, chunk_iterators
 from mtp_megatron.training.build import overlapped_communication
@@ -64,6 +65,7 @@ def train(recipe: Recipe) -> Outcome:
         ConfigError, DataError, CheckpointError, JobError: before anything is allocated, see
             :func:`.agreement.preflight_together`.
         TrainingDiverged: a loss or gradient norm became NaN or infinite; names the last good checkpoint.
+        OutOfMemory: this rank's GPU is full.
     """
     with HangWatch(recipe.train.timeout_minutes) as watch:
         store = job_store(recipe)
@@ -75,7 +77,8 @@ def train(recipe: Recipe) -> Outcome:
             overlapped_communication(plan.recipe),
         ):
             watch.write_to(plan.folder.stacks)
-            return _Session(plan, stop, watch).run()
+            with out_of_memory.explained(plan.recipe, plan.folder, plan.world_size, lambda: watch.what):
+                return _Session(plan, stop, watch).run()
 
 
 class _Session:

@@ -274,6 +274,10 @@ class TrainSection(Section):
         default=None, description="[first, last] steps that torch.profiler records into RUN/profile; null: none"
     )
     profile_ranks: list[int] = Field(default=[0], description="ranks that record profile_steps")
+    memory_snapshot: bool = Field(
+        default=False,
+        description="a GPU that runs out of memory leaves a snapshot in RUN/memory, for pytorch.org/memory_viz",
+    )
 
     @field_validator("profile_steps")
     @classmethod

@@ -26,7 +26,7 @@ FREE_KEYS = frozenset(
             f"train.{key}"
             for key in ("log_interval", "recompute", "timeout_minutes", "transformer_engine", "skip_steps")
         ),
-        *("train.profile_steps", "train.profile_ranks"),
+        *("train.profile_steps", "train.profile_ranks", "train.memory_snapshot"),
     }
 )
 # What may change besides where run.accept_changes says so: what a run is steered with. Losses before and after differ.
@@ -71,6 +71,10 @@ class RunFolder:
     @property
     def profile(self) -> Path:
         return self.path / "profile"
+
+    @property
+    def memory(self) -> Path:
+        return self.path / "memory"
 
     @property
     def checkpoints(self) -> Path:
