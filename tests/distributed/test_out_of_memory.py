@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,8 @@ from unittest import mock
 
 from tests.harness import run_world
 from tests.training_runs import tiny_tree
+
+SIZES = ("memory_allocated", "memory_reserved", "max_memory_allocated")
 
 
 def runs_out_in_step_3(rank: int, world_size: int, tree: dict[str, Any]) -> str:
@@ -21,16 +24,15 @@ def runs_out_in_step_3(rank: int, world_size: int, tree: dict[str, Any]) -> str:
     whole = loop.train_step
 
     def train_step(recipe: Any, trainable: Any, *args: Any) -> Any:
-        if trainable.scheduler.num_steps == 2:
+        if trainable.scheduler.num_steps == 2:  # only now: megatron-core asks for the device, too
+            gpu = SimpleNamespace(total_memory=2**30)
+            told = {"current_device": lambda: 0, "get_device_properties": lambda device: gpu}
+            stand_ins.enter_context(mock.patch.multiple(torch.cuda, **told, **dict.fromkeys(SIZES, lambda: 2**20)))
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return whole(recipe, trainable, *args)
 
-    gpu = SimpleNamespace(total_memory=2**30)
-    with (
-        mock.patch.object(loop, "train_step", train_step),
-        mock.patch.object(torch.cuda, "current_device", return_value=0),
-        mock.patch.object(torch.cuda, "get_device_properties", return_value=gpu),
-    ):
+    with ExitStack() as stand_ins:
+        stand_ins.enter_context(mock.patch.object(loop, "train_step", train_step))
         try:
             loop.train(parse_recipe(tree))
         except OutOfMemory as error:
