@@ -11,7 +11,7 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 def label(*words: object) -> AbstractContextManager[object]:
-    """A range that a profile shows as ``mtp/`` and ``words``; where none is recorded, nothing, in a tenth of a
+    """A range that a profile shows as ``mtp/`` and ``words``; where none is recorded nothing, in less than a
     microsecond. Torch's own ``record_function`` takes a dispatch of two operations also then."""
     # Torch's flag and not _profiler_enabled(): that one is of a thread, and autograd runs heads in another one.
     if not profiler._is_profiler_enabled:
