@@ -157,7 +157,7 @@ class HangWatch:
             if size <= self._seen:
                 continue
             self._seen = size
-            with suppress(OSError, ValueError):  # nobody reads it
+            with suppress(AttributeError, OSError, ValueError):  # nobody reads it
                 sys.stderr.write(
                     f"stacks of all threads were written to {self._path}: {self._what} has taken "
                     f"{time.monotonic() - self._began:.0f} s so far, and a collective that waits longer than "
@@ -193,10 +193,10 @@ def _is_free() -> bool:
 
 
 def _stderr() -> IO[str] | None:
-    """None where it is no file, as under pytest."""
+    """None where it is no open file: a notebook's, one that was closed."""
     try:
-        sys.stderr.fileno()
-    except (AttributeError, OSError, ValueError):
+        os.fstat(sys.stderr.fileno())
+    except (AttributeError, OSError, TypeError, ValueError):
         return None
     return sys.stderr
 

@@ -6,6 +6,7 @@ import faulthandler
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -140,6 +141,32 @@ def test_without_a_file_stderr_gets_them(
     assert "stacks of hung ranks go to stderr" in caplog.text
     assert "test_without_a_file" in capfd.readouterr().err
     assert (tmp_path / "stacks").read_text() == "no folder"
+
+
+class Odd:
+    """What stands for stderr in notebooks and tests."""
+
+    def __init__(self, number: object) -> None:
+        self.number = number
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+    def fileno(self) -> object:
+        return self.number
+
+
+@pytest.mark.parametrize("stderr", [None, Odd(-1), Odd(None), Odd(12345)], ids=["none", "-1", "no number", "closed"])
+def test_a_stderr_that_is_no_file_is_left_alone(
+    stderr: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with HangWatch(LONG) as watch:
+        watch.begin("a start")
+        assert "where_it_is" in where_it_is(watch, tmp_path / "stacks")
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
