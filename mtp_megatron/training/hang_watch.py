@@ -48,7 +48,7 @@ class HangWatch:
         self._minutes, self._after = minutes, LATE * 60 * minutes
         self._what, self._began = "the start", time.monotonic()
         self._armed = -self._after
-        self._file: IO[str] | None = None
+        self._file: IO[bytes] | None = None
         self._path: Path | None = None
         self._header: Header | None = None
         self._seen = 0  # bytes of the file that are known, headers or told
@@ -100,17 +100,17 @@ class HangWatch:
         self._path = stack_file(folder, rank)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # Appended to: what the attempt before a restart wrote is what the restart is asked about.
-            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - _close
-            self._file.write(self._header.line())
-            self._file.flush()
+            # Appended to: what the attempt before a restart wrote is what the restart is asked about. Without a buffer:
+            # what a full disk does not take is not tried again later.
+            file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - _close
+            file.write(self._header.line().encode())
+            self._file = file
         except OSError as error:
             logger.warning("%s cannot be written (%s): stacks of hung ranks go to stderr", self._path, error)
             self._path = None
             return
         self._seen = self._late_from = self._size()
         self._register(self._file)
-        self._armed = -self._after
         self._arm()
         if os.environ.get("LOCAL_RANK", "0") == "0":
             self._teller = threading.Thread(target=self._tell, name="hang_watch", daemon=True)
@@ -136,7 +136,7 @@ class HangWatch:
         # Repeated: a part of the run may take long, and hang later.
         faulthandler.dump_traceback_later(self._after, repeat=True, file=target)
 
-    def _register(self, target: IO[str] | None) -> None:
+    def _register(self, target: IO[bytes] | IO[str] | None) -> None:
         if target is None or not (self._registered or _is_free()):
             return
         faulthandler.register(STACKS_SIGNAL, file=target, all_threads=True)

@@ -131,16 +131,20 @@ def test_a_handler_of_someone_elses_stays(tmp_path: Path) -> None:
     assert (tmp_path / "theirs").read_text().count("(most recent call first)") >= 2
 
 
+@pytest.mark.parametrize("obstacle", ["no folder", "a full disk"])
 def test_without_a_file_stderr_gets_them(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    obstacle: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "stacks").write_text("no folder")
+    if obstacle == "no folder":
+        (tmp_path / "stacks").write_text(obstacle)
+    else:
+        (tmp_path / "stacks").mkdir()
+        stack_file(tmp_path / "stacks", 0).symlink_to("/dev/full")
     with caplog.at_level(logging.WARNING), HangWatch(LONG) as watch:
         watch.write_to(tmp_path / "stacks")
         os.kill(os.getpid(), STACKS_SIGNAL)
     assert "stacks of hung ranks go to stderr" in caplog.text
     assert "test_without_a_file" in capfd.readouterr().err
-    assert (tmp_path / "stacks").read_text() == "no folder"
 
 
 class Odd:
