@@ -34,6 +34,7 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "rollback": Subcommand(
         "mtp_megatron.training.rollback", "let a run go on from an older checkpoint, with its optimizer's state"
     ),
+    "stacks": Subcommand("mtp_megatron.reporting.stacks_cli", "say which ranks of a run are where, when it hangs"),
     "convert": Subcommand(
         "mtp_megatron.checkpoint.cli",
         "convert a model between Megatron, DeepSpeed, Hugging Face and Meta's layout, or bundle it for serving",

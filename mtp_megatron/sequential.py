@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mtp_megatron.labels import label
 from mtp_megatron.loss import TokenSums
 from mtp_megatron.targets import IGNORE_INDEX
 
@@ -159,7 +160,7 @@ def evaluate_heads(z: Tensor, heads: HeadPass, report: HeadReport) -> None:
     for chain in heads.chains:
         inputs = z
         for head in chain:
-            with _named(head, report, "evaluation"):
+            with _named(head, report, "evaluation"), label("head", head + 1, "evaluation"):
                 inputs = heads.forward_head(head, inputs)
                 sums, _ = heads.head_loss(head, inputs, None, report.predictions is not None)
                 report.record(head, sums)
@@ -186,7 +187,8 @@ class _DeferredHeads(torch.autograd.Function):
         z_needs_grad = ctx.needs_input_grad[0] and not ctx.detach_trunk
         device, dtype, enabled = ctx.autocast
         for chain in heads.chains:
-            with torch.autocast(device, dtype=dtype, enabled=enabled):  # left each time: it keeps the weights' casts
+            # Autocast is left each time: it keeps the weights' casts.
+            with label("heads"), torch.autocast(device, dtype=dtype, enabled=enabled):
                 chain_grad = _run_chain(z, z_needs_grad, chain, heads, report, grad)
             if chain_grad is not None:
                 if z_grad is None:
@@ -216,7 +218,7 @@ def _run_chain(
     steps: list[tuple[int, Tensor, Tensor]] = []
     inputs, needs_grad = z, z_needs_grad
     for head in chain[: last + 1]:
-        with _named(head, report, "forward"), torch.enable_grad():
+        with _named(head, report, "forward"), label("head", head + 1, "forward"), torch.enable_grad():
             leaf = inputs.detach().requires_grad_(needs_grad)
             inputs = heads.forward_head(head, leaf)
         steps.append((head, leaf, inputs))
@@ -226,10 +228,11 @@ def _run_chain(
     passed_back: Tensor | None = None
     while steps:
         head, leaf, outputs = steps.pop()
-        with _named(head, report, "backward"):
+        with _named(head, report, "backward"), label("head", head + 1, "loss and backward"):
             output_grad = passed_back
             if report.weights[head]:
-                sums, output_grad = heads.head_loss(head, outputs, grad * report.weights[head], False)
+                with label("head", head + 1, "loss"):
+                    sums, output_grad = heads.head_loss(head, outputs, grad * report.weights[head], False)
                 report.record(head, sums)
                 if passed_back is not None and output_grad is not None:
                     output_grad = output_grad + passed_back

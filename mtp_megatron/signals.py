@@ -1,5 +1,6 @@
 """Stopping on request: SIGTERM, SIGINT, SIGHUP (a terminal that closes) or SIGUSR1 (SLURM's ``--signal``, some time
-before a limit) let the step finish, save and exit with status 0."""
+before a limit) let the step finish, save and exit with status 0. SIGUSR2 asks a rank where it is (:mod:`.hang_watch`).
+"""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+STACKS_SIGNAL = signal.SIGUSR2
 
 
 def caught_signals() -> list[signal.Signals]:
@@ -102,8 +104,9 @@ def children_leave_stopping_to_parent() -> Iterator[None]:
 
 @contextmanager
 def stop_signals_blocked() -> Iterator[None]:
-    """Inside, this thread gets none of the signals until the end; processes that are started inside inherit that."""
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    """Inside, this thread gets none of the signals until the end; processes that are started inside inherit that. Nor
+    :data:`STACKS_SIGNAL`, of which such a process would die: SLURM sends it to all of a job step."""
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, STACKS_SIGNAL))
     try:
         yield
     finally:

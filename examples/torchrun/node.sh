@@ -59,4 +59,5 @@ esac
 # round before, and a node that comes back waits for an address that nobody publishes again. This gives each round its own.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+trap '' USR2 # asks the ranks where they are; torchrun, which may get it with them, would die of it
 exec "$python" -m torch.distributed.run "${options[@]}" -m mtp_megatron.train "$@"

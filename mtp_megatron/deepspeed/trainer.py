@@ -20,6 +20,7 @@ from mtp_megatron.compat import packages
 from mtp_megatron.deepspeed import settings
 from mtp_megatron.deepspeed.extensions import warn_of_stale_locks, why_no_fused_adam
 from mtp_megatron.errors import ConfigError
+from mtp_megatron.labels import label
 from mtp_megatron.targets import IGNORE_INDEX
 from mtp_megatron.training.batches import Microbatch
 from mtp_megatron.training.build import build_models, build_scheduler, transformer_config
@@ -60,11 +61,13 @@ class DeepSpeedTrainer:
         return settings.zero_stage(self.config)
 
     def backward(self, recipe: Recipe, iterators: Sequence[BatchIterator], num_microbatches: int) -> list[HeadReport]:
-        batches = _take(iterators, num_microbatches)
+        with label("data"):
+            batches = _take(iterators, num_microbatches)
         scale = self._loss_scale(batches)
         reports = []
         for number, batch in enumerate(batches, start=1):
-            loss, report = batch.through(self.engine)
+            with label("trunk forward"):
+                loss, report = batch.through(self.engine)
             # The scale holds the number of microbatches already: the count of tokens is that of the global batch.
             self.engine.backward(loss * scale, scale_wrt_gas=False)
             reports.append(report)

@@ -30,6 +30,7 @@ from mtp_megatron.compat.devices import require_usable_gpu, take_own_gpu
 from mtp_megatron.data.blend import Blend
 from mtp_megatron.errors import ConfigError, MTPError
 from mtp_megatron.loss import cuda_memory
+from mtp_megatron.ranks import ranges
 from mtp_megatron.training.checkpoint_files import differences
 from mtp_megatron.training.preflight import Plan, check_launcher, preflight
 from mtp_megatron.training.recipe import Recipe
@@ -258,23 +259,12 @@ def through_store(store: Store, name: str, rank: int, world_size: int, text: str
         missing = [other for other, key in enumerate(keys) if not store.check([key])]
         raise JobError(
             f"{len(missing)} of {world_size} ranks did not report within {timeout.total_seconds():g} s: "
-            f"{_ranges(missing)}. Look for their errors in the logs of their hosts."
+            f"{ranges(missing)}. Look for their errors in the logs of their hosts."
         ) from error
     if rank == 0:  # its process may host the store, and may end now: not before the others have read
         with contextlib.suppress(dist.DistError):
             store.wait([f"{key}/read" for key in keys], min(timeout, _READ_WITHIN))
     return told
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """``[0, 4, 5, 6]`` as ``0, 4-6``."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def _rank() -> int:

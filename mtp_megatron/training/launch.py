@@ -12,7 +12,7 @@ from types import FrameType
 
 import psutil
 
-from mtp_megatron.signals import caught_signals, end_with_parent
+from mtp_megatron.signals import STACKS_SIGNAL, caught_signals, end_with_parent
 
 WORKER_MODULE = "mtp_megatron.train"
 
@@ -23,7 +23,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
 
     A first SIGINT, SIGTERM, SIGHUP or SIGUSR1 is passed on to the ranks, which save and end with status 0; a second one
     kills them. Where there are no ranks yet the first one ends torchrun. Ranks do not get the terminal's Ctrl-C
-    themselves: torchrun would end them before they have saved.
+    themselves: torchrun would end them before they have saved. SIGUSR2 has each write its stacks (:mod:`.hang_watch`).
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = dict(os.environ)
@@ -49,7 +49,13 @@ def launch(arguments: Sequence[str], processes: int) -> int:
             elif not ranks:  # torchrun has not started them yet, and shall not
                 os.killpg(job.pid, signal.SIGTERM)
 
+    def ask_where(number: int, frame: FrameType | None) -> None:
+        for rank in _ranks(job.pid):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
+
     former = {number: signal.signal(number, pass_on) for number in caught_signals()}
+    former[STACKS_SIGNAL] = signal.signal(STACKS_SIGNAL, ask_where)
     try:
         return job.wait()
     finally:
@@ -68,6 +74,7 @@ def _ranks(agent: int) -> list[psutil.Process]:
 
 def _prepare_torchrun() -> None:
     """In the child before exec: ask the kernel for SIGTERM when the launcher dies, so that no job is left without one;
-    and have torchrun live on when SLURM sends SIGUSR1 to every process, of which it knows nothing."""
+    and have torchrun live on when SLURM sends SIGUSR1 or SIGUSR2 to every process, of which it knows nothing."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(STACKS_SIGNAL, signal.SIG_IGN)
     end_with_parent(os.getppid(), signal.SIGTERM)

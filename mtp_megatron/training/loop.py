@@ -20,6 +20,7 @@ from mtp_megatron.data.loader import build_train_iterator, build_valid_batches, 
 from mtp_megatron.data.passes import blend_lines
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.signals import Stopped, StopRequest, stop_on_signal
+from mtp_megatron.training import out_of_memory
 from mtp_megatron.training.agreement import job_store, preflight_together, require_shared
 from mtp_megatron.training.batches import Microbatch, chunk_iterators
 from mtp_megatron.training.build import learning_rate_at, overlapped_communication
@@ -27,9 +28,11 @@ from mtp_megatron.training.checkpoint_files import step_of, temporary_folder
 from mtp_megatron.training.checkpointing import count_parameters, latest_checkpoint
 from mtp_megatron.training.divergence import DivergenceFile, way_back
 from mtp_megatron.training.evaluation import Evaluation, evaluate
+from mtp_megatron.training.hang_watch import HangWatch
 from mtp_megatron.training.host import host_of
 from mtp_megatron.training.metrics_file import has_record
 from mtp_megatron.training.preflight import Plan
+from mtp_megatron.training.profile import StepProfiler
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.run_lock import take_lock
 from mtp_megatron.training.run_log import RunLog
@@ -57,29 +60,33 @@ def train(recipe: Recipe) -> Outcome:
     """Train, or resume, a run: called by every rank of the job.
 
     SIGTERM, SIGINT, SIGHUP or SIGUSR1 to any rank lets the current step finish, saves a checkpoint and returns; before
-    the first step it returns without one.
+    the first step it returns without one. SIGUSR2 has the rank write the stacks of its threads into the run's folder.
 
     Raises:
         ConfigError, DataError, CheckpointError, JobError: before anything is allocated, see
             :func:`.agreement.preflight_together`.
         TrainingDiverged: a loss or gradient norm became NaN or infinite; names the last good checkpoint.
+        OutOfMemory: this rank's GPU is full.
     """
-    store = job_store(recipe)
-    plan = preflight_together(recipe, launched_world_size(), store)
-    with (
-        stop_on_signal() as stop,
-        model_parallel_world(plan.recipe, store),
-        _locked(plan),
-        overlapped_communication(plan.recipe),
-    ):
-        return _Session(plan, stop).run()
+    with HangWatch(recipe.train.timeout_minutes) as watch:
+        store = job_store(recipe)
+        plan = preflight_together(recipe, launched_world_size(), store)
+        with (
+            stop_on_signal() as stop,
+            model_parallel_world(plan.recipe, store),
+            _locked(plan),
+            overlapped_communication(plan.recipe),
+        ):
+            watch.write_to(plan.folder.stacks)
+            with out_of_memory.explained(plan.recipe, plan.folder, plan.world_size, lambda: watch.what):
+                return _Session(plan, stop, watch).run()
 
 
 class _Session:
     """One rank's part of a run between its start, or resumption, and its end."""
 
-    def __init__(self, plan: Plan, stop: StopRequest) -> None:
-        self.plan, self.recipe, self.folder, self.stop = plan, plan.recipe, plan.folder, stop
+    def __init__(self, plan: Plan, stop: StopRequest, watch: HangWatch) -> None:
+        self.plan, self.recipe, self.folder, self.stop, self.watch = plan, plan.recipe, plan.folder, stop, watch
         self.num_microbatches = num_microbatches(plan.recipe, plan.world_size)
         self.latest = latest_checkpoint(self.folder.checkpoints)
         self.step = 0 if self.latest is None else step_of(self.latest)
@@ -103,6 +110,7 @@ class _Session:
             Stopped: on every rank, where any was asked to stop meanwhile.
         """
         # Before the model: what can be wrong with the index of samples is found before minutes of loading.
+        self.watch.begin("the index of samples")
         batch, train = self.recipe.train.global_batch_size, self.recipe.train
         self.train_data, self.valid_data = build_datasets(
             self.plan.data,
@@ -113,6 +121,7 @@ class _Session:
             cache_dir=self.recipe.data.cache,
             stop=self.stop,
         )
+        self.watch.begin("building and loading the model")
         self.host = host_of(self.recipe)
         initial = self.plan.initial if self.latest is None else None
         self.trainable: Trainer = self.host.build(self.recipe, initial)
@@ -131,7 +140,9 @@ class _Session:
         steps = self.recipe.train.steps
         iterators = self._train_iterators()
         ranks, first = self.plan.world_size, dist.get_rank() == 0
-        with RunLog(self.folder, self.recipe, start_step=self.step, world_size=ranks, enabled=first) as log:
+        self.profiler = StepProfiler(self.folder, self.recipe)
+        log = RunLog(self.folder, self.recipe, start_step=self.step, world_size=ranks, enabled=first)
+        with log, self.profiler:
             self._announce(log)
             self._announce_blend(log)
             evaluation, stop = self._evaluate_late(log)
@@ -148,6 +159,8 @@ class _Session:
 
     def _train(self, iterators: Sequence[Iterator[Microbatch] | None], log: RunLog) -> bool:
         """One step; whether any rank was asked to stop."""
+        self.watch.begin(f"step {self.step + 1}")
+        self.profiler.begin(self.step + 1)
         try:
             figures = train_step(self.recipe, self.trainable, iterators, self.num_microbatches, bool(self.stop))
         except TrainingDiverged as error:
@@ -156,6 +169,10 @@ class _Session:
         self.step += 1
         log.step(self.step, figures)
         self.divergence.passed(self.step)
+        if self.profiler.passed(self.step):
+            self.watch.begin(f"the profile of step {self.step}")
+            with log.paused():
+                self.profiler.write()
         return figures.stop
 
     def _report_and_keep(self, log: RunLog, trained: bool, stop: bool) -> tuple[Evaluation | None, bool]:
@@ -239,9 +256,10 @@ class _Session:
                 f"run.accept_changes: {'; '.join(self.plan.changes)}; the next step, {step}, trains at a learning rate "
                 f"of {rate}"
             )
-        for slower in (compat.slower_without_apex(), compat.slower_without_triton()):
-            if slower is not None:
-                log.message(slower)
+        profiles = StepProfiler.announcement(self.folder, self.recipe, self.step)
+        for line in (profiles, compat.slower_without_apex(), compat.slower_without_triton()):
+            if line is not None:
+                log.message(line)
         steps = self.recipe.train.steps
         if self.step >= steps:
             beyond = f"the run is at step {self.step}, beyond train.steps={steps}, so nothing is trained"
@@ -259,6 +277,7 @@ class _Session:
             log.message("\n".join(blend_lines(self.plan.data, train, valid, wanted)))
 
     def _evaluate(self, log: RunLog) -> Evaluation:
+        self.watch.begin(f"the evaluation after step {self.step}")
         recipe = self.recipe
         batches, batch = recipe.train.eval_batches, recipe.train.global_batch_size
         loader = partial(build_valid_batches, self.valid_data, batches=batches)
@@ -270,6 +289,7 @@ class _Session:
         return result
 
     def _save(self, log: RunLog) -> None:
+        self.watch.begin(f"the save of step {self.step}")
         start, checkpoints = time.perf_counter(), self.folder.checkpoints
         try:
             saved = self.host.save(self.recipe, self.plan.data, self.trainable, checkpoints, self.step)

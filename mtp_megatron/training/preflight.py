@@ -1,5 +1,6 @@
 """Every check that can be made before a process group exists or anything is allocated. Imports neither torch nor
-megatron, unless the recipe asks for FP8: then torch, to look at the device, and Transformer Engine on a GPU."""
+megatron, unless the recipe asks for FP8 or memory snapshots: then torch, to look at the device, and for FP8 Transformer
+Engine on a GPU."""
 
 from __future__ import annotations
 
@@ -61,6 +62,10 @@ def preflight(recipe: Recipe, world_size: int, *, warn: bool = True) -> Plan:
     recipe = _merged(recipe, world_size)
     recipe = check_recipe(recipe, world_size=world_size, tokenizer_vocab_size=data.first.vocab_size)
     check_machine(recipe)
+    if recipe.train.memory_snapshot:
+        from mtp_megatron.training.out_of_memory import check_memory_snapshot  # imports torch, which takes seconds
+
+        check_memory_snapshot(recipe)
     folder, accepted = check_run_folder(recipe)
     changes = tuple(accepted.values())
     resumed = latest_complete(folder.checkpoints, warn=False)

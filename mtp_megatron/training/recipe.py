@@ -294,6 +294,26 @@ class TrainSection(Section):
     num_layers_at_start_in_bf16: int = Field(default=1, ge=0, description="how many, with first_last_layers_bf16")
     num_layers_at_end_in_bf16: int = Field(default=1, ge=0, description="how many, with first_last_layers_bf16")
     timeout_minutes: float = Field(default=10.0, gt=0, description="longest wait of a collective, then the job fails")
+    profile_steps: list[int] | None = Field(
+        default=None, description="[first, last] steps that torch.profiler records into RUN/profile; null: none"
+    )
+    profile_ranks: list[int] = Field(default=[0], description="ranks that record profile_steps")
+    memory_snapshot: bool = Field(
+        default=False,
+        description="a GPU that runs out of memory leaves a snapshot in RUN/memory, for pytorch.org/memory_viz",
+    )
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _pair(cls, steps: list[int] | None) -> list[int] | None:
+        if steps is not None and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+            raise ConfigError(
+                "train.profile_steps",
+                steps,
+                "it is no pair of steps, first <= last, from 1 on",
+                "Write for example [10, 12]: few steps, as each takes memory and disk.",
+            )
+        return steps
 
     @field_validator("skip_steps")
     @classmethod

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtp_megatron import stack_files
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.training.checkpoint_files import differences, latest_complete, list_iterations, write_atomically
 from mtp_megatron.training.recipe import Recipe
@@ -25,6 +26,7 @@ FREE_KEYS = frozenset(
             f"train.{key}"
             for key in ("log_interval", "recompute", "timeout_minutes", "transformer_engine", "skip_steps")
         ),
+        *("train.profile_steps", "train.profile_ranks", "train.memory_snapshot"),
     }
 )
 # What may change besides where run.accept_changes says so: what a run is steered with. Losses before and after differ.
@@ -64,6 +66,18 @@ class RunFolder:
         return self.path / LOCK
 
     @property
+    def stacks(self) -> Path:
+        return self.path / stack_files.FOLDER
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
+
+    @property
+    def memory(self) -> Path:
+        return self.path / "memory"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -94,7 +108,8 @@ def check_run_folder(recipe: Recipe) -> tuple[RunFolder, dict[str, str]]:
     if not folder.recipe.is_file():
         entries = sorted(entry.name for entry in folder.path.iterdir()) if folder.path.is_dir() else []
         unfinished = f".{folder.recipe.name}."  # of a start that was killed while it wrote that
-        strangers = [name for name in entries if name != LOCK and not name.startswith(unfinished)][:3]
+        ours = (LOCK, stack_files.FOLDER)
+        strangers = [name for name in entries if name not in ours and not name.startswith(unfinished)][:3]
         if strangers:
             raise ConfigError(
                 "run.path",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mtp_megatron import compat
 from mtp_megatron.errors import MTPError
+from mtp_megatron.labels import label
 from mtp_megatron.metrics import per_token
 from mtp_megatron.training.batches import Microbatch, rows_of
 from mtp_megatron.training.recipe import Recipe
@@ -123,10 +124,12 @@ def train_step(
     for model in trainable.models:
         if model.owned_heads:
             model.set_head_weights(weights)
-    reports = trainable.backward(recipe, iterators, num_microbatches)
+    with label("forward and backward"):
+        reports = trainable.backward(recipe, iterators, num_microbatches)
     # Only now do the reports hold numbers: the heads ran inside the backward passes.
     local = [torch.cat([r.loss_sum, r.correct, r.tokens, r.normalizer[None]]) for r in reports]
-    sums = sum_over_world(local, 3 * recipe.heads.n + 1, stop_requested)
+    with label("figures over the world"):  # waits for the device, and for the slowest rank
+        sums = sum_over_world(local, 3 * recipe.heads.n + 1, stop_requested)
     figures = _figures(sums, weights)
     # The sums, not the means: a head without a target in this global batch has no mean, and has not diverged.
     n = recipe.heads.n
@@ -135,7 +138,8 @@ def train_step(
     _require_finite(step + 1, values, known | {"grad_norm": None})
     # Before the optimizer, so that the first step trains at lr/warmup_steps and the last of the decay at min_lr.
     trainable.scheduler.step(increment=1)
-    grad_norm = trainable.update()
+    with label("optimizer"):
+        grad_norm = trainable.update()
     if not trainable.may_lose_steps():
         _require_finite(step + 1, [("gradient norm", None, grad_norm)], known | {"grad_norm": grad_norm})
     return StepFigures(
@@ -164,8 +168,11 @@ def run_schedule(
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def forward_step(iterator: BatchIterator, model: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
-        batch = next(iterator) if iterator is not None else Microbatch()
-        return batch.through(model), partial(loss_func, batch)
+        with label("data"):
+            batch = next(iterator) if iterator is not None else Microbatch()
+        with label("evaluation" if forward_only else "trunk forward"):
+            output = batch.through(model)
+        return output, partial(loss_func, batch)
 
     several = len(chunks) > 1
     rows, length = rows_of(recipe)

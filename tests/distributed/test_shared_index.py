@@ -127,9 +127,10 @@ def test_a_writer_whose_rank_leaves_is_ended_and_its_folder_removed(
     assert not list((tmp_path / "cache").iterdir())
 
 
-@pytest.mark.parametrize("name", ["TERM", "INT", "HUP", "USR1"])
+@pytest.mark.parametrize("name", ["TERM", "INT", "HUP", "USR1", "USR2"])
 def test_requests_to_stop_do_not_end_a_writer(name: str, data: Path, tmp_path: Path) -> None:
-    """From its first moment: torchrun, SLURM and terminals send them to all processes of a rank."""
+    """From its first moment: torchrun, SLURM and terminals send them to all processes of a rank. Nor does SIGUSR2,
+    which asks the rank for its stacks."""
     index = index_of(data, tmp_path)
     with written_by_a_child(f"kill -{name} $$"):
         shared_index.open_together(index)

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import yaml
 
+from mtp_megatron.reporting.stacks import read_report
 from tests.training_runs import metrics, tiny_tree
 
 SCRIPT = Path(__file__).parents[2] / "examples/torchrun/node.sh"
@@ -25,6 +26,12 @@ LIMIT = 200.0  # seconds that any wait may take; a busy machine needs many times
 def steps_in(run: Path) -> int:
     file = run / "metrics.jsonl"
     return file.read_text().count('"kind": "train"') if file.is_file() else 0
+
+
+def stacks_in(run: Path) -> list[int]:
+    """The ranks that have written where they are."""
+    report = read_report(run)
+    return sorted(rank for group in report.groups for rank in group.ranks) if report else []
 
 
 def signal_all(processes: list[psutil.Process], number: signal.Signals) -> None:
@@ -45,7 +52,9 @@ def signal_all(processes: list[psutil.Process], number: signal.Signals) -> None:
 def test_a_run_with_readers_saves_before_it_ends(
     command: list[str], number: signal.Signals, to_all: bool, status: int, data: Path, tmp_path: Path
 ) -> None:
-    """What torchrun gets it passes on to all processes of each rank. SLURM (``--signal=USR1@900``) sends to all."""
+    """What torchrun gets it passes on to all processes of each rank. SLURM (``--signal=USR1@900``) sends to all.
+
+    So it does SIGUSR2 (``scancel --signal=USR2``), of which ranks write their stacks and nothing ends."""
     run, log, recipe = tmp_path / "run", tmp_path / "log", tmp_path / "recipe.yaml"
     endless = {"train__steps": 100_000, "train__save_interval": 0, "train__eval_batches": 0}
     recipe.write_text(yaml.safe_dump(tiny_tree(data, run, parallel__pipeline=2, data__workers=2, **endless)))
@@ -61,6 +70,13 @@ def test_a_run_with_readers_saves_before_it_ends(
             time.sleep(0.05)
         family += job.children(recursive=True)
         assert len(family) >= 1 + 2 + 2 * 2, "what starts them, two ranks, two readers of each"
+        if to_all:
+            trained = steps_in(run)
+            signal_all(family, signal.SIGUSR2)
+            while stacks_in(run) != [0, 1] or steps_in(run) < trained + 3:
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.05)
+            assert all(process.status() != psutil.STATUS_ZOMBIE for process in family)
         signal_all(family if to_all else [job], number)
         assert job.wait(LIMIT) == status, log.read_text()
         _, left = psutil.wait_procs(family, timeout=60)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mtp_megatron import cli
 from mtp_megatron.errors import CheckpointError, ConfigError
@@ -169,6 +170,27 @@ def test_what_may_change_when_a_run_is_resumed(tmp_path: Path) -> None:
             run__keep_last=1,
         )
     )
+
+
+def test_a_run_that_was_recorded_before_a_setting_was_there_is_resumed_with_it(tmp_path: Path) -> None:
+    settings = {"profile_steps": [2, 3], "profile_ranks": [1], "memory_snapshot": True}
+    written(tmp_path)
+    folder = RunFolder(tmp_path)
+    tree = yaml.safe_load(folder.recipe.read_text())
+    for key in settings:
+        del tree["train"][key]
+    folder.recipe.write_text(yaml.safe_dump(tree))
+    check_run_folder(resolved(tmp_path, **{f"train__{key}": value for key, value in settings.items()}))
+
+
+def test_stacks_of_a_start_that_hung_before_it_recorded_its_recipe_are_no_strangers(tmp_path: Path) -> None:
+    file = RunFolder(tmp_path).stacks / "rank00000.txt"
+    file.parent.mkdir()
+    file.touch()
+    check_run_folder(resolved(tmp_path))
+    (tmp_path / "profile").mkdir()
+    with pytest.raises(ConfigError, match=r"files that are no run's \(profile\)"):
+        check_run_folder(resolved(tmp_path))
 
 
 @pytest.mark.parametrize(
