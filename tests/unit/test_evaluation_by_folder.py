@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mtp_megatron.data.blend import Blend, load_blend
 from mtp_megatron.data.dataset import AnySamples, BlendedSamples, build_datasets
 from mtp_megatron.data.loader import build_valid_batches, count_valid_batches
-from mtp_megatron.training.evaluation import Evaluation, evaluate
+from mtp_megatron.sequential import HeadReport
+from mtp_megatron.targets import IGNORE_INDEX
+from mtp_megatron.training.batches import Microbatch
+from mtp_megatron.training.evaluation import Evaluation, _add_samples, evaluate
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.recipe_io import parse_recipe
 from mtp_megatron.training.validate import check_recipe
@@ -98,6 +103,24 @@ def test_a_folder_without_a_sample_has_no_figure(recipe: Recipe, folders: list[P
     assert given.head_loss == pytest.approx(whole.head_loss, rel=1e-6)
     assert none.head_tokens == [0, 0, 0]
     assert all(map(math.isnan, [none.loss, *none.head_loss, *none.head_accuracy]))
+
+
+def test_samples_in_one_row_have_the_figures_that_they_have_in_rows() -> None:
+    """As attention within documents packs them for Transformer Engine's layers: one sample after another."""
+    torch.manual_seed(0)
+    targets = torch.randint(0, 3, (2, 3, 5))
+    targets[:, :, -1] = IGNORE_INDEX
+    report = HeadReport.empty(targets, (1.0, 1.0), torch.float32, predictions=True)
+    report.predictions = torch.randint(0, 3, targets.shape)
+    report.losses = torch.rand(targets.shape)
+    parts, found = torch.tensor([1, 0, 1]), []
+    for shape in (targets.shape, (2, 1, 15)):
+        rows = replace(report, predictions=report.predictions.view(shape), losses=report.losses.view(shape))
+        found.append(torch.zeros(2, 6, dtype=torch.float64))
+        _add_samples(found[-1], Microbatch(targets=targets.view(shape), parts=parts), rows)
+    assert torch.equal(found[0], found[1])
+    assert found[0][0, :2] == pytest.approx(report.losses[:, 1].sum(dim=1))
+    assert found[0][:, 4:].tolist() == [[4, 4], [8, 8]]
 
 
 @pytest.mark.parametrize(
