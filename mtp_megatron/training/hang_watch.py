@@ -48,6 +48,7 @@ class HangWatch:
         self._minutes, self._after = minutes, LATE * 60 * minutes
         self._what, self._began = "the start", time.monotonic()
         self._armed = -self._after
+        self._timed = True
         self._file: IO[bytes] | None = None
         self._path: Path | None = None
         self._header: Header | None = None
@@ -121,16 +122,24 @@ class HangWatch:
         """The present part of the run."""
         return self._what
 
-    def begin(self, what: str) -> None:
-        """What the process does next, for example ``step 12``: what came before is over, and took no longer."""
+    def begin(self, what: str, *, timed: bool = True) -> None:
+        """What the process does next, for example ``step 12``: what came before is over, and took no longer.
+
+        Where no timeout ends it (not ``timed``), only SIGUSR2 has its stacks written: it may well take hours, and
+        faulthandler reads those of threads that run.
+        """
         self._what, self._began = what, time.monotonic()
-        if self._began - self._armed > _REARM * self._after:
+        changed, self._timed = timed != self._timed, timed
+        if changed or self._began - self._armed > _REARM * self._after:
             self._late_from = self._size()
             self._arm()
 
     def _arm(self) -> None:
         target = self._file or _stderr()
         if target is None:
+            return
+        if not self._timed:
+            faulthandler.cancel_dump_traceback_later()
             return
         self._armed = time.monotonic()
         # Repeated: a part of the run may take long, and hang later.

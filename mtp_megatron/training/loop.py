@@ -110,7 +110,7 @@ class _Session:
             Stopped: on every rank, where any was asked to stop meanwhile.
         """
         # Before the model: what can be wrong with the index of samples is found before minutes of loading.
-        self.watch.begin("the index of samples")
+        self.watch.begin("the index of samples", timed=False)
         batch, train = self.recipe.train.global_batch_size, self.recipe.train
         self.train_data, self.valid_data = build_datasets(
             self.plan.data,

@@ -106,6 +106,22 @@ def test_what_takes_no_longer_than_usual_writes_nothing_and_arms_seldom(
     assert not (tmp_path / "stacks").exists()
 
 
+def test_what_no_timeout_ends_may_take_long(tmp_path: Path) -> None:
+    """The index of samples; a process that is forked meanwhile arms nothing in its parent either."""
+    file = stack_file(tmp_path / "stacks", 0)
+    with HangWatch(0.01) as watch:
+        watch.write_to(file.parent)
+        watch.begin("the index of samples", timed=False)
+        child = os.fork()
+        if not child:
+            os._exit(0)
+        os.waitpid(child, 0)
+        time.sleep(1.5)
+        assert "Timeout" not in file.read_text()
+        watch.begin("step 1")  # at once, however short the time since
+        until(lambda: "Timeout" in file.read_text())
+
+
 def test_what_earlier_attempts_wrote_stays(tmp_path: Path) -> None:
     file = stack_file(tmp_path / "stacks", 0)
     with HangWatch(LONG) as watch:
