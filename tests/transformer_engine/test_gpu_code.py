@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.fp8_runs import linear_layers
+from tests.gpu import test_documents as documents_tests
 from tests.gpu import test_fp8 as fp8_tests
 from tests.gpu import test_resume as resume_tests
 from tests.transformer_engine.loops import initialise_as_on_a_gpu
@@ -41,6 +42,7 @@ test_heads_in_fp8 = fp8_tests.test_heads_in_fp8_where_they_are_asked_for
 test_fp8_parameters = fp8_tests.test_fp8_parameters_are_the_trunks
 test_the_amax_history = fp8_tests.test_the_amax_history_advances_once_per_microbatch
 test_adam_goes_on_where_it_was = resume_tests.test_adam_goes_on_where_it_was
+test_documents = documents_tests.test_nothing_of_one_document_reaches_the_next
 
 
 @pytest.fixture
