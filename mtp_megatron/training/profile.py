@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 class StepProfiler:
     """Records the steps of ``train.profile_steps`` on the ranks of ``train.profile_ranks``, and writes
     ``RUN/profile/rank0-steps5-7.json.gz`` and ``.txt``. What lies between the steps, evaluation say, is recorded, too.
+    Where data is passed over between them, it ends before that.
 
     On other ranks, and beside these steps, every method does nothing.
     """
@@ -69,6 +70,10 @@ class StepProfiler:
         self._profile.start()
         self._first = self._last = step
 
+    @property
+    def records(self) -> bool:
+        return self._profile is not None
+
     def passed(self, step: int) -> bool:
         """Called after ``step``; whether the profile ends with it and :meth:`write` is due."""
         if self._profile is None:
@@ -82,11 +87,11 @@ class StepProfiler:
             return
         recorded, self._profile, self._wanted = self._profile, None, range(0)
         name = f"rank{dist.get_rank()}-steps{self._first}-{self._last}"
-        trace = _free(self._folder, name, ".json.gz")
-        unfinished = trace.with_name(f".{trace.name}")  # torch packs what is named .gz
+        unfinished = self._folder / f".{name}.json.gz"  # torch packs what is named .gz
         try:
             recorded.stop()
             self._folder.mkdir(parents=True, exist_ok=True)
+            trace = _free(self._folder, name, ".json.gz")
             recorded.export_chrome_trace(str(unfinished))
             os.replace(unfinished, trace)
             text = trace.with_name(trace.name.replace(".json.gz", ".txt"))

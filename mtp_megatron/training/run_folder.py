@@ -108,7 +108,7 @@ def check_run_folder(recipe: Recipe) -> tuple[RunFolder, dict[str, str]]:
     if not folder.recipe.is_file():
         entries = sorted(entry.name for entry in folder.path.iterdir()) if folder.path.is_dir() else []
         unfinished = f".{folder.recipe.name}."  # of a start that was killed while it wrote that
-        ours = (LOCK, stack_files.FOLDER)
+        ours = (LOCK, stack_files.FOLDER, folder.memory.name)  # of one that hung, or whose model did not fit
         strangers = [name for name in entries if name not in ours and not name.startswith(unfinished)][:3]
         if strangers:
             raise ConfigError(
