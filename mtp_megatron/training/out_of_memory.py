@@ -115,7 +115,7 @@ def _message(recipe: Recipe, folder: RunFolder, world_size: int, part: str, said
         f"rank {dist.get_rank()} on {platform.node()}{stage}: out of GPU memory in {part} ({used} of "
         f"{room / _GIB:.2f} GiB; {said}). What takes less, nearest first: "
         f"{'; '.join(remedies(recipe))}. 'mtp-megatron plan {file} --gpus {world_size} --memory {room / 1e9:.0f}' "
-        f"says what every stage takes, and which of these fit.{kept}"
+        f"says what every stage takes and which of these fit, or which setting it does not know.{kept}"
     )
 
 
