@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,7 +17,7 @@ from mtp_megatron import compat
 from mtp_megatron.labels import PREFIX
 from mtp_megatron.ranks import ranges
 from mtp_megatron.training.recipe import Recipe
-from mtp_megatron.training.run_folder import RunFolder
+from mtp_megatron.training.run_folder import RunFolder, unused_file
 from mtp_megatron.training.world import waits_for_others
 
 ROWS = 40  # operations in the text
@@ -91,7 +90,7 @@ class StepProfiler:
         try:
             recorded.stop()
             self._folder.mkdir(parents=True, exist_ok=True)
-            trace = _free(self._folder, name, ".json.gz")
+            trace = unused_file(self._folder, name, ".json.gz")
             recorded.export_chrome_trace(str(unfinished))
             os.replace(unfinished, trace)
             text = trace.with_name(trace.name.replace(".json.gz", ".txt"))
@@ -101,15 +100,6 @@ class StepProfiler:
             logger.warning("the profile of steps %d to %d was not written: %s", self._first, self._last, what)
             with suppress(OSError):
                 unfinished.unlink(missing_ok=True)
-
-
-def _free(folder: Path, name: str, suffix: str) -> Path:
-    """A name that no earlier attempt has used."""
-    path, number = folder / f"{name}{suffix}", 1
-    while path.exists():
-        number += 1
-        path = folder / f"{name}.{number}{suffix}"
-    return path
 
 
 def _text(events: Any, first: int, last: int) -> str:

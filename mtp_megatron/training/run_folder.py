@@ -163,6 +163,15 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
     return kept
 
 
+def unused_file(folder: Path, name: str, suffix: str) -> Path:
+    """A file that no earlier attempt has written."""
+    path, number = folder / f"{name}{suffix}", 1
+    while path.exists():
+        number += 1
+        path = folder / f"{name}.{number}{suffix}"
+    return path
+
+
 def without_nan(value: Any) -> Any:
     """NaN and infinity have no place in JSON: null instead."""
     if isinstance(value, float):
