@@ -22,6 +22,7 @@ class Header:
         rank, size: of the job.
         host, process: where it ran.
         main: its main thread as dumps name it. It is the oldest one, the last of a dump.
+        asked: whether it writes at SIGUSR2. Else the signal is someone else's there, and may mean anything.
     """
 
     attempt: str
@@ -30,6 +31,7 @@ class Header:
     host: str
     process: int
     main: str
+    asked: bool = True
 
     def line(self) -> str:
         return f"{_HEADER}{json.dumps(asdict(self))}\n"

@@ -14,7 +14,7 @@ from mtp_megatron.stack_files import FOLDER, Header, read_header
 _THREAD = re.compile(r"^(?:Current thread|Thread) (0x[0-9a-f]+)(?: \[.*\])? \(most recent call first\):$")
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$')
 _PACKAGES = re.compile(r"^.*/(?:site-packages|dist-packages|lib/python3\.\d+)/")
-_OWN = re.compile(r"(?:^|/)(mtp_megatron/.*)$")
+_OWN = re.compile(r"^(?:.*/)?(mtp_megatron/.*)$")  # the last one: a checkout may be in a folder of that name
 # What a frame is about, by its file; the innermost of a main thread that is named here says what the rank does.
 _ABOUT = (
     (re.compile(r"torch/distributed/distributed_c10d\.py$"), "in the collective {function}"),
@@ -78,7 +78,7 @@ class Report:
         size: its ranks.
         groups: the smallest first: in a hang the odd one out is the cause.
         silent: ranks whose files hold no stacks of that attempt, with their hosts.
-        written: when the last of these files was.
+        written: when the last of these files was, be it by a later attempt.
         later: the newest attempt since, if none of its ranks wrote any.
     """
 
@@ -93,8 +93,8 @@ class Report:
 def headers(run: Path) -> list[tuple[Path, Header]]:
     """The last header of each file in the run's folder: which process may still write there."""
     found = []
-    for file in _files(run):
-        parts = _attempts(file.read_text(encoding="utf-8", errors="replace"))
+    for file, text, _ in _files(run):
+        parts = _attempts(text)
         if parts:
             found.append((file, parts[-1][0]))
     return found
@@ -103,10 +103,9 @@ def headers(run: Path) -> list[tuple[Path, Header]]:
 def read_report(run: Path) -> Report | None:
     """The stacks of a run; None where no rank wrote any."""
     attempts: dict[str, list[RankStacks]] = {}
-    for file in _files(run):
-        written = datetime.fromtimestamp(file.stat().st_mtime, UTC)
-        for header, text in _attempts(file.read_text(encoding="utf-8", errors="replace")):
-            stacks = RankStacks(header, _last_dump(text, header.main), written)
+    for _, text, written in _files(run):
+        for header, lines in _attempts(text):
+            stacks = RankStacks(header, _last_dump(lines, header.main), written)
             attempts.setdefault(header.attempt, []).append(stacks)
     told = [name for name, ranks in attempts.items() if any(rank.dump for rank in ranks)]
     if not told:
@@ -128,9 +127,10 @@ def read_report(run: Path) -> Report | None:
 
 def text_of(report: Report) -> str:
     """The report for people: a line for each group, then its stacks, outermost function first."""
-    written = report.written.isoformat()
-    lines = [f"attempt of {_time(report.attempt)}, {report.size} ranks; stacks written {_time(written)}"]
-    if report.later is not None:
+    lines = [f"attempt of {_time(report.attempt)}, {report.size} ranks"]
+    if report.later is None:
+        lines[0] += f"; stacks written {_time(report.written.isoformat())}"
+    else:  # which has written its header into the same files since
         lines.append(f"(the attempt of {_time(report.later)} has written none)")
     lines += [f"{_named(group.ranks)}: {summary(group.dump.main)}{_age(group)}" for group in report.groups]
     by_host: dict[str, list[int]] = {}
@@ -147,7 +147,7 @@ def text_of(report: Report) -> str:
 
 def summary(stack: Stack) -> str:
     """What a main thread is doing, in a few words: the innermost thing that is known, and who of this package asked."""
-    own = next((frame for frame in stack if _OWN.search(frame.file)), None)
+    own = next((frame for frame in stack if _is_own(frame)), None)
     inner = stack[0] if stack else None
     about = f"in {inner.function} ({inner.file}:{inner.line})" if inner else "no Python function"
     for frame in stack:
@@ -160,8 +160,14 @@ def summary(stack: Stack) -> str:
     return f"{about}, from {own.function} ({own.file}:{own.line})"
 
 
-def _files(run: Path) -> list[Path]:
-    return sorted((run / FOLDER).glob("rank*.txt"))
+def _files(run: Path) -> Iterator[tuple[Path, str, datetime]]:
+    """The files of ranks, what they hold and when they were written last."""
+    for file in sorted((run / FOLDER).glob("rank*.txt")):
+        try:
+            written = datetime.fromtimestamp(file.stat().st_mtime, UTC)
+            yield file, file.read_text(encoding="utf-8", errors="replace"), written
+        except FileNotFoundError:  # a run that ends takes files without stacks away
+            continue
 
 
 @dataclass
@@ -189,7 +195,7 @@ def _last_dump(lines: Iterable[str], main: str) -> Dump | None:
     for thread, stack in _threads(lines):
         if thread == main:
             dump, others = Dump(stack, tuple(others)), []
-        elif any(_OWN.search(frame.file) and _TELLER not in frame.file for frame in stack):
+        elif any(_is_own(frame) and _TELLER not in frame.file for frame in stack):
             others.append(stack)
     return dump
 
@@ -210,19 +216,35 @@ def _threads(lines: Iterable[str]) -> Iterator[tuple[str, Stack]]:
 
 
 def _short(file: str) -> str:
-    own = _OWN.search(file)
-    return own[1] if own else _PACKAGES.sub("", file)
+    short = _PACKAGES.sub("", file)  # first: the environment may be in the checkout
+    own = _OWN.match(short)
+    return own[1] if own else short
+
+
+def _is_own(frame: Frame) -> bool:
+    return frame.file.startswith("mtp_megatron/")
 
 
 def _grouped(ranks: Sequence[RankStacks]) -> tuple[Group, ...]:
-    newest = max(rank.written for rank in ranks if rank.dump)
+    hangs = _hangs([rank.written for rank in ranks if rank.dump])
     groups: dict[tuple[Dump, datetime | None], list[int]] = {}
     for rank in ranks:
         if rank.dump is not None:
-            old = rank.written if newest - rank.written > _TOGETHER else None
-            groups.setdefault((rank.dump, old), []).append(rank.header.rank)
+            groups.setdefault((rank.dump, hangs[rank.written]), []).append(rank.header.rank)
     found = sorted(groups.items(), key=lambda item: len(item[1]))
     return tuple(Group(tuple(numbers), dump, old) for (dump, old), numbers in found)
+
+
+def _hangs(times: Iterable[datetime]) -> dict[datetime, datetime | None]:
+    """For each time the last one of the same hang; None for those of the newest."""
+    found: dict[datetime, datetime | None] = {}
+    last: datetime | None = None
+    before: datetime | None = None
+    for time in sorted(times, reverse=True):
+        if before is not None and before - time > _TOGETHER:
+            last = time
+        found[time], before = last, time
+    return found
 
 
 def _named(ranks: Sequence[int]) -> str:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from mtp_megatron.errors import ConfigError
+from mtp_megatron.ranks import ranges
 from mtp_megatron.reporting.stacks import headers, read_report, text_of
 from mtp_megatron.signals import STACKS_SIGNAL
 from mtp_megatron.stack_files import FOLDER, Header
@@ -44,9 +45,12 @@ def run(args: argparse.Namespace) -> int:
     if not run.is_dir():
         raise ConfigError("RUN", str(run), "there is no such folder", "Give the folder of a run (run.path).")
     if not args.read:
-        asked = _ask(run)
+        here = [(file, header) for file, header in headers(run) if _writes(header, file)]
+        asked = _ask(here)
         _wait(asked)
-        print(f"asked {len(asked)} ranks on {platform.node()}" if asked else f"no rank of it runs on {platform.node()}")
+        print(f"asked {len(asked)} ranks on {platform.node()}" if here else f"no rank of it runs on {platform.node()}")
+        if others := [header.rank for _, header in here if not header.asked]:
+            print(f"not asked, as SIGUSR2 has another handler there: ranks {ranges(others)}")
     report = read_report(run)
     if report is None:
         print(f"no rank has written its stacks to {run / FOLDER}", file=sys.stderr)
@@ -55,11 +59,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _ask(run: Path) -> list[tuple[Path, int]]:
+def _ask(here: list[tuple[Path, Header]]) -> list[tuple[Path, int]]:
     """Send the signal to those who would write: files, and their sizes before."""
     asked = []
-    for file, header in headers(run):
-        if header.host != platform.node() or not _writes(header, file):
+    for file, header in here:
+        if not header.asked:
             continue
         try:
             size = file.stat().st_size
@@ -71,11 +75,15 @@ def _ask(run: Path) -> list[tuple[Path, int]]:
 
 
 def _writes(header: Header, file: Path) -> bool:
-    """Whether that process has the file open: a number is given again to other processes, which may die of a signal."""
+    """Whether that process is on this host and has the file open: a number is given again to other processes, which may
+    die of a signal."""
+    if header.host != platform.node():
+        return False
     try:
         for descriptor in Path(f"/proc/{header.process}/fd").iterdir():
             try:
-                if descriptor.samefile(file):
+                # By name first: the rank may hang in a file system that would have this process wait, too.
+                if descriptor.readlink().name == file.name and descriptor.samefile(file):
                     return True
             except OSError:  # closed meanwhile
                 continue
@@ -89,7 +97,10 @@ def _wait(asked: list[tuple[Path, int]]) -> None:
     until, quiet = time.monotonic() + _PATIENCE, time.monotonic()
     before: list[int] = []
     while asked and time.monotonic() < until:
-        sizes = [file.stat().st_size for file, _ in asked]
+        try:
+            sizes = [file.stat().st_size for file, _ in asked]
+        except FileNotFoundError:  # a run that ends takes files without stacks away
+            return
         if sizes != before:
             before, quiet = sizes, time.monotonic()
         grown = all(now > then for now, (_, then) in zip(sizes, asked, strict=True))

@@ -21,7 +21,8 @@ examples:
 
 SIGTERM, SIGUSR1 or Ctrl-C lets the step finish, saves and exits with status 0; the same command continues from there.
 Before the first step there is nothing to save: it exits at once, also while the index of samples is written.
-A run that diverged: 'mtp-megatron rollback --help', train.skip_steps, run.accept_changes.
+A run that diverged: 'mtp-megatron rollback --help', train.skip_steps, run.accept_changes. One that hangs:
+'mtp-megatron stacks --help'. One that is slow: train.profile_steps.
 
 keys of a recipe (section.key  type  default  meaning):
 """

@@ -31,6 +31,7 @@ from mtp_megatron.stack_files import Header, read_header, stack_file, thread_nam
 LATE = 0.9  # of train.timeout_minutes: what is left is for ranks that write later, before the first collective fails
 _REARM = 0.01  # of it: arming takes a new thread, 60 to 90 us, and a step may take 10 ms
 _LOOK = 0.02  # of it: how often the log's thread looks for new stacks
+_STATUS = Path("/proc/self/status")
 logger = logging.getLogger(__name__)
 
 
@@ -91,6 +92,7 @@ class HangWatch:
         started = torch.tensor(time.time_ns() // 1000, dtype=torch.int64, device=compat.device())
         dist.broadcast(started, 0)
         self._header = Header(
+            asked=self._registered or _is_free(),
             attempt=datetime.fromtimestamp(int(started) / 1e6, UTC).isoformat(timespec="microseconds"),
             rank=rank,
             size=size,
@@ -185,7 +187,8 @@ class HangWatch:
         with suppress(OSError, ValueError):
             self._file.close()
             text = self._path.read_text(encoding="utf-8", errors="replace")
-            if all(read_header(line) for line in text.splitlines()):
+            # The last header is another job's where one has begun already: the lock of the folder is free by now.
+            if all(read_header(line) for line in text.splitlines()) and text.endswith(self._header.line()):
                 self._path.unlink()
                 with suppress(OSError):  # other ranks' files are in it
                     self._path.parent.rmdir()
@@ -194,11 +197,14 @@ class HangWatch:
 def _is_free() -> bool:
     """Whether SIGUSR2 has no handler. Python does not know of those that were installed from C; Linux tells."""
     try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        status = _STATUS.read_text(encoding="utf-8")
     except OSError:
-        return signal.getsignal(STACKS_SIGNAL) in (signal.SIG_DFL, signal.SIG_IGN)
-    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
-    return not int(caught, 16) >> (STACKS_SIGNAL - 1) & 1
+        status = ""
+    for line in status.splitlines():
+        if line.startswith("SigCgt:"):
+            return not int(line.split()[1], 16) >> (STACKS_SIGNAL - 1) & 1
+    # macOS, or a sandbox that leaves the line out: google/gvisor#14500.
+    return signal.getsignal(STACKS_SIGNAL) in (signal.SIG_DFL, signal.SIG_IGN)
 
 
 def _stderr() -> IO[str] | None:

@@ -170,10 +170,13 @@ class _Session:
         log.step(self.step, figures)
         self.divergence.passed(self.step)
         if self.profiler.passed(self.step):
-            self.watch.begin(f"the profile of step {self.step}")
-            with log.paused():
-                self.profiler.write()
+            self._write_profile(log)
         return figures.stop
+
+    def _write_profile(self, log: RunLog) -> None:
+        self.watch.begin(f"the profile of step {self.step}")
+        with log.paused():
+            self.profiler.write()
 
     def _report_and_keep(self, log: RunLog, trained: bool, stop: bool) -> tuple[Evaluation | None, bool]:
         """Evaluate and save where that is due: after every so many trained steps, and after the last step, passed over
@@ -233,6 +236,8 @@ class _Session:
         skipped = self.recipe.train.skipped_to(self.step) - self.step
         if not skipped:
             return False
+        if self.profiler.records:  # readers are forked anew, and would record into their memory until they end
+            self._write_profile(log)
         self.trainable.scheduler.step(increment=skipped)
         self.step += skipped
         log.passed_over(self.step, skipped)

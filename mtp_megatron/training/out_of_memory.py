@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from mtp_megatron.errors import ConfigError, MTPError
 from mtp_megatron.training.recipe import Recipe
-from mtp_megatron.training.run_folder import RunFolder
+from mtp_megatron.training.run_folder import RunFolder, unused_file
 
 _ENTRIES = 100_000  # allocations and frees that a snapshot holds, the latest ones; a few KB each
 _GIB = 2**30
@@ -115,16 +115,17 @@ def _message(recipe: Recipe, folder: RunFolder, world_size: int, part: str, said
         f"rank {dist.get_rank()} on {platform.node()}{stage}: out of GPU memory in {part} ({used} of "
         f"{room / _GIB:.2f} GiB; {said}). What takes less, nearest first: "
         f"{'; '.join(remedies(recipe))}. 'mtp-megatron plan {file} --gpus {world_size} --memory {room / 1e9:.0f}' "
-        f"says what every stage takes, and which of these fit.{kept}"
+        f"says what every stage takes and which of these fit, or which setting it does not know.{kept}"
     )
 
 
 def _write_snapshot(folder: RunFolder, part: str) -> Path | None:
-    path = folder.memory / f"rank{dist.get_rank()}-{part.replace(' ', '-')}.pickle"
+    name = f"rank{dist.get_rank()}-{part.replace(' ', '-')}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.memory.mkdir(parents=True, exist_ok=True)
+        path = unused_file(folder.memory, name, ".pickle")
         torch.cuda.memory._dump_snapshot(str(path))
     except Exception as error:  # noqa: BLE001 - that memory ran out is the news
-        logger.warning("%s was not written: %s: %s", path, type(error).__name__, error)
+        logger.warning("%s/%s.pickle was not written: %s: %s", folder.memory, name, type(error).__name__, error)
         return None
     return path

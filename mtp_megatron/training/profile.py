@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,7 +17,7 @@ from mtp_megatron import compat
 from mtp_megatron.labels import PREFIX
 from mtp_megatron.ranks import ranges
 from mtp_megatron.training.recipe import Recipe
-from mtp_megatron.training.run_folder import RunFolder
+from mtp_megatron.training.run_folder import RunFolder, unused_file
 from mtp_megatron.training.world import waits_for_others
 
 ROWS = 40  # operations in the text
@@ -28,6 +27,7 @@ logger = logging.getLogger(__name__)
 class StepProfiler:
     """Records the steps of ``train.profile_steps`` on the ranks of ``train.profile_ranks``, and writes
     ``RUN/profile/rank0-steps5-7.json.gz`` and ``.txt``. What lies between the steps, evaluation say, is recorded, too.
+    Where data is passed over between them, it ends before that.
 
     On other ranks, and beside these steps, every method does nothing.
     """
@@ -69,6 +69,10 @@ class StepProfiler:
         self._profile.start()
         self._first = self._last = step
 
+    @property
+    def records(self) -> bool:
+        return self._profile is not None
+
     def passed(self, step: int) -> bool:
         """Called after ``step``; whether the profile ends with it and :meth:`write` is due."""
         if self._profile is None:
@@ -82,11 +86,11 @@ class StepProfiler:
             return
         recorded, self._profile, self._wanted = self._profile, None, range(0)
         name = f"rank{dist.get_rank()}-steps{self._first}-{self._last}"
-        trace = _free(self._folder, name, ".json.gz")
-        unfinished = trace.with_name(f".{trace.name}")  # torch packs what is named .gz
+        unfinished = self._folder / f".{name}.json.gz"  # torch packs what is named .gz
         try:
             recorded.stop()
             self._folder.mkdir(parents=True, exist_ok=True)
+            trace = unused_file(self._folder, name, ".json.gz")
             recorded.export_chrome_trace(str(unfinished))
             os.replace(unfinished, trace)
             text = trace.with_name(trace.name.replace(".json.gz", ".txt"))
@@ -96,15 +100,6 @@ class StepProfiler:
             logger.warning("the profile of steps %d to %d was not written: %s", self._first, self._last, what)
             with suppress(OSError):
                 unfinished.unlink(missing_ok=True)
-
-
-def _free(folder: Path, name: str, suffix: str) -> Path:
-    """A name that no earlier attempt has used."""
-    path, number = folder / f"{name}{suffix}", 1
-    while path.exists():
-        number += 1
-        path = folder / f"{name}.{number}{suffix}"
-    return path
 
 
 def _text(events: Any, first: int, last: int) -> str:

@@ -108,7 +108,7 @@ def check_run_folder(recipe: Recipe) -> tuple[RunFolder, dict[str, str]]:
     if not folder.recipe.is_file():
         entries = sorted(entry.name for entry in folder.path.iterdir()) if folder.path.is_dir() else []
         unfinished = f".{folder.recipe.name}."  # of a start that was killed while it wrote that
-        ours = (LOCK, stack_files.FOLDER)
+        ours = (LOCK, stack_files.FOLDER, folder.memory.name)  # of one that hung, or whose model did not fit
         strangers = [name for name in entries if name not in ours and not name.startswith(unfinished)][:3]
         if strangers:
             raise ConfigError(
@@ -161,6 +161,15 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
         if section not in FREE_KEYS:
             kept[section] = {key: value for key, value in values.items() if f"{section}.{key}" not in FREE_KEYS}
     return kept
+
+
+def unused_file(folder: Path, name: str, suffix: str) -> Path:
+    """A file that no earlier attempt has written."""
+    path, number = folder / f"{name}{suffix}", 1
+    while path.exists():
+        number += 1
+        path = folder / f"{name}.{number}{suffix}"
+    return path
 
 
 def without_nan(value: Any) -> Any:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from mtp_megatron.reporting.stacks import read_report
 from mtp_megatron.signals import STACKS_SIGNAL
-from mtp_megatron.stack_files import stack_file
+from mtp_megatron.stack_files import read_header, stack_file
 from mtp_megatron.training import hang_watch
 from mtp_megatron.training.hang_watch import HangWatch
 
@@ -140,11 +140,44 @@ def test_a_handler_of_someone_elses_stays(tmp_path: Path) -> None:
         faulthandler.register(STACKS_SIGNAL, file=theirs)
         try:
             with HangWatch(LONG) as watch:
-                assert "where_it_is" not in where_it_is(watch, tmp_path / "stacks")
+                text = where_it_is(watch, tmp_path / "stacks")
             os.kill(os.getpid(), STACKS_SIGNAL)
         finally:
             faulthandler.unregister(STACKS_SIGNAL)
+    assert "where_it_is" not in text
+    header = read_header(text.strip())
+    assert header is not None
+    assert not header.asked, "nor does anyone ask"
     assert (tmp_path / "theirs").read_text().count("(most recent call first)") >= 2
+
+
+@pytest.mark.parametrize("status", ["Name:\tpython\nThreads:\t9\n", None], ids=["gVisor", "macOS"])
+def test_a_system_that_does_not_tell_which_signals_are_caught(
+    status: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hang_watch, "_STATUS", tmp_path / "status")
+    if status is not None:
+        (tmp_path / "status").write_text(status)
+    former = signal.signal(STACKS_SIGNAL, signal.SIG_DFL)
+    try:
+        assert hang_watch._is_free()
+        with HangWatch(LONG) as watch:
+            assert "where_it_is" in where_it_is(watch, tmp_path / "stacks")
+        signal.signal(STACKS_SIGNAL, lambda number, frame: None)
+        assert not hang_watch._is_free()
+    finally:
+        signal.signal(STACKS_SIGNAL, former)
+
+
+def test_a_file_into_which_another_job_writes_already_stays(tmp_path: Path) -> None:
+    """The next job may have begun: the folder's lock is given back first."""
+    file = stack_file(tmp_path / "stacks", 0)
+    with HangWatch(LONG) as watch:
+        watch.write_to(file.parent)
+        other = file.read_text().replace('"process": ', '"process": 1')
+        with file.open("a") as stream:
+            stream.write(other)
+    assert file.read_text().endswith(other)
 
 
 @pytest.mark.parametrize("obstacle", ["no folder", "a full disk"])

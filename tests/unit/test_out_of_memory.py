@@ -79,6 +79,8 @@ def test_a_snapshot_is_kept_where_it_was_asked_for(gpu: list[Any], tmp_path: Pat
         run_out(recipe, tmp_path)
     assert (tmp_path / "memory" / "rank0-step-12.pickle").read_text() == "pickled"
     assert [recorded.get("enabled", "on") for recorded in gpu] == ["on", None]
+    with pytest.raises(OutOfMemory, match=r"rank0-step-12\.2\.pickle shows"):  # the one before stays
+        run_out(recipe, tmp_path)
     assert gpu[0]["max_entries"] <= 100_000, "a few KB each"
 
 

@@ -183,10 +183,12 @@ def test_a_run_that_was_recorded_before_a_setting_was_there_is_resumed_with_it(t
     check_run_folder(resolved(tmp_path, **{f"train__{key}": value for key, value in settings.items()}))
 
 
-def test_stacks_of_a_start_that_hung_before_it_recorded_its_recipe_are_no_strangers(tmp_path: Path) -> None:
-    file = RunFolder(tmp_path).stacks / "rank00000.txt"
-    file.parent.mkdir()
-    file.touch()
+def test_what_a_start_left_that_ended_before_it_recorded_its_recipe_is_no_stranger(tmp_path: Path) -> None:
+    """Stacks where it hung, a snapshot where its GPUs did not hold the model."""
+    folder = RunFolder(tmp_path)
+    for file in (folder.stacks / "rank00000.txt", folder.memory / "rank0-building-and-loading-the-model.pickle"):
+        file.parent.mkdir()
+        file.touch()
     check_run_folder(resolved(tmp_path))
     (tmp_path / "profile").mkdir()
     with pytest.raises(ConfigError, match=r"files that are no run's \(profile\)"):

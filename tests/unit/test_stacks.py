@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mtp_megatron.cli import main
+from mtp_megatron.reporting import stacks_cli
 from mtp_megatron.reporting.stacks import headers, read_report, summary, text_of
 from mtp_megatron.stack_files import FOLDER, Header, stack_file, thread_name
 
@@ -102,6 +104,7 @@ def test_a_restart_does_not_hide_what_the_attempt_before_wrote(tmp_path: Path) -
     assert (report.attempt[11:19], report.later) == ("03:20:11", later)
     assert report.silent == ((1, "node0"),)
     text = text_of(report)
+    assert text.startswith("attempt of 2026-11-28 03:20:11 UTC, 2 ranks\n"), "its files were written again since"
     assert "(the attempt of 2026-11-28 04:00:00 UTC has written none)" in text
     assert "rank 1 on node0: no stacks" in text
     assert [header.attempt for _, header in headers(tmp_path)] == [later] * 2
@@ -112,13 +115,39 @@ def test_a_restart_does_not_hide_what_the_attempt_before_wrote(tmp_path: Path) -
 
 
 def test_what_was_written_long_before_says_so(tmp_path: Path) -> None:
-    for rank in range(2):
-        write(tmp_path, rank, dump(WAITING), size=2)
-    os.utime(stack_file(tmp_path / FOLDER, 1), (946684800, 946684800))
+    for rank in range(5):
+        write(tmp_path, rank, dump(WAITING), size=5)
+    # Ranks never write at the very same time, and those of one hang are one group all the same.
+    for rank, seconds in ((1, 0), (2, 1.5), (3, 3), (4, -7200)):
+        os.utime(stack_file(tmp_path / FOLDER, rank), (946684800 + seconds,) * 2)
     report = read_report(tmp_path)
     assert report is not None
-    assert {group.ranks: group.old for group in report.groups} == {(0,): None, (1,): datetime(2000, 1, 1, tzinfo=UTC)}
-    assert "(at 2000-01-01 00:00:00 UTC, not since)" in text_of(report)
+    assert {group.ranks: group.old for group in report.groups} == {
+        (0,): None,
+        (1, 2, 3): datetime(2000, 1, 1, 0, 0, 3, tzinfo=UTC),
+        (4,): datetime(1999, 12, 31, 22, tzinfo=UTC),
+    }
+    assert "(at 2000-01-01 00:00:03 UTC, not since)" in text_of(report)
+
+
+def test_a_checkout_named_like_the_package_does_not_make_all_code_its_own(tmp_path: Path) -> None:
+    """With the environment in it, as tools/setup.sh makes it."""
+    checkout = "/home/me/mtp_megatron"
+    packages = f"{checkout}/.venv/lib/python3.11/site-packages"
+    waiting = [
+        f'  File "{packages}/torch/distributed/distributed_c10d.py", line 3209 in all_reduce',
+        f'  File "{checkout}/mtp_megatron/training/step.py", line 231 in sum_over_world',
+    ]
+    monitor = [f'  File "{packages}/tqdm/_monitor.py", line 60 in run']
+    write(tmp_path, 0, dump(waiting, monitor), size=2)
+    write(tmp_path, 1, dump(waiting), size=2)
+    report = read_report(tmp_path)
+    assert report is not None
+    (group,) = report.groups
+    assert group.ranks == (0, 1)
+    assert summary(group.dump.main) == (
+        "in the collective all_reduce, from sum_over_world (mtp_megatron/training/step.py:231)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,8 +181,6 @@ def test_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_a_process_that_has_not_opened_the_file_is_not_signalled(tmp_path: Path) -> None:
     """Its number may have become another process's, which would die of the signal."""
-    import platform
-
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         file = stack_file(tmp_path / FOLDER, 0)
@@ -165,3 +192,26 @@ def test_a_process_that_has_not_opened_the_file_is_not_signalled(tmp_path: Path)
     finally:
         stranger.kill()
         stranger.wait()
+
+
+def test_where_the_signal_is_someone_elses_it_is_not_sent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """To submitit, say, it means to save and end. This process would die of it."""
+    file = stack_file(tmp_path / FOLDER, 0)
+    file.parent.mkdir()
+    with file.open("w") as stream:
+        stream.write(Header("2026", 0, 1, platform.node(), os.getpid(), MAIN, asked=False).line() + dump(WAITING))
+        stream.flush()
+        assert main(["stacks", str(tmp_path)]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("asked 0 ranks on ")
+    assert told[1] == "not asked, as SIGUSR2 has another handler there: ranks 0"
+    assert any(line.startswith("rank 0: in the collective all_reduce") for line in told)
+
+
+def test_a_run_that_ends_while_its_ranks_are_asked(tmp_path: Path) -> None:
+    """It takes a file without stacks away."""
+    stacks_cli._wait([(tmp_path / "gone", 0)])
+    (tmp_path / FOLDER).mkdir()
+    stack_file(tmp_path / FOLDER, 0).symlink_to("gone")
+    assert headers(tmp_path) == []
+    assert read_report(tmp_path) is None
