@@ -157,8 +157,8 @@ def _verdict(results: list[HeadCount], prompts: int, *, bf16: bool, experts: boo
     hint = (
         "In bf16 near-ties fall differently when a forward pass has more rows; decode with --dtype fp32."
         if bf16
-        else "Two experts that a router likes equally well may change places when a forward pass has more rows: that is "
-        "no fault of the export where it is rare. `mtp-megatron verify` leaves such prompts out."
+        else "Two experts that a router likes equally well may change places when a forward pass has more rows: that "
+        "is no fault of the export where it is rare. `mtp-megatron verify` leaves such prompts out."
         if experts
         else "This must not happen in fp32: please report it with the export."
     )

@@ -199,8 +199,8 @@ def _swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 
 
 def _mix_experts(layer: Layer, router: Tensor, x: Tensor, count: int) -> tuple[Tensor, float]:
-    """``[rows, h]`` -> ``[rows, h]``: of each row's ``count`` best experts the sum by the router's weights; and how close
-    the choice of them was (:attr:`LayerCache.routing`).
+    """``[rows, h]`` -> ``[rows, h]``: of each row's ``count`` best experts the sum by the router's weights; and how
+    close the choice of them was (:attr:`LayerCache.routing`).
 
     The router works in fp32 at least, as in training (``moe_router_dtype``).
     """

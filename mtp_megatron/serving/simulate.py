@@ -14,9 +14,9 @@ from mtp_megatron.serving.llama import HeadsLlama
 # Two best logits closer than this, relative to the largest (at least 1), may swap places in another fp32 program: the
 # layers' sums are taken in another order there. Measured differences between vLLM and torch are ten times smaller.
 ENGINE_MARGIN = 2e-5
-# So may two experts whose scores are closer than this, relative to the best, and what follows is another text then. Twice
-# what was measured for one score between passes of other widths (6 layers, 64 experts). Wider, it would leave few prompts
-# of a large model: a text has thousands of such choices.
+# So may two experts whose scores are closer than this, relative to the best, and what follows is another text then.
+# Twice what was measured for one score between passes of other widths (6 layers, 64 experts). Wider, it would leave few
+# prompts of a large model: a text has thousands of such choices.
 ROUTING_MARGIN = 5e-6
 
 

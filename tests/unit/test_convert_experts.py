@@ -206,7 +206,9 @@ def test_a_text_that_hangs_on_a_near_tie_of_experts_is_left_out_and_explained(
     tied = simulate(decoder, [5, 17, 3], 20)
     plain, speculative = (generate(decoder, [5, 17, 3], max_new_tokens=20, heads=k) for k in (1, 3))
     assert plain.tokens != speculative.tokens
-    assert tied.margin > ENGINE_MARGIN and tied.routing < ROUTING_MARGIN and not tied.certain
+    assert tied.margin > ENGINE_MARGIN
+    assert tied.routing < ROUTING_MARGIN
+    assert not tied.certain
     assert main(["generate", str(folder), "--prompt", "ab", "--max-new-tokens", "40", "--ignore-eod", "--quiet"]) != 0
     assert "Two experts that a router likes equally well may change places" in capsys.readouterr().err
     clear = simulate(HeadsLlama.load(open_export(export(tmp_path / "clear"))), [5, 17, 3], 20)
