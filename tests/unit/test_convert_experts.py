@@ -35,6 +35,7 @@ from tests.checkpoints import (
     SHAPE,
     description,
     random_tensors,
+    seal,
     stack_trunk,
     write_checkpoint,
     write_torch_dist,
@@ -271,6 +272,17 @@ def test_experts_of_another_training(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=message):
             convert(folder, tmp_path / "out", to="hf", progress=False, **options)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["mlp.experts.experts.linear_fc1.scale", "scale"])
+@pytest.mark.parametrize("axes", [0, 1])
+def test_a_tensor_with_too_few_axes_to_be_stacked_is_refused_by_name(axes: int, name: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "run", EXPERTS, model=model())
+    tensors = stack_trunk(random_tensors(EXPERTS)) | {f"decoder.layers.{name}": torch.ones((3,) * axes)}
+    write_torch_dist(folder, tensors, lambda key, tensor: [1] * tensor.dim())
+    seal(folder)
+    with pytest.raises(CheckpointError, match=rf"tensors? ha.* no place in the target: decoder\.layers\..*{name}"):
+        convert(folder, tmp_path / "hf", to="hf", progress=False)
 
 
 def test_an_expert_that_is_missing_or_of_another_width(tmp_path: Path) -> None:
