@@ -134,11 +134,11 @@ def _model_tensors(index: dict[str, StoredTensor]) -> Iterator[tuple[str, _Sourc
         if _TRAINING_STATE.match(key):
             continue
         stacked = _STACKED.fullmatch(key)
-        if stacked is None:
+        if stacked is None or not stored.shape:
             yield key, _Source(stored, (), stored.chunks)
             continue
         name = NORM_BEFORE_EXPERTS[1] if stacked[1] == NORM_BEFORE_EXPERTS[0] else stacked[1]
-        experts = _EXPERTS.fullmatch(name)
+        experts = _EXPERTS.fullmatch(name) if len(stored.shape) > 1 else None
         for source in _unstacked(stored, 1 if experts is None else 2):
             if experts is not None:
                 name = f"mlp.experts.experts.{source.index[1]}.{experts[1]}"

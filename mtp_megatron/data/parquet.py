@@ -51,7 +51,7 @@ class TextColumn:
             problem = f"has {len(types)} columns {key!r}" if types else f"has no column {key!r}"
             raise DataError(
                 f"{path}: {problem}; its columns: {_listed(fields, 50)}. Name the one that holds the text with "
-                "--json-key."
+                "--json-key; to leave such files out of a folder, name the extensions to take with --extensions."
             )
         self._type = types[0]
         null = [(name, "null" if name == key and _is_text(kind) else kind) for name, kind in fields]

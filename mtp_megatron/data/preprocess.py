@@ -120,7 +120,8 @@ def preprocess(options: PreprocessOptions) -> PreprocessResult:
     if old is not None:
         found = scan(reader)
         if old.fingerprint != fingerprint_of(recorded, found.sha256):
-            changes = differences(old.options, recorded) or "made from other text"
+            files = "" if old.source.files == len(sources) else f": {old.source.files} files then, {len(sources)} now"
+            changes = differences(old.options, recorded) or f"made from other text{files}"
             raise DataError(
                 f"{options.output}: holds another data set ({changes}). Choose another --output, or remove the folder."
             )

@@ -11,7 +11,8 @@ the two best logits are closer than those differences can be (:data:`TIE_MARGIN`
 That holds in fp32; in bf16 the differences are as large as many a margin, and nothing is promised.
 
 With experts in the trunk there is one more choice. Two experts that a router likes equally well to the last bits may
-change places between two passes, and what follows differs by more than a tie does; nothing looks for that.
+change places between two passes, and what follows differs by more than a tie does; decoding does not look for that
+(:attr:`.simulate.Simulation.routing` does).
 """
 
 from __future__ import annotations

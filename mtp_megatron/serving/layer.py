@@ -6,6 +6,7 @@ hidden, ``d`` per attention head, ``nq`` query and ``nk`` key/value heads. One s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -67,12 +68,15 @@ class LayerCache:
 
     Attributes:
         length: positions held; what lies beyond is overwritten by the next rows.
+        routing: how close it was, at any row so far, between an expert that was chosen and one that was not: the
+            distance of their scores, relative to the largest score (at least 1). Infinite without experts.
     """
 
     def __init__(self, config: DecoderConfig, capacity: int, dtype: torch.dtype, stacked: int = 1) -> None:
         shape = (stacked, config.num_key_value_heads, capacity, config.head_dim)
         self._keys, self._values = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
         self.length = 0
+        self.routing = math.inf
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add ``[S, nk, r, d]`` keys and values; returns all that are held, ``[S, nk, length, d]``."""
@@ -184,7 +188,9 @@ def run_layer(layer: Layer, x: Tensor, cache: LayerCache, block: Block, config: 
     normed = rms_norm(x, layer.mlp_norm, config.norm_epsilon)
     if layer.router is None:
         return x + _swiglu(normed, layer.gate_up, layer.down)
-    return x + _mix_experts(layer, layer.router, normed[0], config.moe_top_k)
+    mixed, routing = _mix_experts(layer, layer.router, normed[0], config.moe_top_k)
+    cache.routing = min(cache.routing, routing)
+    return x + mixed
 
 
 def _swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -192,21 +198,24 @@ def _swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return (F.silu(gate) * up) @ down.mT
 
 
-def _mix_experts(layer: Layer, router: Tensor, x: Tensor, count: int) -> Tensor:
-    """``[rows, h]`` -> ``[rows, h]``: of each row's ``count`` best experts the sum by the router's weights.
+def _mix_experts(layer: Layer, router: Tensor, x: Tensor, count: int) -> tuple[Tensor, float]:
+    """``[rows, h]`` -> ``[rows, h]``: of each row's ``count`` best experts the sum by the router's weights; and how
+    close the choice of them was (:attr:`LayerCache.routing`).
 
     The router works in fp32 at least, as in training (``moe_router_dtype``).
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     scores = x.to(wide) @ router.to(wide).mT
-    if count == 1:  # over the one alone it would always be 1
-        weights, chosen = scores.softmax(-1).topk(1)
-    else:
-        best, chosen = scores.topk(count)
-        weights = best.softmax(-1)
+    ranked, order = scores.topk(min(count + 1, len(router)))
+    best, chosen = ranked[:, :count], order[:, :count]
+    # Over the one alone it would always be 1.
+    weights = best.softmax(-1) if count > 1 else scores.softmax(-1).gather(-1, chosen)
     mixed = torch.zeros_like(x)
     for expert in chosen.unique().tolist():
         rows, place = (chosen == expert).nonzero(as_tuple=True)
         made = _swiglu(x[rows], layer.gate_up[expert], layer.down[expert])
         mixed.index_add_(0, rows, made * weights[rows, place].unsqueeze(1).to(x.dtype))
-    return mixed
+    if count == len(router):
+        return mixed, math.inf
+    distance = (ranked[:, -2] - ranked[:, -1]) / ranked[:, 0].abs().clamp(min=1.0)
+    return mixed, float(distance.min())

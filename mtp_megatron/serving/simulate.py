@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,10 @@ from mtp_megatron.serving.llama import HeadsLlama
 # Two best logits closer than this, relative to the largest (at least 1), may swap places in another fp32 program: the
 # layers' sums are taken in another order there. Measured differences between vLLM and torch are ten times smaller.
 ENGINE_MARGIN = 2e-5
+# So may two experts whose scores are closer than this, relative to the best, and what follows is another text then.
+# Twice what was measured for one score between passes of other widths (6 layers, 64 experts). Wider, it would leave few
+# prompts of a large model: a text has thousands of such choices.
+ROUTING_MARGIN = 5e-6
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Simulation:
         max_new_tokens: what the engine is asked for.
         said: ``said[k][t]``: what head k + 2 expects two plus k tokens after position t of the whole text.
         margin: the smallest distance of two best logits, relative to the largest, wherever a choice depends on it.
+        routing: the same of the scores of experts, see :attr:`.LayerCache.routing`.
     """
 
     prompt: tuple[int, ...]
@@ -55,11 +61,12 @@ class Simulation:
     max_new_tokens: int
     said: tuple[tuple[int, ...], ...]
     margin: float
+    routing: float = math.inf
 
     @property
     def certain(self) -> bool:
         """No choice is so close that another fp32 program could choose otherwise."""
-        return self.margin > ENGINE_MARGIN
+        return self.margin > ENGINE_MARGIN and self.routing > ROUTING_MARGIN
 
     @property
     def text(self) -> list[int]:
@@ -105,7 +112,9 @@ def simulate(model: HeadsLlama, prompt: Sequence[int], max_new_tokens: int) -> S
     margin = ((best[..., 0] - best[..., 1]) / best[..., 0].abs().clamp(min=1.0)).min()
     said = torch.full((ahead, len(whole)), -1)
     said[:, first:] = further.argmax(-1)
-    return Simulation(tuple(prompt), tuple(tokens), max_new_tokens, tuple(map(tuple, said.tolist())), float(margin))
+    routing = min(cache.routing for cache in caches.trunk)
+    lists = tuple(map(tuple, said.tolist()))
+    return Simulation(tuple(prompt), tuple(tokens), max_new_tokens, lists, float(margin), routing)
 
 
 def total(simulations: Sequence[Simulation], heads: int) -> Counts:

@@ -101,7 +101,9 @@ def test_a_wrong_column_of_the_right_name_ends_the_pass_early(tmp_path):
 
 def test_a_column_that_is_not_there_is_an_error_that_names_those_that_are(tmp_path):
     path = put(tmp_path / "d.parquet", pyarrow.array(["x"]))
-    message = r"d\.parquet: has no column 'body'; its columns: id \(int64\), text \(string\)\. .*--json-key"
+    message = (
+        r"d\.parquet: has no column 'body'; its columns: id \(int64\), text \(string\)\. .*--json-key; .*--extensions"
+    )
     for options in ({}, {"skip_unreadable": True}):  # nothing of it is unreadable
         with pytest.raises(DataError, match=message):
             read(path, json_key="body", **options)

@@ -159,7 +159,11 @@ def test_the_same_again_is_up_to_date_and_anything_else_is_refused(options):
     with pytest.raises(DataError, match=r"another data set \(valid_fraction=0.1, now 0.2\)"):
         preprocess(replace(options, valid_fraction=0.2))
     (options.paths[0] / "f000.py").write_text("changed")
-    with pytest.raises(DataError, match="made from other text"):
+    with pytest.raises(DataError, match=r"\(made from other text\)"):
+        preprocess(options)
+    (options.paths[0] / "new.md").write_text("as when another release reads more formats")
+    files = first.manifest.source.files
+    with pytest.raises(DataError, match=rf"\(made from other text: {files} files then, {files + 1} now\)"):
         preprocess(options)
 
 
