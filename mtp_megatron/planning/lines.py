@@ -14,6 +14,7 @@ _DERIVED = (
     "model.ffn_hidden_size",
     "optimizer.min_lr",
     "optimizer.decay_steps",
+    "optimizer.wsd_decay_style",
     "train.seq_length",
 )
 """Settings that :meth:`.Recipe.resolved` fills in where they are null."""

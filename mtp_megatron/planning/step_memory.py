@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -132,6 +132,18 @@ class _Followed:
         return self._trainable.may_lose_steps()
 
 
+@dataclass(frozen=True)
+class _FollowedBatch(Microbatch):
+    """A microbatch whose mask, which it makes within the forward pass, counts as the batch's."""
+
+    makers: Makers = field(kw_only=True)
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        with self.makers.during("batch"):
+            return super().attention_mask
+
+
 def _synthetic(recipe: Recipe, makers: Makers) -> list[BatchIterator]:
     """Batches of the recipe's shape for each chunk of this rank, through the code that makes real ones."""
 
@@ -148,7 +160,7 @@ def _synthetic(recipe: Recipe, makers: Makers) -> list[BatchIterator]:
         while True:
             with makers.during("batch"):
                 batch = next(batches)
-            yield batch
+            yield _FollowedBatch(**vars(batch), makers=makers)
             del batch
 
     iterators = chunk_iterators(recipe, 0, samples)

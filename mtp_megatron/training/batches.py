@@ -24,7 +24,8 @@ class Microbatch:
         tokens: ``[b, s]`` input ids.
         position_ids: ``[b, s]`` 0 .. s - 1.
         targets: ``[n, b, s]`` (:func:`mtp_megatron.targets.future_targets`).
-        attention_mask: ``[b, 1, s/cp, s]`` (:func:`mtp_megatron.documents.document_mask`); None: causal.
+        document_ends: ``[b, s]`` bool, of the whole sequence, where the layers take a mask of documents.
+        context: size of the context parallel group and rank in it, which the mask is for.
         packed_seq_params: megatron-core's PackedSeqParams for Transformer Engine's attention within documents; then
             the rows above are one, ``[1, b * s]``.
         parts: ``[b]`` on the host: of a blend, which data set each sample is of.
@@ -33,9 +34,18 @@ class Microbatch:
     tokens: Tensor | None = None
     position_ids: Tensor | None = None
     targets: Tensor | None = None
-    attention_mask: Tensor | None = None
+    document_ends: Tensor | None = None
+    context: tuple[int, int] = (1, 0)
     packed_seq_params: Any = None
     parts: Tensor | None = None
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """``[b, 1, s/cp, s]`` (:func:`mtp_megatron.documents.document_mask`); None: causal.
+
+        Made where it is asked for: an evaluation, and a step of DeepSpeed's, keep a whole global batch's microbatches.
+        """
+        return None if self.document_ends is None else document_mask(self.document_ends, *self.context)
 
     def through(self, model: Callable[..., Any]) -> Any:
         """What the model (wrapped or not) returns for it."""
@@ -107,12 +117,10 @@ def to_microbatch(recipe: Recipe, sample: dict[str, Tensor], eod: int) -> Microb
         packed = packed_documents(sample["tokens"], eod)
         return Microbatch(tokens, positions, targets, packed_seq_params=packed, parts=sample.get("part"))
     size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
-    mask = None
-    if recipe.data.reset_attention_mask:
-        mask = document_mask(document_ends_from_tokens(tokens, eod), size, rank)
+    ends = document_ends_from_tokens(tokens, eod) if recipe.data.reset_attention_mask else None
     # The targets are complete, so nothing has to be rolled across context parallel ranks.
     tokens, positions, targets = (context_shard(t, size, rank) for t in (tokens, positions, targets))
-    return Microbatch(tokens, positions, targets, mask, parts=sample.get("part"))
+    return Microbatch(tokens, positions, targets, ends, (size, rank), parts=sample.get("part"))
 
 
 def packed_documents(tokens: Tensor, eod: int) -> Any:

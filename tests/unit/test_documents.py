@@ -89,6 +89,14 @@ def test_megatrons_own_layers_get_a_mask() -> None:
     assert (is_packed(recipe), rows_of(recipe)) == (False, (2, 32))
 
 
+def test_a_microbatch_that_waits_holds_no_mask() -> None:
+    """All of a global batch do, in an evaluation and under DeepSpeed: 64 of 32768 tokens would be 64 GiB."""
+    batch = microbatch(recipe_of())
+    held = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    assert len(held) == 4
+    assert max(value.numel() for value in held) == batch.targets.numel() < document_mask(ENDS).numel()
+
+
 def test_transformer_engines_layers_get_boundaries_and_one_row() -> None:
     recipe = recipe_of(train__transformer_engine=True)
     told, masked = received(microbatch(recipe)), received(microbatch(recipe_of()))

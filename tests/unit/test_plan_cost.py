@@ -128,15 +128,19 @@ def test_the_mask_of_documents_takes_what_the_trace_says() -> None:
     from mtp_megatron.planning.trace import trace_rank
 
     cut = ["parallel.pipeline=4", "parallel.tensor=1", "parallel.layout=null", "model.num_trunk_layers=4", "heads.n=2"]
-    planned, traced = [], []
+    planned, traced, batches = [], [], []
     for documents in ("false", "true"):
         settings = [*cut, "train.recompute=full", OWN, f"data.reset_attention_mask={documents}"]
         recipe = checked(read_plan("1.3B", settings), 4)
         planned.append(rank_costs(recipe, 4)[1].memory)
-        traced.append(trace_rank(recipe, 1, 4).memory.peak)
+        memory = trace_rank(recipe, 1, 4).memory
+        traced.append(memory.peak)
+        batches.append(memory.categories["batch"])
     more = 2 * recipe.train_seq_length**2  # three in flight, in place of one layer's own
     assert planned[1] - planned[0] == more
     assert traced[1] - traced[0] == pytest.approx(more, rel=0.01)  # the tokens themselves are the rest
+    assert batches[0] == 0
+    assert batches[1] == pytest.approx(3 * recipe.train_seq_length**2, rel=0.05)
 
 
 def test_boundaries_of_documents_take_nothing() -> None:

@@ -89,6 +89,15 @@ def test_nothing_better_is_left_out() -> None:
     assert found.simulated < found.fitting
 
 
+def test_ranks_that_record_a_profile_are_none_of_a_plans_business() -> None:
+    """A run's recipe has them; a plan costs one stage alone, or another number of GPUs."""
+    cut = ["parallel.pipeline=4", "parallel.tensor=1", "parallel.layout=null", "model.num_trunk_layers=12"]
+    recipe = checked(read_plan("1.3B", cut), 4)
+    profiled = changed(recipe, {"train.profile_steps": [3, 4], "train.profile_ranks": [3]})
+    assert layouts(profiled, 4, Hardware(), ()) == layouts(recipe, 4, Hardware(), ())
+    assert checked(changed(profiled, {"train.profile_ranks": [7]}), 4).train.profile_steps is None
+
+
 def test_what_is_given_stays() -> None:
     given = ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.recompute=full", SMALL_BATCH]
     for found in searched("1.3B", 8, given).best:
