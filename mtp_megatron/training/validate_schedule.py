@@ -21,7 +21,7 @@ def check_schedule(recipe: Recipe) -> None:
             "Begin after the last step that was trained.",
         )
     decay_steps, min_lr = optimizer.decay_steps or train.steps, optimizer.min_lr or 0.0
-    if optimizer.warmup_steps >= decay_steps:
+    if optimizer.warmup_steps >= decay_steps and not optimizer.decays_later:
         raise ConfigError(
             "optimizer.warmup_steps",
             optimizer.warmup_steps,
@@ -70,7 +70,7 @@ def _check_wsd(recipe: Recipe, decay_steps: int) -> None:
             "with optimizer.wsd_decay_steps=0 there is no decay that could end there",
             "Leave it out, or set optimizer.wsd_decay_steps to the steps of the decay.",
         )
-    if stable_end < optimizer.warmup_steps:
+    if stable_end < optimizer.warmup_steps and not optimizer.decays_later:
         raise ConfigError(
             "optimizer.wsd_decay_steps",
             steps,

@@ -66,6 +66,9 @@ def test_a_stable_phase_without_an_end_stays_however_long_it_is(tmp_path: Path) 
     recipe = checked(tmp_path, optimizer={**WSD, "wsd_decay_steps": 0})
     assert recipe.optimizer.decay_steps is None
     assert rates(recipe, 40) == [0.4, *[0.8] * 39]
+    # Nor does a run that ends within its warm-up, for now, stand in the way.
+    short = checked(tmp_path, steps=3, optimizer={**WSD, "wsd_decay_steps": 0, "warmup_steps": 4})
+    assert rates(short, 6) == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8], rel=1e-12)
 
 
 def test_rates_of_the_inverse_square_root_by_hand(tmp_path: Path) -> None:
