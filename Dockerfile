@@ -48,7 +48,7 @@ RUN git init --quiet /opt/Megatron-LM \
 WORKDIR /opt/mtp_megatron
 COPY pyproject.toml ./
 RUN python -c "import importlib.metadata as m; print('torch==' + m.version('torch'))" > /tmp/pins.txt \
- && python -c "import re, tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*(d for d in [*p['dependencies'], *p['optional-dependencies']['report']] if not re.match('(torch|megatron-core)[^a-z-]', d)), sep='\n')" > /tmp/requirements.txt \
+ && python -c "import re, tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*(d for d in [*p['dependencies'], *(n for e in ('hf', 'parquet', 'report', 'zst') for n in p['optional-dependencies'][e])] if not re.match('(torch|megatron-core)[^a-z-]', d)), sep='\n')" > /tmp/requirements.txt \
  && pip install -c /tmp/pins.txt -r /tmp/requirements.txt \
  && rm /tmp/pins.txt /tmp/requirements.txt
 

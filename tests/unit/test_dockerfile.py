@@ -177,7 +177,8 @@ def test_the_requirements_are_those_of_pyproject_without_what_the_image_has() ->
     code = next(word for word in words if "tomllib" in word)
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["report"]
+    extras = [need for name in ("hf", "parquet", "report", "zst") for need in project["optional-dependencies"][name]]
+    wanted = project["dependencies"] + extras
     assert set(wanted) - set(out.splitlines()) == {
         next(need for need in wanted if need.startswith(name)) for name in ("torch>", "megatron-core>")
     }
