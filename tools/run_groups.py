@@ -82,6 +82,7 @@ QUEUE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("main", "serving", ("tests/serving", "tests/e2e/test_quickstart.py")),
     ("main", "e2e", ("tests/e2e",)),
     ("py312", "rest", ()),
+    ("main", "distributed", ("tests/distributed",)),
     # Together, as the first of these tests compiles what all of them use.
     (
         "main",
@@ -90,7 +91,6 @@ QUEUE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     ("main", "rest", ()),
     ("main", "training", TRAINING),
-    ("main", "distributed", ("tests/distributed",)),
     ("py312", "training", TRAINING),
 )
 OUTCOMES = ("failed", "passed", "skipped", "xfailed", "xpassed", "error")
