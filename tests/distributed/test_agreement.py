@@ -68,7 +68,7 @@ def start_and_fork(rank: int, world_size: int, tree: dict[str, Any]) -> None:
 
     children = []
 
-    def fork(plan: Any, stop: Any) -> None:
+    def fork(*arguments: Any) -> None:
         children.append(os.fork())
         if children == [0]:
             time.sleep(600)
