@@ -122,9 +122,11 @@ def _expert_settings(config: dict[str, Any], path: Path, heads_are_layers: bool)
     if heads_are_layers and not last <= dense:
         reason = f"layer {layers - 1}, the last, becomes head 1, and heads are dense"
         raise _unsupported(path, "mlp_only_layers", sorted(dense), reason)
-    if dense != (last if heads_are_layers else set()) or config.get("decoder_sparse_step") not in (1, None):
-        key = "mlp_only_layers" if config.get("decoder_sparse_step") in (1, None) else "decoder_sparse_step"
-        raise _unsupported(path, key, config[key], "every layer of the trunk has experts here, or none")
+    every = "every layer of the trunk has experts here, or none"
+    if config.get("decoder_sparse_step") not in (1, None):
+        raise _unsupported(path, "decoder_sparse_step", config["decoder_sparse_step"], every)
+    if dense != (last if heads_are_layers else set()):
+        raise _unsupported(path, "mlp_only_layers", named, every)
     if chosen > experts:
         raise _unsupported(path, "num_experts_per_tok", chosen, f"there are {experts_key}={experts}")
     weights = config.get("norm_topk_prob", False)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mtp_megatron.checkpoint.torch_dist import METADATA, StoredChunk, StoredTensor, read_index
+from mtp_megatron.compat.checkpoints import NORM_BEFORE_EXPERTS
 from mtp_megatron.errors import CheckpointError
 from mtp_megatron.training.checkpoint_files import find_checkpoint, problem_of
 
@@ -29,9 +30,6 @@ _STACKED = re.compile(r"decoder\.layers\.(?!\d+\.)(.+)")
 # So are experts, behind that axis: `<layer>.mlp.experts.experts.<rest>` [experts, ...] is
 # `<layer>.mlp.experts.experts.{e}.<rest>`.
 _EXPERTS = re.compile(r"mlp\.experts\.experts\.(?!\d+\.)(.+)")
-# Before experts the norm is a module of its own under Transformer Engine, and keeps its own name; megatron-core's own
-# modules give it the one that it has everywhere else.
-NORM_BEFORE_EXPERTS = ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
 # Tensors that belong to training, not to the model.
 _TRAINING_STATE = re.compile(r"(optimizer|chained_\d+)\.")
 
@@ -137,7 +135,9 @@ def _model_tensors(index: dict[str, StoredTensor]) -> Iterator[tuple[str, _Sourc
         if stacked is None or not stored.shape:
             yield key, _Source(stored, (), stored.chunks)
             continue
-        name = NORM_BEFORE_EXPERTS[1] if stacked[1] == NORM_BEFORE_EXPERTS[0] else stacked[1]
+        # As megatron-core's own modules name it, and Transformer Engine's everywhere but before experts.
+        usual, own = NORM_BEFORE_EXPERTS
+        name = usual if stacked[1] == own else stacked[1]
         experts = _EXPERTS.fullmatch(name) if len(stored.shape) > 1 else None
         for source in _unstacked(stored, 1 if experts is None else 2):
             if experts is not None:

@@ -110,11 +110,9 @@ def _pieces(
             if expert := _EXPERT.fullmatch(name):
                 name = f"{expert[1]}.{expert[3]}"
                 at, extent = [*at, int(expert[2])], [*extent, shape.num_experts or 0]
-            offsets, ones = (*at, *(0 for _ in sizes)), (1 for _ in at)
-            yield _Piece(
-                *(key, f"decoder.layers.{name}", (*extent, *sizes), offsets, (*ones, *sizes), meta.dtype),
-                stacked=len(at),
-            )
+            stored, offsets = f"decoder.layers.{name}", (*at, *(0 for _ in sizes))
+            box = (*(1 for _ in at), *sizes)
+            yield _Piece(key, stored, (*extent, *sizes), offsets, box, meta.dtype, stacked=len(at))
 
 
 def _extra_states(pieces: Iterable[_Piece]) -> Iterable[str]:

@@ -43,7 +43,7 @@ class Section(NamedTuple):
 
 
 # The norms go by Transformer Engine's fused names in every distributed checkpoint, whatever module wrote them; the
-# reader sees to the one exception (:data:`.megatron_reader.NORM_BEFORE_EXPERTS`).
+# reader sees to the one exception (:data:`mtp_megatron.compat.checkpoints.NORM_BEFORE_EXPERTS`).
 _LLAMA_ATTENTION = (
     Rule("self_attention.linear_qkv.layer_norm_weight", ("input_layernorm.weight",)),
     Rule(

@@ -79,9 +79,10 @@ def take_unsaved_states(state: dict[str, Any], folder: Path) -> list[tuple[str, 
     return unsaved
 
 
-# The norm before experts: megatron-core's own modules save it by the name that Transformer Engine's fused layer gives
-# the norm of a dense MLP, Transformer Engine's modules, which do not fuse it there, by its own.
-_NORM_BEFORE_EXPERTS = (".mlp.linear_fc1.layer_norm_weight", ".pre_mlp_layernorm.weight")
+# The norm before experts, by the end of its key: megatron-core's own modules save it by the name that Transformer
+# Engine's fused layer gives the norm of a dense MLP; Transformer Engine's modules, which do not fuse it there, by its
+# own.
+NORM_BEFORE_EXPERTS = ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
 
 
 def follow_saved_names(state: dict[str, Any], folder: Path) -> None:
@@ -98,9 +99,9 @@ def follow_saved_names(state: dict[str, Any], folder: Path) -> None:
         return
     saved = FileSystemReader(folder).read_metadata().state_dict_metadata
     for tensor in tensors:
-        for name, other in (_NORM_BEFORE_EXPERTS, _NORM_BEFORE_EXPERTS[::-1]):
+        for name, other in (NORM_BEFORE_EXPERTS, NORM_BEFORE_EXPERTS[::-1]):
             renamed = tensor.key.removesuffix(name) + other
-            if tensor.key.endswith(name) and tensor.key not in saved and renamed in saved:
+            if tensor.key.endswith(f".{name}") and tensor.key not in saved and renamed in saved:
                 tensor.key = renamed
 
 

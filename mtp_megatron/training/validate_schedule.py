@@ -43,8 +43,7 @@ def check_schedule(recipe: Recipe) -> None:
 
 
 def _check_wsd(recipe: Recipe, decay_steps: int) -> None:
-    optimizer = recipe.optimizer
-    steps, stable_end = optimizer.wsd_decay_steps, decay_steps - (optimizer.wsd_decay_steps or 0)
+    optimizer, steps = recipe.optimizer, recipe.optimizer.wsd_decay_steps
     if optimizer.schedule != "wsd":
         for name in ("wsd_decay_steps", "wsd_decay_style"):
             value = getattr(optimizer, name)
@@ -63,14 +62,16 @@ def _check_wsd(recipe: Recipe, decay_steps: int) -> None:
             "optimizer.schedule=wsd does not say how long it decays",
             "Set it to the steps of the decay, or to 0 for a run that stays at optimizer.lr for now.",
         )
-    if optimizer.decays_later and optimizer.decay_steps is not None:
-        raise ConfigError(
-            "optimizer.decay_steps",
-            optimizer.decay_steps,
-            "with optimizer.wsd_decay_steps=0 there is no decay that could end there",
-            "Leave it out, or set optimizer.wsd_decay_steps to the steps of the decay.",
-        )
-    if stable_end < optimizer.warmup_steps and not optimizer.decays_later:
+    if optimizer.decays_later:
+        if optimizer.decay_steps is not None:
+            raise ConfigError(
+                "optimizer.decay_steps",
+                optimizer.decay_steps,
+                "with optimizer.wsd_decay_steps=0 there is no decay that could end there",
+                "Leave it out, or set optimizer.wsd_decay_steps to the steps of the decay.",
+            )
+        return
+    if decay_steps - steps < optimizer.warmup_steps:
         raise ConfigError(
             "optimizer.wsd_decay_steps",
             steps,

@@ -101,8 +101,8 @@ class TestSteps:
 
 def test_labels_are_nothing_while_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiler, "record_function", lambda name: 1 / 0)
-    with label("head", 1, "forward"):
-        pass
+    with label("head", 1, "forward") as entered:
+        assert entered is None
 
 
 def test_labels_read_no_value_either() -> None:
