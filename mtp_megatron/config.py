@@ -50,6 +50,13 @@ class HeadsConfig(pydantic.BaseModel):
     loss_decay: float | None = pydantic.Field(
         None, gt=0.0, le=1.0, description="geometric weights: head i weighs loss_decay ** (i - 1)"
     )
+    z_loss: float = pydantic.Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="z-loss: weight of log(Z)^2 of every target in each head's loss, Z the sum of the exponentials of "
+        "its logits; keeps logits from drifting (1e-4 in PaLM). 0: none",
+    )
     curriculum_steps: int | None = pydantic.Field(
         None, ge=1, description="forward curriculum: heads join one by one over this many steps; null: all at once"
     )

@@ -194,7 +194,8 @@ class FutureHeads:
             predictions: keep every head's most likely entries (evaluation).
 
         Returns:
-            ``(loss [], report)``. The loss is the weighted sum over heads of *summed* token losses; the divisor is
+            ``(loss [], report)``. The loss is the weighted sum over heads of *summed* token losses, whose gradient is
+            with ``heads.z_loss`` that of the z-losses too; the divisor is
             ``report.normalizer``, summed over the global batch by Megatron (``calculate_per_token_loss``). In training
             its value is NaN until backward has run, see ``report``.
         """
@@ -209,7 +210,8 @@ class FutureHeads:
         sums_dtype = torch.promote_types(z.dtype, torch.float32)
         elsewhere = [head for head in range(n) if head not in self.owned_heads]
         weights = tuple(0.0 if head in elsewhere else weight for head, weight in enumerate(weights))
-        report = HeadReport.empty(targets, weights, sums_dtype, predictions and not training, elsewhere)
+        z_loss = self.heads_config.z_loss > 0
+        report = HeadReport.empty(targets, weights, sums_dtype, predictions and not training, elsewhere, z_loss)
         if self.heads_config.execution == "joint" and training:
             return joint_loss(self, z, targets, layer_kwargs, report), report
         heads = MegatronHeadPass(self, targets, layer_kwargs)

@@ -71,6 +71,7 @@ class MegatronHeadPass:
                 weight_grad=self._weight_gradient(which) if scale is not None else None,
                 chunk_tokens=model.heads_config.loss_chunk_tokens,
                 predictions=predictions,
+                z_loss=model.heads_config.z_loss,
             )
         if gradient is None:
             return sums, None

@@ -74,12 +74,15 @@ class TokenSums:
         correct: ``[]`` how many valid targets were the most likely entry (ties go to the lowest index), same dtype.
         predictions: ``[tokens]`` int64 most likely entry of every position, or None when not asked for.
         losses: ``[tokens]`` what every position adds to ``loss``, or None when predictions were not asked for.
+        log_z_squared: ``[]`` sum over the valid targets of ``log(Z)**2``, Z being the sum of exponentials over the
+            position's logits; same dtype. None without a z-loss. No part of ``loss``.
     """
 
     loss: Tensor
     correct: Tensor
     predictions: Tensor | None
     losses: Tensor | None = None
+    log_z_squared: Tensor | None = None
 
 
 def chunk_tokens_for(
@@ -122,11 +125,13 @@ def linear_cross_entropy(
     weight_grad: Tensor | None = None,
     chunk_tokens: int | None = None,
     predictions: bool = False,
+    z_loss: float = 0.0,
     softmax: type[Softmax] | None = None,
 ) -> tuple[TokenSums, Tensor | None]:
     """Sum over tokens of ``-log softmax(hidden @ weight.T)[target]`` and, in the same pass, its gradients.
 
     Equals ``F.cross_entropy(hidden @ W.T, targets, ignore_index=-100, reduction="sum")`` with W the whole unembedding.
+    With a z-loss the gradients are those of this sum plus ``z_loss * log_z_squared`` (:class:`TokenSums`).
 
     Args:
         hidden: ``[tokens, h]``, the same on every rank of the group.
@@ -139,6 +144,7 @@ def linear_cross_entropy(
         weight_grad: ``[V/tp, h]`` buffer to which this call's dL/dweight is added; None: not wanted.
         chunk_tokens: tokens per chunk; None: :func:`chunk_tokens_for`.
         predictions: return the most likely entry and the loss of every position.
+        z_loss: weight of ``log(Z)**2`` of every valid target (Chowdhery et al. 2022, section 5); 0: none.
         softmax: what makes softmax and gradient of the logits; None: :func:`mtp_megatron.loss_softmax.softmax_for`.
 
     Returns:
@@ -154,6 +160,7 @@ def linear_cross_entropy(
     correct = torch.zeros_like(loss)
     predicted = torch.empty(tokens, dtype=torch.int64, device=hidden.device) if predictions else None
     each = torch.empty(tokens, dtype=compute, device=hidden.device) if predictions else None
+    log_z_squared = torch.zeros_like(loss) if z_loss else None
     hidden_grad = None if grad_scale is None else torch.empty_like(hidden)
     softmax = softmax or softmax_for(hidden)
     bytes_per_logit = softmax.bytes_per_logit(hidden.dtype)
@@ -174,6 +181,12 @@ def linear_cross_entropy(
         correct += (valid & (whole.best == y)).sum()
         if predicted is not None and each is not None:
             predicted[part], each[part] = whole.best, losses
+        if log_z_squared is not None:
+            log_z = whole.total.log() + whole.top
+            log_z_squared += torch.where(valid, share * log_z.square(), 0).sum()
+            # dL/dlogit = softmax * (1 + 2 * z_loss * log(Z)) - onehot. The gradient only divides by the total: so this
+            # factor costs no pass over the logits.
+            whole = replace(whole, total=whole.total / (1 + 2 * z_loss * log_z))
         if grad_scale is None or hidden_grad is None:
             continue
         if shard.rows:
@@ -181,7 +194,7 @@ def linear_cross_entropy(
         torch.mm(logits, rows, out=hidden_grad[part])
         if weight_grad is not None and shard.rows:
             _add_outer(weight_grad[: shard.rows], logits, x)
-    return TokenSums(loss, correct, predicted, each), hidden_grad
+    return TokenSums(loss, correct, predicted, each, log_z_squared), hidden_grad
 
 
 def _no_sums(column: Tensor, dtype: torch.dtype) -> RowSums:
@@ -224,7 +237,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients are computed with the loss and only scaled in backward, so the logits are never computed twice."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, shard, chunk_tokens, softmax):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden, weight, targets, shard, chunk_tokens, z_loss, softmax):  # type: ignore[no-untyped-def]
         wants = ctx.needs_input_grad
         grads = wants[0] or wants[1]
         weight_grad = torch.zeros_like(weight, dtype=_gradient_dtype(weight)) if wants[1] else None
@@ -237,13 +250,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_scale=one,
             weight_grad=weight_grad,
             chunk_tokens=chunk_tokens,
+            z_loss=z_loss,
             softmax=softmax,
         )
         if hidden_grad is not None and shard.group is not None:
             dist.all_reduce(hidden_grad, group=shard.group)
         ctx.grads = (hidden_grad if wants[0] else None, weight_grad, weight.dtype)
         ctx.mark_non_differentiable(sums.correct)
-        return sums.loss, sums.correct
+        loss = sums.loss if sums.log_z_squared is None else sums.loss + z_loss * sums.log_z_squared
+        return loss, sums.correct
 
     @staticmethod
     @once_differentiable
@@ -255,7 +270,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_grad = hidden_grad.mul_(grad)
         if weight_grad is not None:
             weight_grad = weight_grad.mul_(grad).to(dtype)
-        return hidden_grad, weight_grad, None, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None, None
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -265,16 +280,17 @@ def vocab_parallel_linear_cross_entropy(
     shard: VocabShard | None = None,
     *,
     chunk_tokens: int | None = None,
+    z_loss: float = 0.0,
     softmax: type[Softmax] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Differentiable form of :func:`linear_cross_entropy` for use outside the deferred heads.
 
     Arguments as there; ``shard`` None means that ``weight`` ``[V, h]`` is the whole unembedding. Returns the summed
-    loss ``[]`` and the number of correct predictions ``[]``. The gradient of ``hidden`` is already summed over the
-    group.
+    loss ``[]``, the z-loss included, and the number of correct predictions ``[]``. The gradient of ``hidden`` is
+    already summed over the group.
     """
     shard = shard or VocabShard(0, weight.shape[0], weight.shape[0])
-    return _LinearCrossEntropy.apply(hidden, weight, targets, shard, chunk_tokens, softmax)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, shard, chunk_tokens, z_loss, softmax)
 
 
 def _gradient_dtype(weight: Tensor) -> torch.dtype:

@@ -55,10 +55,10 @@ class ReferenceResult:
     """What the oracle found. ``total`` ``[]`` carries the graph; the rest is detached.
 
     Attributes:
-        total: weighted sum over heads of the loss sums (not divided by a token count), with experts also the weighted
-            load-balancing loss times the number of tokens.
+        total: weighted sum over heads of the loss sums (not divided by a token count) and their weighted z-losses, with
+            experts also the weighted load-balancing loss times the number of tokens.
         loss_sum: ``[n]``. correct: ``[n]`` int64. tokens: ``[n]`` int64 valid targets.
-        logits: ``[n, b, s, V]``.
+        logits: ``[n, b, s, V]``. log_z_squared: ``[n]`` sum over valid targets of the z-loss without its weight.
     """
 
     total: Tensor
@@ -66,6 +66,7 @@ class ReferenceResult:
     correct: Tensor
     tokens: Tensor
     logits: Tensor
+    log_z_squared: Tensor
 
 
 def parameter_shapes(config: ReferenceConfig) -> dict[str, tuple[int, ...]]:
@@ -123,13 +124,15 @@ def reference_loss(
     )
     weights = torch.tensor(config.heads.base_weights(), dtype=losses.dtype, device=losses.device)
     valid = targets != -100
+    log_z_squared = (logits.logsumexp(-1).square() * valid).sum(dim=(1, 2))
     balancing = sum(balance, torch.zeros((), dtype=losses.dtype)) * config.moe_aux_loss * tokens.numel()
     return ReferenceResult(
-        total=(weights * losses).sum() + balancing,
+        total=(weights * (losses + config.heads.z_loss * log_z_squared)).sum() + balancing,
         loss_sum=losses.detach(),
         correct=((logits.argmax(-1) == targets) & valid).sum(dim=(1, 2)),
         tokens=valid.sum(dim=(1, 2)),
         logits=logits.detach(),
+        log_z_squared=log_z_squared.detach(),
     )
 
 

@@ -35,6 +35,7 @@ class HeadReport:
         weights: weight of each head in the total loss. In training a head of weight 0 is not computed: it stays NaN.
         predictions: ``[n, b, s]`` most likely entry of every position, in evaluation only.
         losses: ``[n, b, s]`` what every position adds to ``loss_sum``, in evaluation only.
+        log_z_squared: ``[n]`` as in :class:`.TokenSums`, with a z-loss only; NaN until backward ran.
 
     Where heads are on several pipeline stages, each stage's report holds zeros for the heads of the others, and in
     ``normalizer`` where head 1 is not: the reports of one microbatch add up. ``weights`` is 0 for those heads too.
@@ -47,6 +48,7 @@ class HeadReport:
     weights: tuple[float, ...]
     predictions: Tensor | None = None
     losses: Tensor | None = None
+    log_z_squared: Tensor | None = None
 
     @classmethod
     def empty(
@@ -56,10 +58,11 @@ class HeadReport:
         dtype: torch.dtype,
         predictions: bool = False,
         elsewhere: Sequence[int] = (),
+        z_loss: bool = False,
     ) -> HeadReport:
         """Report for ``targets`` ``[n, b, s]``: counts filled, figures NaN; ``dtype`` is that of the sums.
 
-        ``elsewhere`` names the heads (0-based) that other stages report.
+        ``elsewhere`` names the heads (0-based) that other stages report; ``z_loss`` says whether there is one.
         """
         nan = torch.full((targets.shape[0],), torch.nan, dtype=dtype, device=targets.device)
         tokens = (targets != IGNORE_INDEX).sum(dim=(1, 2))
@@ -76,17 +79,21 @@ class HeadReport:
             weights=tuple(weights),
             predictions=torch.full_like(targets, IGNORE_INDEX) if predictions else None,
             losses=losses,
+            log_z_squared=nan.clone() if z_loss else None,
         )
 
     @property
     def total(self) -> Tensor:
-        """``[]`` weighted sum over heads of the loss sums; NaN until backward ran. A head of weight 0 takes no part."""
+        """``[]`` weighted sum over heads of the loss sums; NaN until backward ran. A head of weight 0 takes no part,
+        and neither does a z-loss."""
         parts = [weight * self.loss_sum[head] for head, weight in enumerate(self.weights) if weight]
         return torch.stack(parts).sum() if parts else torch.zeros_like(self.normalizer, dtype=self.loss_sum.dtype)
 
     def record(self, head: int, sums: TokenSums) -> None:
         self.loss_sum[head] = sums.loss
         self.correct[head] = sums.correct
+        if self.log_z_squared is not None and sums.log_z_squared is not None:
+            self.log_z_squared[head] = sums.log_z_squared
         if self.predictions is not None and sums.predictions is not None:
             self.predictions[head] = sums.predictions.view(self.predictions.shape[2], -1).t()
         if self.losses is not None and sums.losses is not None:
@@ -96,6 +103,8 @@ class HeadReport:
         """Back to NaN and no predictions, so that nobody reads half a report."""
         self.loss_sum.fill_(torch.nan)
         self.correct.fill_(torch.nan)
+        if self.log_z_squared is not None:
+            self.log_z_squared.fill_(torch.nan)
         if self.predictions is not None:
             self.predictions.fill_(IGNORE_INDEX)
         if self.losses is not None:
@@ -119,7 +128,7 @@ class HeadPass(Protocol):
     def head_loss(
         self, head: int, outputs: Tensor, scale: Tensor | None, predictions: bool
     ) -> tuple[TokenSums, Tensor | None]:
-        """Final norm, unembedding and loss; with ``scale`` = dL/d(loss sum) also their backward.
+        """Final norm, unembedding and loss; with ``scale`` = dL/d(loss sum) also their backward, a z-loss's included.
 
         Returns the sums and dL/doutputs (None without ``scale``). Gradients of ``shared`` are kept until
         :meth:`shared_gradients`; all other parameters' gradients are accumulated at once.

@@ -78,6 +78,7 @@ class ToyPass:
             grad_scale=scale,
             weight_grad=self._gradient,
             predictions=predictions,
+            z_loss=self.model.config.z_loss,
         )
         if gradient is None:
             return sums, None
@@ -119,7 +120,8 @@ def deferred(
     """The toy's loss by `run_heads`."""
     z = model.trunk(x)
     sums = torch.promote_types(z.dtype, torch.float32)
-    report = HeadReport.empty(targets, model.config.base_weights(), sums, predictions=predictions)
+    z_loss = model.config.z_loss > 0
+    report = HeadReport.empty(targets, model.config.base_weights(), sums, predictions=predictions, z_loss=z_loss)
     return run_heads(z, heads or ToyPass(model, targets), report, detach_trunk=detach_trunk), report
 
 
@@ -142,7 +144,8 @@ def joint(model: ToyModel, x: Tensor, targets: Tensor, *, detach_trunk: bool = F
         ]
     )
     weights = torch.tensor(model.config.base_weights(), dtype=losses.dtype)
-    return (weights * losses).sum(), losses.detach(), logits.detach()
+    log_z_squared = (logits.logsumexp(-1).square() * (targets != IGNORE_INDEX)).sum(dim=(1, 2))
+    return (weights * (losses + model.config.z_loss * log_z_squared)).sum(), losses.detach(), logits.detach()
 
 
 def gradients(model: ToyModel) -> dict[str, Tensor]:

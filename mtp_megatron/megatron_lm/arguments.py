@@ -45,6 +45,7 @@ FLAGS = (
     Flag("--mtp-fp8-heads", "fp8"),
     Flag("--mtp-loss-weights", "loss_weights", float, "+"),
     Flag("--mtp-loss-decay", "loss_decay", float),
+    Flag("--mtp-z-loss", "z_loss", float),
     Flag("--mtp-loss-chunk-tokens", "loss_chunk_tokens", int),
     Flag("--mtp-curriculum-steps", "curriculum_steps", int),
     Flag("--mtp-trainable", "trainable"),

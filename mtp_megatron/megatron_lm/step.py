@@ -25,22 +25,25 @@ class HeadLosses(Mapping[str, Tensor]):
 
     The sums exist only after the backward pass, so each value is put together when it is read; Megatron-LM reads them
     when its schedule is through. ``lm loss`` is head 1's. In training a head of weight 0 is not computed and not named.
+    With a z-loss, its values without the weight follow: they are no part of the losses.
     """
 
     def __init__(self, report: HeadReport, training: bool) -> None:
         self._report = report
         computed = [head for head, weight in enumerate(report.weights) if weight or not training]
-        self._heads = {"lm loss" if head == 0 else f"head {head + 1} loss": head for head in computed}
+        self._sums = {"lm loss" if head == 0 else f"head {head + 1} loss": (report.loss_sum, head) for head in computed}
+        if report.log_z_squared is not None:
+            self._sums |= {f"head {head + 1} z loss": (report.log_z_squared, head) for head in computed}
 
     def __getitem__(self, name: str) -> Tensor:
-        head = self._heads[name]
-        return torch.stack([self._report.loss_sum[head].float(), self._report.tokens[head].float()])
+        sums, head = self._sums[name]
+        return torch.stack([sums[head].float(), self._report.tokens[head].float()])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._heads)
+        return iter(self._sums)
 
     def __len__(self) -> int:
-        return len(self._heads)
+        return len(self._sums)
 
 
 def loss_func(output: tuple[Tensor, HeadReport]) -> tuple[Tensor, Tensor, HeadLosses]:

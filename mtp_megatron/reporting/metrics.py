@@ -21,7 +21,7 @@ class RunMetrics:
 
     Attributes:
         train: for every log ``step``, ``loss``, ``head_loss`` [n], ``head_accuracy`` [n], ``tokens_per_second``,
-            ``tflops_per_gpu``.
+            ``tflops_per_gpu``, and with a z-loss ``head_z_loss`` [n].
         valid: for every evaluation the same without speed, and ``tokens_per_forward``; of a blend also ``folders``,
             by name.
     """

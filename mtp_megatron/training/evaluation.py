@@ -15,7 +15,7 @@ from mtp_megatron.metrics import agreement_counts, expected_tokens_per_forward, 
 from mtp_megatron.targets import IGNORE_INDEX, context_positions
 from mtp_megatron.training.batches import Microbatch
 from mtp_megatron.training.recipe import Recipe
-from mtp_megatron.training.step import BatchIterator, Trainer, evaluation_loss, sum_over_world
+from mtp_megatron.training.step import BatchIterator, Trainer, evaluation_loss, sum_over_world, z_loss_sums
 
 if TYPE_CHECKING:
     from mtp_megatron.sequential import HeadReport
@@ -47,13 +47,16 @@ class Evaluation:
         head_accuracy: share of each head's targets that were its most likely token.
         tokens_per_forward: expected tokens per forward pass of greedy self-speculative decoding
             (:func:`mtp_megatron.metrics.agreement_counts`), 1 to n.
-        folders: of a blend, the same by folder (:attr:`mtp_megatron.data.blend.Blend.labels`), but for the last.
+        head_z_loss: mean of ``log(Z)**2`` of each head, without its weight; empty without ``heads.z_loss``. No part of
+            ``loss``.
+        folders: of a blend, losses and accuracies by folder (:attr:`mtp_megatron.data.blend.Blend.labels`).
     """
 
     loss: float
     head_loss: list[float]
     head_accuracy: list[float]
     tokens_per_forward: float
+    head_z_loss: list[float] = field(default_factory=list)
     folders: dict[str, FolderFigures] = field(default_factory=dict)
 
 
@@ -87,14 +90,17 @@ def evaluate(
         for model in trainable.models:
             model.keep_predictions = False
     local = [torch.cat([torch.stack(counts).sum(dim=0), by_folder.flatten()])] if counts else []
-    sums = sum_over_world(local, 5 * n + 1 + by_folder.numel())
+    counted = 5 * n + 1 + (n if recipe.heads.z_loss else 0)
+    sums = sum_over_world(local, counted + by_folder.numel())
     losses, correct, tokens, accepted, positions = (sums[i * n : (i + 1) * n] for i in range(5))
-    weights, rows = recipe.heads.base_weights(), range(5 * n + 1, 5 * n + 1 + by_folder.numel(), 3 * n)
+    z_losses = sums[5 * n + 1 : counted]
+    weights, rows = recipe.heads.base_weights(), range(counted, counted + by_folder.numel(), 3 * n)
     return Evaluation(
         loss=_objective(weights, losses, sums[5 * n]),
         head_loss=per_token(losses, tokens),
         head_accuracy=per_token(correct, tokens),
         tokens_per_forward=expected_tokens_per_forward(accepted, positions),
+        head_z_loss=per_token(z_losses, tokens) if z_losses else [],
         folders={
             name: _folder_figures(weights, sums[row : row + 3 * n]) for name, row in zip(folders, rows, strict=True)
         },
@@ -131,7 +137,8 @@ def _add_samples(by_folder: Tensor, batch: Microbatch, report: HeadReport) -> No
 
 
 def evaluation_counts(batch: Microbatch, report: HeadReport) -> Tensor:
-    """``[5n + 1]`` sums of one microbatch: losses, correct, targets, accepted, positions, normalizer; fp64."""
+    """``[5n + 1]`` sums of one microbatch: losses, correct, targets, accepted, positions, normalizer; fp64. Where there
+    is a z-loss its ``[n]`` follow."""
     from megatron.core import parallel_state
 
     if report.predictions is None or batch.targets is None:
@@ -141,6 +148,7 @@ def evaluation_counts(batch: Microbatch, report: HeadReport) -> Tensor:
     if parallel_state.get_context_parallel_rank() > 0:  # all of them counted the same whole sequences
         accepted, positions = torch.zeros_like(accepted), torch.zeros_like(positions)
     figures = [report.loss_sum, report.correct, report.tokens, accepted, positions, report.normalizer[None]]
+    figures += z_loss_sums(report)
     return torch.cat([figure.to(torch.float64) for figure in figures])
 
 

@@ -222,5 +222,12 @@ def _as_vector(report: HeadReport, owned: Sequence[int]) -> Tensor:
 
 def _figures(report: HeadReport) -> list[Tensor]:
     """What a stage tells the last one, predictions as the last of it."""
-    figures = (report.loss_sum, report.correct, report.tokens, report.losses, report.predictions)
+    figures = (
+        report.loss_sum,
+        report.correct,
+        report.tokens,
+        report.log_z_squared,
+        report.losses,
+        report.predictions,
+    )
     return [figure for figure in figures if figure is not None]

@@ -356,8 +356,9 @@ class RunSection(Section):
     accept_changes: bool = Field(
         default=False,
         description="resume although optimizer.lr, min_lr, schedule, warmup_steps, decay_steps, wsd_decay_steps, "
-        "wsd_decay_style, weight_decay, clip_grad, heads.loss_weights, loss_decay, curriculum_steps or the data are "
-        "not as they were, or start from a model (run.load) whose tokenizer is not the data's; that is then recorded",
+        "wsd_decay_style, weight_decay, clip_grad, heads.loss_weights, loss_decay, z_loss, curriculum_steps or the "
+        "data are not as they were, or start from a model (run.load) whose tokenizer is not the data's; that is then "
+        "recorded",
     )
     load: str | None = Field(
         default=None,

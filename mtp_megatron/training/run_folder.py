@@ -34,7 +34,7 @@ STEERED_KEYS = frozenset(
     {
         *(f"optimizer.{key}" for key in ("lr", "min_lr", "schedule", "warmup_steps", "decay_steps")),
         *(f"optimizer.{key}" for key in ("wsd_decay_steps", "wsd_decay_style", "weight_decay", "clip_grad")),
-        *(f"heads.{key}" for key in ("loss_weights", "loss_decay", "curriculum_steps")),
+        *(f"heads.{key}" for key in ("loss_weights", "loss_decay", "z_loss", "curriculum_steps")),
     }
 )
 

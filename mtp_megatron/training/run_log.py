@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -118,6 +118,7 @@ class RunLog:
     def _train(self, step: int, figures: StepFigures, speed: dict[str, float] | None) -> None:
         """The line and the points of a training step."""
         balance = {} if self._recipe.model.num_experts is None else {"load_balancing_loss": figures.load_balancing_loss}
+        z_loss = {"head_z_loss": figures.head_z_loss} if figures.head_z_loss else {}
         self._metrics.add(
             kind="train",
             step=step,
@@ -130,11 +131,12 @@ class RunLog:
             tflops_per_gpu=None if speed is None else float(f"{speed['tflops_per_gpu']:.4g}"),
             tokens=step * self._tokens_per_step,
             **balance,
+            **z_loss,
         )
         scalars = {"train/loss": figures.loss, "train/grad_norm": figures.grad_norm, "train/lr": figures.lr}
         scalars |= {f"train/{name}": value for name, value in balance.items()}
         self._scalars(step, scalars | {f"train/{name}": value for name, value in (speed or {}).items()})
-        self._per_head(step, "train", figures.head_loss, figures.head_accuracy)
+        self._per_head(step, "train", figures)
 
     def passed_over(self, step: int, skipped: int) -> None:
         """Called instead of :meth:`step` for the ``skipped`` steps up to ``step``: there are no figures of them."""
@@ -159,10 +161,11 @@ class RunLog:
             head_loss=result.head_loss,
             head_accuracy=result.head_accuracy,
             tokens_per_forward=result.tokens_per_forward,
+            **({"head_z_loss": result.head_z_loss} if result.head_z_loss else {}),
             **({"folders": {name: asdict(found) for name, found in result.folders.items()}} if result.folders else {}),
         )
         self._scalars(step, {"valid/loss": result.loss, "valid/tokens_per_forward": result.tokens_per_forward})
-        self._per_head(step, "valid", result.head_loss, result.head_accuracy)
+        self._per_head(step, "valid", result)
         heads = " ".join(f"{value:.3f}" for value in result.head_loss)
         accuracy = " ".join(f"{100 * value:.1f}%" for value in result.head_accuracy)
         self.message(
@@ -211,6 +214,7 @@ class RunLog:
                 *(type(error).__name__, error),
             )
 
-    def _per_head(self, step: int, split: str, losses: Sequence[float], accuracies: Sequence[float]) -> None:
-        for name, values in (("loss", losses), ("accuracy", accuracies)):
+    def _per_head(self, step: int, split: str, found: StepFigures | Evaluation) -> None:
+        figures = {"loss": found.head_loss, "accuracy": found.head_accuracy, "z_loss": found.head_z_loss}
+        for name, values in figures.items():
             self._scalars(step, {f"{split}_{name}/head_{i + 1}": value for i, value in enumerate(values)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -88,6 +88,8 @@ class StepFigures:
         grad_norm: global gradient norm before clipping; NaN in evaluation.
         lr: learning rate of the step; NaN in evaluation.
         stop: whether any rank was asked to stop.
+        head_z_loss: mean of ``log(Z)**2`` over each head's own targets, without its weight ``heads.z_loss``; NaN as for
+            ``head_loss``. Empty where there is none. No part of ``loss``.
         load_balancing_loss: of the routers of a trunk with experts, mean over layers and microbatches, without its
             weight: 1 for even loads, ``num_experts`` at most; NaN without experts and in evaluation.
     """
@@ -99,6 +101,7 @@ class StepFigures:
     grad_norm: float = math.nan
     lr: float = math.nan
     stop: bool = False
+    head_z_loss: list[float] = field(default_factory=list)
     load_balancing_loss: float = math.nan
 
 
@@ -127,12 +130,12 @@ def train_step(
     with label("forward and backward"):
         reports = trainable.backward(recipe, iterators, num_microbatches)
     # Only now do the reports hold numbers: the heads ran inside the backward passes.
-    local = [torch.cat([r.loss_sum, r.correct, r.tokens, r.normalizer[None]]) for r in reports]
+    n, z_losses = recipe.heads.n, recipe.heads.n if recipe.heads.z_loss else 0
+    local = [torch.cat([r.loss_sum, r.correct, r.tokens, r.normalizer[None], *z_loss_sums(r)]) for r in reports]
     with label("figures over the world"):  # waits for the device, and for the slowest rank
-        sums = sum_over_world(local, 3 * recipe.heads.n + 1, stop_requested)
-    figures = _figures(sums, weights)
+        sums = sum_over_world(local, 3 * n + 1 + z_losses, stop_requested)
+    figures = _figures(sums[:-1], weights)
     # The sums, not the means: a head without a target in this global batch has no mean, and has not diverged.
-    n = recipe.heads.n
     known: dict[str, Any] = {"head_loss_sum": sums[:n], "head_tokens": sums[2 * n : 3 * n], "head_weights": weights}
     values = [("loss of head", i + 1, sums[i]) for i, weight in enumerate(weights) if weight]
     _require_finite(step + 1, values, known | {"grad_norm": None})
@@ -150,6 +153,7 @@ def train_step(
         grad_norm=grad_norm,
         lr=trainable.scheduler.get_lr({}),  # not the optimizer's: a stage that trains nothing has no parameter groups
         stop=sums[-1] > 0,
+        head_z_loss=figures.head_z_loss,
         load_balancing_loss=_load_balancing_loss(recipe, num_microbatches),
     )
 
@@ -203,6 +207,11 @@ def evaluation_loss(
     return loss.clone(), report.normalizer.to(torch.int), (batch, report)
 
 
+def z_loss_sums(report: HeadReport) -> list[Tensor]:
+    """``[n]`` of a microbatch where there is a z-loss, nothing where there is none."""
+    return [] if report.log_z_squared is None else [report.log_z_squared]
+
+
 def sum_over_world(local: Sequence[Tensor], width: int, flag: bool = False) -> list[float]:
     """Sum the vectors of the stages with heads over microbatches and ranks, and tell every rank; one collective.
 
@@ -235,14 +244,17 @@ def _load_balancing_loss(recipe: Recipe, num_microbatches: int) -> float:
 
 
 def _figures(sums: Sequence[float], weights: Sequence[float]) -> StepFigures:
+    """From losses, correct and targets, each ``[n]``, the normalizer and, where there is one, the z-losses ``[n]``."""
     n = len(weights)
     losses, correct, tokens = sums[:n], sums[n : 2 * n], sums[2 * n : 3 * n]
+    z_losses = sums[3 * n + 1 :]
     total = sum(weight * loss for weight, loss in zip(weights, losses, strict=True) if weight)
     return StepFigures(
         loss=per_token([total], [sums[3 * n]])[0],
         head_loss=per_token(losses, tokens),
         head_accuracy=per_token(correct, tokens),
         tokens=int(sums[3 * n]),
+        head_z_loss=per_token(z_losses, tokens) if z_losses else [],
     )
 
 

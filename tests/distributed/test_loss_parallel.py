@@ -22,7 +22,8 @@ from mtp_megatron.targets import IGNORE_INDEX
 from tests.harness import run_world
 
 TOKENS, SIZE, SCALE = 23, 8, 0.75
-CHUNKS = (None, 1, 10)
+# Tokens to a chunk, and the weight of the z-loss.
+WAYS = ((None, 0.0), (1, 0.0), (10, 0.0), (10, 0.05))
 # world, vocabulary, rows per rank: 507 over 4 x 128 as Liger and cut-cross-entropy test it; then ranks of padding alone
 LAYOUTS = {
     "tp2-even": (2, 64, 32),
@@ -49,22 +50,26 @@ def here(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 def on_cpu(result: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: value.cpu() for name, value in result.items()}
+    return {name: value.cpu() for name, value in result.items() if value is not None}
 
 
-def whole(vocab: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def whole(vocab: int, dtype: torch.dtype, z_loss: float = 0.0) -> dict[str, torch.Tensor]:
     """Loss sum, gradients and argmax from the whole logits."""
-    return of_the_whole_matrix(*inputs(vocab, dtype))
+    return of_the_whole_matrix(*inputs(vocab, dtype), z_loss)
 
 
-def of_the_whole_matrix(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+def of_the_whole_matrix(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, z_loss: float = 0.0
+) -> dict[str, torch.Tensor]:
     hidden.requires_grad_()
     weight.requires_grad_()
     logits = hidden @ weight.T
     loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    (loss * SCALE).backward()
+    log_z_squared = (logits.logsumexp(-1).square() * (targets != IGNORE_INDEX)).sum()
+    ((loss + z_loss * log_z_squared) * SCALE).backward()
     best = logits.argmax(-1)
     return {
+        **({"log_z_squared": log_z_squared.detach()} if z_loss else {}),
         "loss": loss.detach(),
         "correct": ((best == targets) & (targets != IGNORE_INDEX)).sum().to(hidden.dtype),
         "predictions": best,
@@ -81,13 +86,13 @@ def local_rows(weight: torch.Tensor, rows: int, rank: int) -> torch.Tensor:
 
 
 def _split(rank: int, world: int, vocab: int, rows: int, dtype: torch.dtype, shift: int) -> list[dict]:
-    """This rank's figures for each chunk size of `CHUNKS`. `shift` moves the start of every shard but rank 0's."""
+    """This rank's figures for each of `WAYS`. `shift` moves the start of every shard but rank 0's."""
     hidden, weight, targets, scale = here(*inputs(vocab, dtype), torch.tensor(SCALE, dtype=dtype))
     shard = VocabShard.of(vocab, rows, dist.group.WORLD)
     shard = replace(shard, start=shard.start + shift * (rank > 0))
     local = local_rows(weight, rows, rank)
     results = []
-    for chunk in CHUNKS:
+    for chunk, z_loss in WAYS:
         weight_grad = torch.zeros_like(local)
         sums, hidden_grad = linear_cross_entropy(
             hidden,
@@ -98,10 +103,16 @@ def _split(rank: int, world: int, vocab: int, rows: int, dtype: torch.dtype, shi
             weight_grad=weight_grad,
             chunk_tokens=chunk,
             predictions=True,
+            z_loss=z_loss,
         )
         dist.all_reduce(hidden_grad)
         results.append(on_cpu({**vars(sums), "hidden_grad": hidden_grad, "weight_grad": weight_grad}))
     return results
+
+
+def by_way(ranks: Sequence[list[dict]]) -> list[tuple[float, tuple[dict, ...]]]:
+    """The z-loss of each of `WAYS` and the ranks' figures, from what `_split` returned on each."""
+    return [(z_loss, found) for (_, z_loss), found in zip(WAYS, zip(*ranks, strict=True), strict=True)]
 
 
 def deviation(ranks: Sequence[dict[str, torch.Tensor]], want: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -120,22 +131,22 @@ def deviation(ranks: Sequence[dict[str, torch.Tensor]], want: dict[str, torch.Te
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_equals_the_whole_matrix(name: str) -> None:
     world, vocab, rows = LAYOUTS[name]
-    for ranks in zip(*run_world(_split, world, vocab, rows, torch.float64, 0), strict=True):
-        errors = deviation(ranks, whole(vocab, torch.float64))
+    for z_loss, ranks in by_way(run_world(_split, world, vocab, rows, torch.float64, 0)):
+        errors = deviation(ranks, whole(vocab, torch.float64, z_loss))
         assert max(errors.values()) <= 1e-12, errors
         assert all(torch.equal(rank["loss"], ranks[0]["loss"]) for rank in ranks)
 
 
 def test_fp32() -> None:
-    for ranks in zip(*run_world(_split, 4, 507, 128, torch.float32, 0), strict=True):
-        errors = deviation(ranks, whole(507, torch.float32))
+    for z_loss, ranks in by_way(run_world(_split, 4, 507, 128, torch.float32, 0)):
+        errors = deviation(ranks, whole(507, torch.float32, z_loss))
         assert max(errors.values()) <= 1e-5, errors
         assert errors["correct"] == errors["predictions"] == 0
 
 
 def test_control_a_wrong_start_of_a_shard_is_caught() -> None:
-    for ranks in zip(*run_world(_split, 4, 507, 128, torch.float64, 1), strict=True):
-        errors = deviation(ranks, whole(507, torch.float64))
+    for z_loss, ranks in by_way(run_world(_split, 4, 507, 128, torch.float64, 1)):
+        errors = deviation(ranks, whole(507, torch.float64, z_loss))
         assert min(errors[name] for name in ("loss", "weight_grad", "hidden_grad")) > 1e-3
         assert errors["predictions"] > 0
 

@@ -26,6 +26,7 @@ class Result:
     loss: Tensor
     hidden_grad: Tensor
     weight_grad: Tensor
+    log_z_squared: Tensor | None = None
 
 
 def inputs(dtype: torch.dtype, tokens: int = TOKENS, size: int = SIZE, vocab: int = VOCAB, seed: int = 0) -> tuple:
@@ -38,16 +39,23 @@ def inputs(dtype: torch.dtype, tokens: int = TOKENS, size: int = SIZE, vocab: in
     return hidden, weight, targets
 
 
-def plain(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float = 1.0) -> Result:
+def plain(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float = 1.0, z_loss: float = 0.0) -> Result:
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
     loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    loss.backward(torch.tensor(scale, dtype=loss.dtype))
-    return Result(loss.detach(), hidden.grad, weight.grad)
+    log_z_squared = (logits.logsumexp(-1).square() * (targets != IGNORE_INDEX)).sum()
+    (loss + z_loss * log_z_squared).backward(torch.tensor(scale, dtype=loss.dtype))
+    return Result(loss.detach(), hidden.grad, weight.grad, log_z_squared.detach() if z_loss else None)
 
 
 def ours(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None, scale: float = 1.0, vocab: int = 0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk: int | None = None,
+    scale: float = 1.0,
+    vocab: int = 0,
+    z_loss: float = 0.0,
 ) -> Result:
     shard = VocabShard.of(vocab or weight.shape[0], weight.shape[0], None)
     weight_grad = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
@@ -59,14 +67,17 @@ def ours(
         grad_scale=torch.tensor(scale),
         weight_grad=weight_grad,
         chunk_tokens=chunk,
+        z_loss=z_loss,
     )
-    return Result(sums.loss, hidden_grad, weight_grad)
+    return Result(sums.loss, hidden_grad, weight_grad, sums.log_z_squared)
 
 
 def error(got: Result, want: Result) -> float:
     """Largest deviation of loss and gradients, each relative to its largest entry; NaN counts as infinite."""
     worst = 0.0
-    for name in ("loss", "hidden_grad", "weight_grad"):
+    assert (got.log_z_squared is None) == (want.log_z_squared is None)
+    names = ("loss", "hidden_grad", "weight_grad", *(["log_z_squared"] if want.log_z_squared is not None else []))
+    for name in names:
         value, right = getattr(got, name).double(), getattr(want, name).double()
         assert value.shape == right.shape
         if right.numel():
@@ -80,9 +91,13 @@ def error(got: Result, want: Result) -> float:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
 @pytest.mark.parametrize("chunk", CHUNKS)
-def test_equals_cross_entropy_whatever_the_chunk(dtype: torch.dtype, tolerance: float, chunk: int | None) -> None:
+@pytest.mark.parametrize("z_loss", [0.0, 0.05])
+def test_equals_cross_entropy_whatever_the_chunk(
+    dtype: torch.dtype, tolerance: float, chunk: int | None, z_loss: float
+) -> None:
     case = inputs(dtype)
-    assert error(ours(*case, chunk=chunk, scale=0.75), plain(*case, scale=0.75)) <= tolerance
+    got, want = ours(*case, chunk=chunk, scale=0.75, z_loss=z_loss), plain(*case, scale=0.75, z_loss=z_loss)
+    assert error(got, want) <= tolerance
 
 
 def test_control_a_rolled_target_and_a_lost_chunk_are_caught() -> None:
@@ -102,15 +117,19 @@ def test_control_a_rolled_target_and_a_lost_chunk_are_caught() -> None:
     padding=st.integers(0, 7),
     chunk=st.none() | st.integers(1, 23),
     seed=st.integers(0, 1000),
+    z_loss=st.sampled_from([0.0, 0.05, 0.5]),
 )
-def test_random_shapes(tokens: int, size: int, vocab: int, padding: int, chunk: int | None, seed: int) -> None:
+def test_random_shapes(
+    tokens: int, size: int, vocab: int, padding: int, chunk: int | None, seed: int, z_loss: float
+) -> None:
     hidden, weight, targets = inputs(torch.float64, tokens, size, vocab + padding, seed)
     targets = torch.where(targets >= 0, targets % vocab, targets)
-    want = plain(hidden, weight[:vocab], targets)
-    got = ours(hidden, weight, targets, chunk, vocab=vocab)
+    want = plain(hidden, weight[:vocab], targets, z_loss=z_loss)
+    got = ours(hidden, weight, targets, chunk, vocab=vocab, z_loss=z_loss)
     assert not got.weight_grad[vocab:].any()
     got.weight_grad = got.weight_grad[:vocab]
-    assert error(got, want) <= 1e-12
+    # Of a certain target the z-loss's part is all that is left of a difference of ones.
+    assert error(got, want) <= (1e-9 if z_loss else 1e-12)
 
 
 def test_weight_gradient_is_added_to_what_is_there() -> None:
@@ -165,14 +184,14 @@ def test_zero_tokens(chunk: int | None) -> None:
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_no_valid_token(chunk: int | None) -> None:
     hidden, weight, targets = inputs(torch.float32)
-    got = ours(hidden, weight, torch.full_like(targets, IGNORE_INDEX), chunk)
-    for value in (got.loss, got.hidden_grad, got.weight_grad):
+    got = ours(hidden, weight, torch.full_like(targets, IGNORE_INDEX), chunk, z_loss=0.1)
+    for value in (got.loss, got.hidden_grad, got.weight_grad, got.log_z_squared):
         assert (value == 0).all()  # neither a number nor NaN
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_logits_of_ten_thousand(dtype: torch.dtype, sign: float) -> None:
+@pytest.mark.parametrize(("sign", "z_loss"), [(1.0, 0.0), (-1.0, 0.0), (1.0, 1e-4), (-1.0, 1e-4)])
+def test_logits_of_ten_thousand(dtype: torch.dtype, sign: float, z_loss: float) -> None:
     """One logit of +-1e4 in every row, and rows of nothing but 1e4."""
     hidden, weight, targets = inputs(dtype)
     hidden, weight = hidden / 4, weight / 4
@@ -180,7 +199,7 @@ def test_logits_of_ten_thousand(dtype: torch.dtype, sign: float) -> None:
     weight[3, 0] = 100.0 * sign
     weight[7] = weight[8]
     hidden[2], targets[1] = 0.0, 3
-    got, want = ours(hidden, weight, targets, 5), plain(hidden, weight, targets)
+    got, want = ours(hidden, weight, targets, 5, z_loss=z_loss), plain(hidden, weight, targets, z_loss=z_loss)
     assert want.loss.isfinite()
     assert want.loss > 9e3  # so the large logits do take part
     assert error(got, want) <= {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
@@ -188,13 +207,14 @@ def test_logits_of_ten_thousand(dtype: torch.dtype, sign: float) -> None:
 
 def test_ignored_tokens_get_no_gradient_and_do_not_count() -> None:
     hidden, weight, targets = inputs(torch.float64)
-    got = ours(hidden, weight, targets)
+    got = ours(hidden, weight, targets, z_loss=0.1)
     ignored = targets == IGNORE_INDEX
     assert ignored.any()
     assert not got.hidden_grad[ignored].any()
     assert got.hidden_grad[~ignored].any(dim=1).all()
-    kept = ours(hidden[~ignored], weight, targets[~ignored])
+    kept = ours(hidden[~ignored], weight, targets[~ignored], z_loss=0.1)
     torch.testing.assert_close(got.loss, kept.loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(got.log_z_squared, kept.log_z_squared, rtol=1e-12, atol=0)
     torch.testing.assert_close(got.weight_grad, kept.weight_grad, rtol=1e-12, atol=1e-12)
 
 
@@ -210,14 +230,16 @@ def test_padding_rows_take_no_part(noise: float) -> None:
     assert torch.equal(sums.predictions, (hidden @ weight.T).argmax(-1))
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @pytest.mark.parametrize("target", [-1, -101, VOCAB, VOCAB + 2, VOCAB + 1000])
-def test_target_outside_the_vocabulary_is_nan_not_a_number(target: int) -> None:
+def test_target_outside_the_vocabulary_is_nan_not_a_number(target: int, z_loss: float) -> None:
     """Also one that names a padding row; loss and gradients, since a training loop may watch either."""
     hidden, weight, targets = inputs(torch.float32)
     weight = torch.cat([weight, weight[:5]])
     targets[4] = target
-    got = ours(hidden, weight, targets, vocab=VOCAB)
+    got = ours(hidden, weight, targets, vocab=VOCAB, z_loss=z_loss)
     assert got.loss.isnan()
+    assert got.log_z_squared is None or got.log_z_squared.isnan()
     assert got.hidden_grad[4].isnan().all()
     assert got.weight_grad[:VOCAB].isnan().all()
     assert got.hidden_grad[:4].isfinite().all()
@@ -229,6 +251,15 @@ def test_shapes_that_do_not_match_are_refused() -> None:
         ours(hidden, weight, targets[1:])
     with pytest.raises(ValueError, match="vocab_size=38 does not fit into 1 shards of 37 rows; pad the unembedding"):
         VocabShard.of(38, 37, None)
+
+
+@pytest.mark.parametrize(("logit", "gradient"), [(3.0, 0.75), (-4.0, -1.0), (0.0, 0.0)])
+def test_z_loss_of_a_single_entry_by_hand(logit: float, gradient: float) -> None:
+    """Its cross entropy is 0 and log(Z) its logit: dL/dlogit = 2/8 * logit. At -4 the softmax's part vanishes."""
+    one = torch.ones(1, 1, dtype=torch.float64)
+    got = ours(one * logit, one, torch.zeros(1, dtype=torch.int64), z_loss=0.125)
+    assert (float(got.loss), float(got.hidden_grad), float(got.weight_grad)) == (0.0, gradient, gradient * logit)
+    assert got.log_z_squared == logit**2
 
 
 # Accuracy -------------------------------------------------------------------------------------------------------------
@@ -263,6 +294,11 @@ def test_the_loss_of_every_position(chunk: int | None) -> None:
     )
     each = F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE_INDEX, reduction="none")
     torch.testing.assert_close(sums.losses, each, rtol=1e-12, atol=1e-12)
+    with_z_loss, _ = linear_cross_entropy(
+        hidden, weight, targets, VocabShard.of(VOCAB, VOCAB, None), chunk_tokens=chunk, predictions=True, z_loss=0.1
+    )
+    assert torch.equal(with_z_loss.losses, sums.losses)
+    assert torch.equal(with_z_loss.predictions, sums.predictions)
     torch.testing.assert_close(sums.loss, each.sum(), rtol=1e-12, atol=0)
 
 
@@ -316,6 +352,33 @@ def test_autograd_form(frozen: str) -> None:
         assert (leaf.grad is None) == (not leaf.requires_grad)
         if leaf.requires_grad:
             torch.testing.assert_close(leaf.grad, right, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_autograd_form_by_finite_differences(z_loss: float) -> None:
+    """Its value is the objective, z-loss included. Not by `gradcheck`, which goes backward a second time."""
+    hidden, weight, targets = inputs(torch.float64, vocab=11)
+
+    def objective() -> Tensor:
+        return vocab_parallel_linear_cross_entropy(hidden, weight, targets, chunk_tokens=4, z_loss=z_loss)[0]
+
+    for leaf in (hidden, weight):
+        leaf.requires_grad_()
+        objective().backward()
+        found, leaf.grad = leaf.grad, None
+        leaf.requires_grad_(False)
+        slopes = torch.empty_like(leaf)
+        for place in range(leaf.numel()):
+            entry, step = leaf.view(-1)[place], 1e-5
+            entry += step
+            above = objective()
+            entry -= 2 * step
+            slopes.view(-1)[place] = (above - objective()) / (2 * step)
+            entry += step
+        torch.testing.assert_close(found, slopes, rtol=1e-6, atol=1e-6)
+    want = plain(hidden, weight, targets, z_loss=z_loss)
+    value = want.loss if want.log_z_squared is None else want.loss + z_loss * want.log_z_squared
+    torch.testing.assert_close(objective(), value, rtol=1e-12, atol=0)
 
 
 def test_second_backward_is_refused() -> None:
