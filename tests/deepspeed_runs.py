@@ -49,7 +49,7 @@ def assert_alike(one: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]
     for step, record in one.items():
         for key, value in record.items():
             expected = other[step][key]
-            if key in ("loss", "head_loss", "grad_norm"):
+            if key in ("loss", "head_loss", "head_z_loss", "grad_norm"):
                 values, wanted = (x if isinstance(x, list) else [x] for x in (value, expected))
                 for got, want in zip(values, wanted, strict=True):  # None: a head that had no loss yet
                     assert got == (want if want is None else pytest.approx(want, rel=1e-5)), (step, key)

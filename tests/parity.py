@@ -130,6 +130,7 @@ class Step:
     tokens: torch.Tensor
     normalizer: int
     gradients: dict[str, torch.Tensor]
+    log_z_squared: torch.Tensor | None = None
 
 
 def make_parameters(case: Case, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -194,6 +195,9 @@ def reference_step(case: Case, parameters: dict[str, torch.Tensor], batches: lis
         tokens=torch.stack([result.tokens for result in results]).sum(0) * active,
         normalizer=normalizer,
         gradients=gradients,
+        log_z_squared=torch.stack([result.log_z_squared for result in results]).sum(0) * active
+        if case.heads_config.z_loss
+        else None,
     )
 
 
@@ -241,6 +245,7 @@ def assemble(case: Case, ranks: list[dict[str, Any]], idle_heads_are_checked: bo
         tokens=sums[2].round().long(),
         normalizer=int(sums[2][0].round()),
         gradients=gradients,
+        log_z_squared=sums[3] if len(sums) > 3 else None,
     )
 
 
@@ -380,7 +385,7 @@ def step_body(
         reports += head_stages.take_reports() if head_stages else []
         sums = None
         if reports:
-            names = ("loss_sum", "correct", "tokens")
+            names = ["loss_sum", "correct", "tokens", *(["log_z_squared"] if case.heads_config.z_loss else [])]
             sums = torch.stack([sum(getattr(report, name).double() for report in reports) for name in names]).cpu()
         for chunk in chunks:
             for parameter in chunk.parameters():
@@ -453,6 +458,9 @@ def assert_same_step(got: Step, want: Step, tolerance: float) -> None:
     assert got.correct.tolist() == want.correct.tolist()
     assert got.normalizer == want.normalizer
     torch.testing.assert_close(got.loss_sum.double(), want.loss_sum.double(), rtol=tolerance, atol=0)
+    assert (got.log_z_squared is None) == (want.log_z_squared is None)
+    if got.log_z_squared is not None and want.log_z_squared is not None:
+        torch.testing.assert_close(got.log_z_squared, want.log_z_squared.double(), rtol=tolerance, atol=0)
     problems = gradient_problems(got, want, tolerance)
     assert not problems, "\n".join(problems)
 

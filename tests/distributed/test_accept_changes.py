@@ -29,6 +29,7 @@ CHANGED: dict[str, Any] = {
     "optimizer__weight_decay": 0.3,
     "optimizer__clip_grad": 0.25,
     "heads__loss_weights": [1.0, 0.5, 0.0],
+    "heads__z_loss": 0.01,
 }
 
 
@@ -92,6 +93,8 @@ def test_new_values_take_effect_at_the_next_step_and_need_no_flag_afterwards(
     assert metrics(resumed)[5]["lr"] != metrics(whole)[5]["lr"], "control"
     assert metrics(resumed)[5]["head_loss"][:2] == metrics(whole)[5]["head_loss"][:2], "the weights are the run's"
     assert metrics(resumed)[5]["head_loss"][2] is None
+    assert "head_z_loss" not in metrics(resumed)[4]
+    assert [value is None for value in metrics(resumed)[5]["head_z_loss"]] == [False, False, True]
     assert "optimizer.lr is 0.001 there and 0.0005 here" in looks[0][-1]
     assert "heads.loss_weights is None there and [1.0, 0.5, 0.0] here" in looks[0][-1]
     assert looks[0][-1].count("; the next step, 5, trains at a learning rate of 4.667e-04") == 1

@@ -177,9 +177,9 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         zero(2),
         {"model__tied_embeddings": True, "heads__arrangement": "causal"},
     ),
-    "ZeRO 3, replicated unembeddings, a curriculum": (
+    "ZeRO 3, replicated unembeddings, a curriculum, a z-loss": (
         zero(3),
-        {"heads__unembedding": "replicated", "heads__curriculum_steps": 4},
+        {"heads__unembedding": "replicated", "heads__curriculum_steps": 4, "heads__z_loss": 0.05},
     ),
     "ZeRO 3, Medusa heads, attention recomputed": (
         zero(3),

@@ -37,13 +37,13 @@ CASES = {
     "tied-pp2": replace(PP2, tied=True),
     "tied-pp4": replace(PP4, tied=True),  # the embedding's stage has no heads
     "tied-vpp": replace(VPP, tied=True),
-    "tied-tp2-pp2-sp": replace(PP2, world=4, tp=2, sequence_parallel=True, tied=True),
+    "tied-tp2-pp2-sp": replace(PP2, world=4, tp=2, sequence_parallel=True, tied=True, heads={"n": 4, "z_loss": 0.05}),
     "dp2-overlap": replace(PP2, world=4, overlap=True),
     "dp2-overlap-tied-vpp": replace(VPP, world=4, overlap=True, tied=True),
     "medusa": replace(PP2, heads={"n": 4, "kind": "medusa"}),
     "weights": replace(PP2, heads={"n": 4, "loss_weights": [1.0, 0.0, 0.0, 0.5]}),
     "idle-stage": replace(PP2, heads={"n": 4, "loss_weights": [1.0, 0.5, 0.0, 0.0]}),
-    "joint": replace(PP2, heads={"n": 4, "execution": "joint"}),
+    "joint": replace(PP2, heads={"n": 4, "execution": "joint", "z_loss": 0.05}),
     "loss-scale": replace(PP2, loss_scale=2.0**16),
 }
 
@@ -188,13 +188,20 @@ def test_only_heads_learn_alike(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("world", "settings"),
-    [(2, {}), (4, {"model__tied_embeddings": True, **SHARDED})],
-    ids=["untied", "tied, distributed optimizer, overlapped"],
+    [(2, {"heads__z_loss": 0.05}), (4, {"model__tied_embeddings": True, **SHARDED})],
+    ids=["untied, with a z-loss", "tied, distributed optimizer, overlapped"],
 )
 def test_a_run_goes_on_alike_in_other_layouts(world: int, settings: dict[str, Any], data: Path, tmp_path: Path) -> None:
     """Fresh weights of a spread layout, whose copies must start equal; saved at step 4, resumed elsewhere and back."""
     whole = tmp_path / "whole"
     run_world(train_body, world, tiny_tree(data, whole, **SPREAD, **settings))
+    with_z_loss = "heads__z_loss" in settings
+    for records in (metrics(whole), metrics(whole, "valid")):
+        assert ["head_z_loss" in record for record in records.values()] == [with_z_loss] * len(records)
+    if with_z_loss:  # fresh logits are nearly equal, so both are of log(V)
+        first = metrics(whole)[1]
+        assert first["head_z_loss"] == pytest.approx([loss**2 for loss in first["head_loss"]], rel=0.05)
+        assert metrics(whole)[8]["head_z_loss"] < first["head_z_loss"]
     for name, layout in {"last": LAST, "vpp": SPREAD_VPP, "same": SPREAD}.items():
         resumed = interrupted_copy(whole, tmp_path / name, step=4)
         run_world(train_body, world, tiny_tree(data, resumed, **layout, **settings))
@@ -208,6 +215,9 @@ def test_a_run_goes_on_alike_in_other_layouts(world: int, settings: dict[str, An
             assert record["head_accuracy"] == pytest.approx(metrics(whole, "valid")[step]["head_accuracy"], abs=0.01)
         for step, record in metrics(resumed).items():
             assert record["grad_norm"] == pytest.approx(metrics(whole)[step]["grad_norm"], rel=1e-4)
+        for kind in ("train", "valid") if with_z_loss else ():
+            for step, record in metrics(resumed, kind).items():
+                assert record["head_z_loss"] == pytest.approx(metrics(whole, kind)[step]["head_z_loss"], rel=1e-5)
     again = interrupted_copy(tmp_path / "last", tmp_path / "again", step=8)
     for run, layout in [(again, SPREAD), (tmp_path / "last", LAST)]:
         run_world(

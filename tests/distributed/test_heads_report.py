@@ -22,7 +22,9 @@ CASES = {
     "tp2-sp": Case(world=2, tp=2, sequence_parallel=True),
     "tp4-uneven": Case(world=4, tp=4, vocab_size=33, padded_vocab_size=64),
     "causal": Case(world=2, tp=2, heads={"n": 3, "arrangement": "causal"}),
-    "anticausal": Case(world=2, tp=2, heads={"n": 3, "arrangement": "anticausal", "loss_chunk_tokens": 5}),
+    "anticausal": Case(
+        world=2, tp=2, heads={"n": 3, "arrangement": "anticausal", "loss_chunk_tokens": 5, "z_loss": 0.05}
+    ),
     "medusa": Case(world=2, tp=2, sequence_parallel=True, heads={"n": 3, "kind": "medusa"}),
     "replicated": Case(world=2, tp=2, heads={"n": 3, "unembedding": "replicated"}),
     "tied": Case(world=2, tp=2, tied=True),
@@ -53,7 +55,7 @@ class OneStage:
 
 
 def values(report: Any) -> dict[str, Any]:
-    names = ("loss_sum", "correct", "tokens", "normalizer", "total", "predictions", "losses")
+    names = ("loss_sum", "correct", "tokens", "normalizer", "total", "predictions", "losses", "log_z_squared")
     return {
         name: value.detach().cpu().clone() if isinstance(value := getattr(report, name), torch.Tensor) else value
         for name in names
@@ -106,7 +108,15 @@ def test_figures_exist_after_backward_or_at_once_in_evaluation(name: str) -> Non
         assert forwards == [count * int(weight > 0) for count, weight in zip(once, weights, strict=True)]
 
         loss, report, after = found["evaluation"]
-        torch.testing.assert_close(torch.tensor(loss), want.total, rtol=1e-5, atol=0)
+        plain = (torch.tensor(case.heads_config.base_weights()) * want.loss_sum).sum()
+        torch.testing.assert_close(torch.tensor(loss), plain, rtol=1e-5, atol=0)
+        if case.heads_config.z_loss:
+            assert found["forward"][1]["log_z_squared"].isnan().all()
+            for moment in ("backward", "evaluation"):
+                z_losses = found[moment][1]["log_z_squared"]
+                torch.testing.assert_close(z_losses, want.log_z_squared, rtol=1e-5, atol=0)
+        else:
+            assert report["log_z_squared"] is None
         torch.testing.assert_close(report["loss_sum"], want.loss_sum, rtol=1e-5, atol=0)
         assert report["correct"].tolist() == want.correct.tolist()
         assert torch.equal(report["predictions"], want.logits.argmax(-1))

@@ -72,7 +72,7 @@ def test_logged_losses_are_those_of_the_oracle(
     case = replace(CASE, heads={"n": 3})
     parameters = make_parameters(case)
     more = ["--mtp-heads", 3, "--train-iters", 1, "--eval-iters", 1, "--eval-interval", 1, *layout]
-    more += ["--eod-mask-loss"] if documents == "separate" else []
+    more += ["--eod-mask-loss", "--mtp-z-loss", 0.05] if documents == "separate" else []
     found = of_ours(tmp_path, parameters, *more, world=world)
     batch = {name: torch.stack([Samples()[i][name] for i in range(4)]) for name in ("tokens", "labels", "loss_mask")}
     ends = document_ends_from_tokens(batch["tokens"], EOD) if documents == "separate" else None
@@ -87,6 +87,13 @@ def test_logged_losses_are_those_of_the_oracle(
         assert loss == pytest.approx(float(wanted.loss_sum[head] / wanted.tokens[head]), rel=1e-5)
         assert loss != pytest.approx(others, rel=1e-4), "control: each head with the targets of another"
         assert f"{name} validation" in found, "evaluation reports every head"
+        beside = f"head {head + 1} z loss"
+        if documents == "separate":  # no part of the head's loss above
+            z_loss = float(wanted.log_z_squared[head] / wanted.tokens[head])
+            assert found[beside][1] == pytest.approx(z_loss, rel=1e-5)
+            assert f"{beside} validation" in found
+        else:
+            assert beside not in found
 
 
 def test_documents_attend_to_themselves_alone(tmp_path: Path) -> None:

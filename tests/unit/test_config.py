@@ -39,6 +39,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str, Any, str, str]] = {
     "chunk": ({"loss_chunk_tokens": 0}, "loss_chunk_tokens", 0, "greater than or equal to 1", ">= 1"),
     "decay 0": ({"loss_decay": 0.0}, "loss_decay", 0.0, "greater than 0", "> 0"),
     "decay 2": ({"loss_decay": 2}, "loss_decay", 2, "less than or equal to 1", "<= 1"),
+    "negative z-loss": ({"z_loss": -1e-4}, "z_loss", -1e-4, "greater than or equal to 0", ">= 0.0"),
+    "z-loss 1": ({"z_loss": 1}, "z_loss", 1, "less than 1", "< 1.0"),
+    "infinite z-loss": ({"z_loss": float("inf")}, "z_loss", float("inf"), "finite number", "type or value"),
     "curriculum": ({"curriculum_steps": 0}, "curriculum_steps", 0, "greater than or equal to 1", ">= 1"),
     "count of weights": (
         {"n": 3, "loss_weights": [1, 2]},
@@ -112,6 +115,7 @@ def test_nan_weight_is_refused() -> None:
     for settings, field in (
         ({"n": 2, "loss_weights": [1, "nan"]}, "loss_weights.1"),
         ({"loss_decay": "nan"}, "loss_decay"),
+        ({"z_loss": "nan"}, "z_loss"),
     ):
         with pytest.raises(ConfigError, match=f"heads.{field}="):
             HeadsConfig.parse(settings)
@@ -140,7 +144,8 @@ def test_control_what_is_refused_is_near_to_what_is_accepted() -> None:
     HeadsConfig.parse({"n": 1, "loss_weights": [0.5], "curriculum_steps": 1, "loss_chunk_tokens": 1})
     HeadsConfig.parse({"n": "3", "loss_decay": 1.0, "arrangement": "anticausal", "unembedding": "replicated"})
     HeadsConfig.parse({"n": 2, "loss_weights": [0, 1], "trainable": "new_heads", "kind": "medusa"})
-    HeadsConfig.parse({"n": 2, "loss_weights": [1, 0], "curriculum_steps": 10})
+    HeadsConfig.parse({"n": 2, "loss_weights": [1, 0], "curriculum_steps": 10, "z_loss": 0})
+    HeadsConfig.parse({"z_loss": "1e-4"})
 
 
 def test_defaults_are_the_papers() -> None:

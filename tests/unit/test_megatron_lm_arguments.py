@@ -37,7 +37,7 @@ def test_every_setting_of_the_model_and_its_loss_has_a_flag() -> None:
     assert {flag.field for flag in FLAGS} == set(HeadsConfig.model_fields) - {"new_heads"}, "new_heads is for run.load"
     command = """--mtp-heads 3 --mtp-head-kind transformer --mtp-head-arrangement causal --mtp-unembedding replicated
         --mtp-execution joint --mtp-loss-decay 0.5 --mtp-loss-chunk-tokens 64 --mtp-curriculum-steps 10
-        --mtp-trainable heads --mtp-documents separate --mtp-fp8-heads"""
+        --mtp-trainable heads --mtp-documents separate --mtp-fp8-heads --mtp-z-loss 1e-4"""
     args = parse(*command.split())
     assert heads_from_args(args) == HeadsConfig(
         n=3,
@@ -46,6 +46,7 @@ def test_every_setting_of_the_model_and_its_loss_has_a_flag() -> None:
         unembedding="replicated",
         execution="joint",
         loss_decay=0.5,
+        z_loss=1e-4,
         loss_chunk_tokens=64,
         curriculum_steps=10,
         trainable="heads",
@@ -70,6 +71,8 @@ def test_documents_follow_megatron_lms_own_loss() -> None:
         ([], "--mtp-heads", None),
         (["--mtp-heads", "0"], "--mtp-heads", 0),
         (["--mtp-heads", "2", "--mtp-loss-decay", "1.5"], "--mtp-loss-decay", 1.5),
+        (["--mtp-heads", "2", "--mtp-z-loss", "-0.5"], "--mtp-z-loss", -0.5),
+        (["--mtp-heads", "2", "--mtp-z-loss", "1e4"], "--mtp-z-loss", 1e4),
         (["--mtp-heads", "2", "--mtp-loss-decay", "0.5", "--mtp-loss-weights", "1", "1"], "--mtp-loss-decay", 0.5),
         (["--mtp-heads", "2", "--mtp-loss-weights", "1"], "--mtp-loss-weights", (1.0,)),
         (["--mtp-heads", "2", "--mtp-head-kind", "linear", "--mtp-head-arrangement", "causal"], None, "causal"),

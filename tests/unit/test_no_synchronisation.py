@@ -84,8 +84,8 @@ def test_a_step_of_the_heads_reads_no_value(arrangement: str) -> None:
     assert model.unembedding.grad is not None
 
 
-@pytest.mark.parametrize("predictions", [False, True])
-def test_the_loss_reads_no_value_in_any_chunk(predictions: bool) -> None:
+@pytest.mark.parametrize(("predictions", "z_loss"), [(False, 0.0), (True, 0.1)])
+def test_the_loss_reads_no_value_in_any_chunk(predictions: bool, z_loss: float) -> None:
     hidden, weight = torch.randn(40, 8), torch.randn(19, 8)
     targets = torch.randint(0, 19, (40,))
     targets[::3] = -100
@@ -99,6 +99,7 @@ def test_the_loss_reads_no_value_in_any_chunk(predictions: bool) -> None:
             weight_grad=torch.zeros_like(weight),
             chunk_tokens=16,
             predictions=predictions,
+            z_loss=z_loss,
         )
     assert reads.names == []
 

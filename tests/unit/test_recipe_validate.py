@@ -230,6 +230,7 @@ def test_what_steers_a_run_may_change_where_that_is_said(tmp_path: Path) -> None
     written(tmp_path)
     steered = {"optimizer__lr": 5e-4, "optimizer__weight_decay": 0.0, "optimizer__clip_grad": 0.5}
     steered |= {"optimizer__warmup_steps": 1, "train__steps": 9, "heads__loss_decay": 0.5, "heads__curriculum_steps": 4}
+    steered |= {"heads__z_loss": 1e-4}
     with pytest.raises(ConfigError) as caught:
         check_run_folder(resolved(tmp_path, **steered))
     assert "run.accept_changes=true" in caught.value.remedy

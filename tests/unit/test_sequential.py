@@ -41,8 +41,9 @@ def deferred_step(
 
 @pytest.mark.parametrize("weights", [None, (1.0, 0.25, 0.5, 2.0), (1.0, 0.0, 0.5, 0.0), (0.0, 0.0, 1.0, 0.0)], ids=str)
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
-def test_gradients_equal_plain_autograd(arrangement: str, weights: tuple[float, ...] | None) -> None:
-    model = toy(arrangement=arrangement, loss_weights=weights)
+@pytest.mark.parametrize("z_loss", [0.0, 0.05])
+def test_gradients_equal_plain_autograd(arrangement: str, weights: tuple[float, ...] | None, z_loss: float) -> None:
+    model = toy(arrangement=arrangement, loss_weights=weights, z_loss=z_loss)
     losses, want = plain_step(model, 0.37)
     report, got = deferred_step(model, 0.37)
     assert distance(got, want) <= 1e-12
@@ -52,7 +53,12 @@ def test_gradients_equal_plain_autograd(arrangement: str, weights: tuple[float, 
     assert report.tokens.tolist() == [11, 9, 7, 6]
     assert int(report.normalizer) == 11
     right = (torch.tensor(model.config.base_weights(), dtype=losses.dtype) * losses).sum()
-    torch.testing.assert_close(report.total, right, rtol=1e-12, atol=0)
+    torch.testing.assert_close(report.total, right, rtol=1e-12, atol=0)  # without the z-losses
+    assert (report.log_z_squared is None) == (z_loss == 0)
+    if report.log_z_squared is not None:
+        assert torch.equal(report.log_z_squared.isnan(), ~active)
+        report.clear()
+        assert report.log_z_squared.isnan().all()
 
 
 @settings(max_examples=40, deadline=None)

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -256,11 +257,29 @@ def test_the_log_writes_lines_points_and_text(tmp_path: Path, capsys: pytest.Cap
     } <= set(events.Tags()["scalars"])
     assert [(point.step, point.value) for point in events.Scalars("train_loss/head_2")] == [(2, 5.0), (4, 9.0)]
     assert "folders" not in records[2], "this is no blend"
+    assert not any("head_z_loss" in record for record in records), "there is no z-loss"
     said = capsys.readouterr().err
     assert "by folder" not in said
     assert "step 2/8  loss 2.5000  heads 2.500 5.000" in said
     assert re.search(r"  [0-9]+ tokens/s  [0-9.e-]+ TFLOP/s per GPU\n", said)
     assert "tokens per forward 1.75" in said
+
+
+def test_the_z_loss_stands_beside_the_losses(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = recipe_of(tmp_path, heads__n=2, heads__z_loss=1e-4, train__log_interval=1, run__tensorboard=True)
+    folder = RunFolder(tmp_path / "run")
+    with RunLog(folder, recipe, start_step=0, world_size=1, enabled=True) as log:
+        log.step(1, replace(figures(2.5), head_z_loss=[16.0, math.nan]))
+        log.evaluation(1, Evaluation(3.0, [1.0, 2.0], [0.5, 0.25], tokens_per_forward=1.75, head_z_loss=[9.0, 4.0]))
+    train, valid = read_metrics(folder.metrics)
+    assert (train["head_loss"], train["head_z_loss"]) == ([2.5, 5.0], [16.0, None])
+    assert (valid["head_loss"], valid["head_z_loss"]) == ([1.0, 2.0], [9.0, 4.0])
+    events = EventAccumulator(str(folder.tensorboard))
+    events.Reload()
+    for name, value in (("train_z_loss/head_1", 16.0), ("valid_z_loss/head_2", 4.0)):
+        assert [(point.step, point.value) for point in events.Scalars(name)] == [(1, value)]
 
 
 def test_the_log_has_the_held_out_figures_of_every_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
