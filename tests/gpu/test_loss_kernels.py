@@ -19,14 +19,15 @@ from tests.unit.test_loss_kernels import ROWS, assert_alike, both_ways, distance
 pytestmark = pytest.mark.gpu
 SCALE = 0.75
 GRADIENTS = ("loss", "hidden_grad", "weight_grad")
-# tokens, hidden size, vocabulary, tokens to a chunk: sizes that no vector and no block divides, and the usual ones
+# tokens, hidden size, vocabulary, tokens to a chunk, z-loss; sizes that no vector and no block divides, and usual ones
 SHAPES = {
-    "one-entry": (17, 24, 1, 5),
-    "less-than-a-block": (100, 64, 777, 33),
-    "a-block": (64, 64, 4096, 64),
-    "odd": (333, 128, 50257, 100),
-    "even": (512, 256, 32768, 256),
-    "large": (64, 128, 262144, 64),
+    "one-entry": (17, 24, 1, 5, 0.0),
+    "less-than-a-block": (100, 64, 777, 33, 0.0),
+    "a-block": (64, 64, 4096, 64, 0.0),
+    "odd": (333, 128, 50257, 100, 0.0),
+    "even": (512, 256, 32768, 256, 0.0),
+    "large": (64, 128, 262144, 64, 0.0),
+    "z-loss": (100, 64, 50257, 33, 0.05),
 }
 
 
@@ -60,7 +61,9 @@ def inputs(tokens: int, size: int, vocab: int, dtype: torch.dtype) -> tuple[Tens
     return hidden, weight, targets
 
 
-def figures(case: tuple[Tensor, Tensor, Tensor], chunk: int | None, softmax: type[Softmax] | None) -> dict[str, Tensor]:
+def figures(
+    case: tuple[Tensor, Tensor, Tensor], chunk: int | None, softmax: type[Softmax] | None, z_loss: float = 0.0
+) -> dict[str, Tensor]:
     vocab = len(case[1])
     weight_grad = torch.zeros_like(case[1], dtype=torch.float32)
     sums, hidden_grad = linear_cross_entropy(
@@ -69,31 +72,35 @@ def figures(case: tuple[Tensor, Tensor, Tensor], chunk: int | None, softmax: typ
         weight_grad=weight_grad,
         chunk_tokens=chunk,
         predictions=True,
+        z_loss=z_loss,
         softmax=softmax,
     )
     return {**vars(sums), "hidden_grad": hidden_grad, "weight_grad": weight_grad}
 
 
-def exact(case: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+def exact(case: tuple[Tensor, Tensor, Tensor], z_loss: float = 0.0) -> dict[str, Tensor]:
     """In fp64, by autograd."""
     hidden, weight = (part.double().requires_grad_() for part in case[:2])
-    loss = F.cross_entropy(hidden @ weight.T, case[2], ignore_index=IGNORE_INDEX, reduction="sum")
-    loss.backward(torch.tensor(SCALE, dtype=torch.float64, device="cuda"))
+    logits = hidden @ weight.T
+    loss = F.cross_entropy(logits, case[2], ignore_index=IGNORE_INDEX, reduction="sum")
+    log_z_squared = (logits.logsumexp(-1).square() * (case[2] != IGNORE_INDEX)).sum()
+    (loss + z_loss * log_z_squared).backward(torch.tensor(SCALE, dtype=torch.float64, device="cuda"))
     return {"loss": loss.detach(), "hidden_grad": hidden.grad, "weight_grad": weight.grad}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_fp64_as_closely_as_torchs_operations_do(shape: str, dtype: torch.dtype) -> None:
-    *sizes, chunk = SHAPES[shape]
+    *sizes, chunk, z_loss = SHAPES[shape]
     case = inputs(*sizes, dtype)
-    ours, torchs, want = figures(case, chunk, None), figures(case, chunk, TorchOnTheSameRows), exact(case)
+    ours, torchs = (figures(case, chunk, softmax, z_loss) for softmax in (None, TorchOnTheSameRows))
+    want = exact(case, z_loss)
     for figure in GRADIENTS:
         allowed = distance(torchs, want, figure) * 1.05 + (1e-6 if dtype == torch.float32 else 1e-5)
         assert distance(ours, want, figure) <= allowed, figure
     assert torch.equal(ours["predictions"], torchs["predictions"])
     assert ours["correct"] == torchs["correct"]
-    others = exact((*case[:2], case[2].roll(1)))
+    others = exact((*case[:2], case[2].roll(1)), z_loss)
     assert sizes[2] == 1 or distance(ours, others, "hidden_grad") > 0.1  # control
 
 
@@ -164,8 +171,9 @@ def test_the_logits_in_their_own_type_are_all_that_is_kept() -> None:
     assert 3 * logits <= peak(TorchSoftmax)
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.05])
 @pytest.mark.parametrize("softmax", [None, TorchSoftmax], ids=["triton", "torch"])
-def test_no_chunk_waits(softmax: type[Softmax] | None) -> None:
+def test_no_chunk_waits(softmax: type[Softmax] | None, z_loss: float) -> None:
     case = inputs(100, 64, 50257, torch.bfloat16)
     weight_grad, scale = torch.zeros_like(case[1], dtype=torch.float32), torch.ones((), device="cuda")
     shard = VocabShard.of(50257, 50257, None)
@@ -177,6 +185,7 @@ def test_no_chunk_waits(softmax: type[Softmax] | None) -> None:
             weight_grad=weight_grad,
             chunk_tokens=32,
             predictions=True,
+            z_loss=z_loss,
             softmax=softmax,
         )[0].loss
 
