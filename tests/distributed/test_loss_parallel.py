@@ -281,7 +281,14 @@ def _counted(rank: int, world: int, vocab: int, rows: int, chunk: int | None, el
         shard = VocabShard.of(vocab, rows, dist.group.WORLD)
         local = local_rows(weight, rows, rank)
         linear_cross_entropy(
-            hidden, local, targets, shard, grad_scale=scale, weight_grad=torch.zeros_like(local), chunk_tokens=chunk
+            hidden,
+            local,
+            targets,
+            shard,
+            grad_scale=scale,
+            weight_grad=torch.zeros_like(local),
+            chunk_tokens=chunk,
+            z_loss=0.05,  # which needs none of its own
         )
     finally:
         dist.all_reduce = original

@@ -214,16 +214,19 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path, overrides: dict[str,
     assert says in str(caught.value)
 
 
-def test_a_run_recorded_before_a_setting_existed_goes_on_with_its_default(tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", [{"data__reset_attention_mask": True}, {"heads__z_loss": 1e-4}], ids=str)
+def test_a_run_recorded_before_a_setting_existed_goes_on_with_its_default(
+    tmp_path: Path, setting: dict[str, Any]
+) -> None:
     written(tmp_path)
     recorded = RunFolder(tmp_path).recipe
     lines = recorded.read_text().splitlines(keepends=True)
-    older = [line for line in lines if "reset_attention_mask" not in line]
+    older = [line for line in lines if next(iter(setting)).split("__")[1] not in line]
     assert len(older) == len(lines) - 1
     recorded.write_text("".join(older))
     check_run_folder(resolved(tmp_path))
     with pytest.raises(ConfigError, match="it holds another run"):
-        check_run_folder(resolved(tmp_path, data__reset_attention_mask=True))
+        check_run_folder(resolved(tmp_path, **setting))
 
 
 def test_what_steers_a_run_may_change_where_that_is_said(tmp_path: Path) -> None:
