@@ -194,10 +194,10 @@ class FutureHeads:
             predictions: keep every head's most likely entries (evaluation).
 
         Returns:
-            ``(loss [], report)``. The loss is the weighted sum over heads of *summed* token losses, whose gradient is
-            with ``heads.z_loss`` that of the z-losses too; the divisor is
-            ``report.normalizer``, summed over the global batch by Megatron (``calculate_per_token_loss``). In training
-            its value is NaN until backward has run, see ``report``.
+            ``(loss [], report)``. The loss is the weighted sum over heads of *summed* token losses, and its gradient
+            that of their z-losses too (``heads.z_loss``); the divisor is ``report.normalizer``, summed over the global
+            batch by Megatron (``calculate_per_token_loss``). In training its value is NaN until backward has run, see
+            ``report``.
         """
         n = self.heads_config.n
         if targets.dim() != 3 or targets.shape[0] != n:

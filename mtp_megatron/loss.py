@@ -184,8 +184,8 @@ def linear_cross_entropy(
         if log_z_squared is not None:
             log_z = whole.total.log() + whole.top
             log_z_squared += torch.where(valid, share * log_z.square(), 0).sum()
-            # dL/dlogit = softmax * (1 + 2 * z_loss * log(Z)) - onehot. The gradient only divides by the total: so this
-            # factor costs no pass over the logits.
+            # dL/dlogit = softmax * (1 + 2 * z_loss * log(Z)) - onehot. The second step only divides by the total: put
+            # there, this factor costs neither a pass over the logits nor a kernel of its own.
             whole = replace(whole, total=whole.total / (1 + 2 * z_loss * log_z))
         if grad_scale is None or hidden_grad is None:
             continue

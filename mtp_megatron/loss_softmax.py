@@ -59,9 +59,9 @@ class Softmax(Protocol):
     def gradient(self, logits: Tensor, column: Tensor, own: RowSums, whole: RowSums, scale: Tensor) -> Tensor:
         """``scale * (softmax - onehot(column))`` ``[c, rows]`` in ``logits``' dtype and place, after :meth:`sums`.
 
-        ``own`` is what that returned, ``whole`` the same over the whole vocabulary; of its ``total`` only this softmax
-        may be made, so that a z-loss can scale that by dividing it. Rows are scaled (``scale`` ``[c]``)
-        before the cast: one rounding, and an fp16 gradient never sees an unscaled value.
+        ``own`` is what that returned, ``whole`` the same over the whole vocabulary. Its ``total`` may serve as the
+        softmax's divisor alone: a z-loss scales the softmax by it (:mod:`mtp_megatron.loss`). Rows are scaled
+        (``scale`` ``[c]``) before the cast: one rounding, and an fp16 gradient never sees an unscaled value.
         """
 
 

@@ -37,7 +37,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
-    settings: dict[str, Any] = {"train__micro_batch_size": 2, "heads__loss_weights": [1.0, 0.5, 0.0]}
+    settings: dict[str, Any] = {
+        "train__micro_batch_size": 2,
+        "heads__loss_weights": [1.0, 0.5, 0.0],
+        "heads__z_loss": 0.1,
+    }
     tree = tiny_tree(Path("data"), Path("run"), **settings)
     return check_recipe(parse_recipe(tree), world_size=1, tokenizer_vocab_size=257)
 
@@ -77,6 +81,8 @@ def test_a_folder_has_the_figures_that_it_has_alone(recipe: Recipe, folders: lis
         assert found.head_loss == pytest.approx(alone.head_loss, rel=1e-6)
         assert found.head_accuracy == alone.head_accuracy
         assert alone.folders == {}
+        # Fresh logits are nearly equal: both are of log(V).
+        assert alone.head_z_loss == pytest.approx([loss**2 for loss in alone.head_loss], rel=0.05)
     assert whole == Evaluation(**{**vars(figures(recipe, trainable, blend, valid, ())), "folders": whole.folders}), (
         "what the whole has does not depend on it"
     )
