@@ -92,7 +92,7 @@ class _Session:
         self.step = 0 if self.latest is None else step_of(self.latest)
         # First of all: a start by hand is one, whatever ends it.
         self.divergence = DivergenceFile(self.folder, self.recipe, self.latest, enabled=dist.get_rank() == 0)
-        self.batch_size = 0  # of the step before, or as said at the start
+        self.batch_size = self.batch_sizes.at(self.recipe.train.skipped_to(self.step) + 1)  # as said last
 
     def run(self) -> Outcome:
         try:
@@ -267,7 +267,6 @@ class _Session:
                 f"run.accept_changes: {'; '.join(self.plan.changes)}; the next step, {step}, trains at a learning rate "
                 f"of {rate}"
             )
-        self.batch_size = self.batch_sizes.at(self.recipe.train.skipped_to(self.step) + 1)
         if self.recipe.train.batch_size_schedule is not None:
             log.message(self._sizes_in_words())
         profiles = StepProfiler.announcement(self.folder, self.recipe, self.step)
