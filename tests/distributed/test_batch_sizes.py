@@ -6,6 +6,7 @@ Not covered here: GPUs, loader processes (tests/unit/test_data_loader.py).
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from mtp_megatron.checkpoint.torch_dist import read_object
 from tests.harness import run_world
 from tests.training_runs import interrupted_copy, largest_difference, make_data, metrics, tiny_tree, train_body
 
@@ -62,6 +64,17 @@ def used(run: Path, step: int) -> int:
     return sum(folder["samples"] for folder in described["data"]["folders"])
 
 
+def consumed(run: Path, step: int) -> int:
+    """Samples, as Megatron-LM would read them; megatron-core keeps them elsewhere from 0.19 on."""
+    folder = run / "checkpoints" / f"iter_{step:07d}"
+    file = folder / "common.pt"
+    content = file.read_bytes() if file.exists() else read_object(folder, "common_state/shard_0_1")
+    common = torch.load(io.BytesIO(content), weights_only=False)
+    (state,) = common if isinstance(common, list) else [common]
+    assert state["iteration"] == step
+    return int(state["consumed_train_samples"])
+
+
 def test_each_step_is_what_a_run_with_one_size_makes_of_its_samples(data: Path, tmp_path: Path) -> None:
     """On a blend; with steps passed over where the size changes; and where the schedule comes to a run that had none,
     recorded before there was one."""
@@ -91,8 +104,7 @@ def test_each_step_is_what_a_run_with_one_size_makes_of_its_samples(data: Path, 
     assert [used(growing, step) for step in range(1, 7)] == [4, 8, 16, 24, 36, 48]
     assert [metrics(growing)[step]["tokens"] for step in (2, 3, 6)] == [8 * 32, 16 * 32, 48 * 32]
     assert used(skipping, 4) == 24
-    common = torch.load(growing / "checkpoints/iter_0000003/common.pt", weights_only=False)
-    assert (common["iteration"], common["consumed_train_samples"]) == (3, 16)
+    assert consumed(growing, 3) == 16
     assert largest_difference(metrics(growing, "valid"), metrics(tmp_path / "of 12", "valid")) < 1e-6
     assert "4 from step 1 on, 8 from step 3 on, 12 from step 5 on; the next step, 1, takes 4" in said
     assert re.findall(r"from step (\d) on, a step takes (\d+) sequences", said) == [("3", "8"), ("5", "12")]
