@@ -1,4 +1,4 @@
-"""Batches for one data-parallel rank, as a pure function of the number of samples consumed.
+"""Batches for one data-parallel rank, as a pure function of the steps that are over.
 
 Step k reads the samples ``samples(k - 1)`` to ``samples(k) - 1`` (:class:`.batch_sizes.BatchSizes`), however many ranks
 share them, so a run can be resumed at any step and at any data-parallel size. Within a global batch, micro-batch j of

@@ -261,7 +261,7 @@ class TrainSection(Section):
     batch_size_schedule: list[list[int]] | None = Field(
         default=None,
         description="[first step, sequences] pairs: from that step on, a step takes so many; the first is for step 1, "
-        "the last one's are global_batch_size; null: global_batch_size in every step",
+        "the last one's size must be global_batch_size; null: global_batch_size in every step",
     )
     seq_length: int | None = Field(
         default=None, ge=2, description="tokens per training sequence; null: model.seq_length"
