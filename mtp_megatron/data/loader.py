@@ -1,7 +1,7 @@
-"""Batches for one data-parallel rank, as a pure function of the number of samples consumed.
+"""Batches for one data-parallel rank, as a pure function of the steps that are over.
 
-Global batch k holds the samples ``k * global_batch_size`` to ``(k + 1) * global_batch_size - 1``, however many ranks
-share it, so a run can be resumed at any position and at any data-parallel size. Within a global batch, micro-batch j of
+Step k reads the samples ``samples(k - 1)`` to ``samples(k) - 1`` (:class:`.batch_sizes.BatchSizes`), however many ranks
+share them, so a run can be resumed at any step and at any data-parallel size. Within a global batch, micro-batch j of
 rank r is the block ``j * dp_size + r`` of ``micro_batch_size`` samples, as in Megatron-LM's MegatronPretrainingSampler.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from mtp_megatron.data.batch_sizes import BatchSizes
 from mtp_megatron.data.dataset import AnySamples
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.signals import leave_stopping_to_parent
@@ -22,36 +23,38 @@ Batch = dict[str, torch.Tensor]
 def build_train_iterator(
     dataset: AnySamples,
     *,
-    consumed_samples: int,
+    step: int,
+    batch_sizes: BatchSizes,
     micro_batch_size: int,
-    global_batch_size: int,
     dp_rank: int,
     dp_size: int,
     workers: int = 0,
 ) -> Iterator[Batch]:
-    """Yield this rank's micro-batches in order: ``global_batch_size / (micro_batch_size * dp_size)`` for every step.
+    """Yield this rank's micro-batches in order: ``batch size / (micro_batch_size * dp_size)`` for every step.
 
     Ends before a global batch that the data set can no longer fill.
 
     Args:
         dataset: the training samples.
-        consumed_samples: how many samples all ranks together have used, or passed over, already.
+        step: how many steps of the run are over, trained or passed over.
+        batch_sizes: samples that all ranks together use in each step.
         workers: processes that read ahead; 0 reads in this one.
 
     Yields:
         ``tokens``, ``labels``, ``position_ids`` int64 and ``loss_mask`` fp32, each ``[micro_batch_size, seq_length]``.
 
     Raises:
-        ConfigError: sizes that do not divide, or more samples consumed than there are.
+        ConfigError: sizes of coming steps that do not divide, or more samples consumed than there are.
     """
-    _check(micro_batch_size, global_batch_size, dp_rank, dp_size)
-    if not 0 <= consumed_samples <= len(dataset):
+    for _, size in batch_sizes.after(step):
+        _check(micro_batch_size, size, dp_rank, dp_size)
+    consumed = batch_sizes.samples(step)
+    if consumed > len(dataset):
         remedy = "Ask build_datasets for as many training samples as all steps need."
-        raise ConfigError("consumed_samples", consumed_samples, f"lies outside 0 to {len(dataset)}", remedy)
-    batches = (len(dataset) - consumed_samples) // global_batch_size
-    sampler = _MicroBatches(
-        consumed_samples, consumed_samples + batches * global_batch_size, micro_batch_size, dp_rank, dp_size
-    )
+        raise ConfigError("step", step, f"{consumed} samples were used before, of {len(dataset)}", remedy)
+    stop = batch_sizes.samples(batch_sizes.steps_within(len(dataset)))
+    # Every step takes whole rounds over the ranks, so where one ends the next begins with rank 0, whatever their sizes.
+    sampler = _MicroBatches(consumed, stop, micro_batch_size, dp_rank, dp_size)
     return iter(_loader(dataset, sampler, workers))
 
 

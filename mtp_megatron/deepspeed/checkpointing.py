@@ -40,7 +40,7 @@ def save_checkpoint(recipe: Recipe, data: Blend, trainer: DeepSpeedTrainer, chec
     temporary = files.temporary_folder(checkpoints, step)
     state = {
         "iteration": step,
-        "consumed_train_samples": step * recipe.train.global_batch_size,
+        "consumed_train_samples": recipe.train.batch_sizes.samples(step),
         "opt_param_scheduler": trainer.scheduler.state_dict(),
         "generators": generators(),
         universal.INFO: universal.information(trainer.model),

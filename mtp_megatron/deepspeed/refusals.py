@@ -48,6 +48,14 @@ def _of_recipe(recipe: Recipe, stage: int) -> Iterator[ConfigError]:
                 f"with run.deepspeed the engine shards and overlaps (zero_optimization.stage={stage}, overlap_comm)",
                 "Set it to false.",
             )
+    if recipe.train.batch_size_schedule is not None:
+        yield ConfigError(
+            "train.batch_size_schedule",
+            recipe.train.batch_size_schedule,
+            "DeepSpeed's engine ends a step where its count of all microbatches so far divides by "
+            "gradient_accumulation_steps, which after a change it need not",
+            f"Set it to null, or {_MEGATRON} follows it.",
+        )
     if recipe.heads.execution == "joint" and stage == 3:
         yield ConfigError(
             "heads.execution",

@@ -151,7 +151,7 @@ def estimate(recipe: Recipe, world_size: int, hardware: Hardware) -> Estimate:
         ),
         imbalance=max(busy) / mean,
         step_seconds=seconds,
-        tokens_per_second=recipe.train.global_batch_size * recipe.train_seq_length / seconds,
+        tokens_per_second=recipe.train.batch_sizes.largest * recipe.train_seq_length / seconds,
         mfu=StepOperations(recipe)(recipe.heads.base_weights()) / (seconds * world_size * hardware.tflops * 1e12),
     )
 

@@ -100,14 +100,22 @@ def _host(recipe: Recipe, world_size: int, hardware: Hardware, plan: Estimate) -
 
 def _remarks(recipe: Recipe, hardware: Hardware) -> list[str]:
     """What the figures above take for granted and a reader may not."""
-    length = f"sequences of {recipe.train_seq_length} tokens (train.seq_length=... trains on shorter ones)"
+    remarks = [f"sequences of {recipe.train_seq_length} tokens (train.seq_length=... trains on shorter ones)"]
+    if recipe.train.batch_size_schedule is not None:
+        remarks.append(largest_step(recipe))
     if recipe.train.precision == "fp32":
         return [
-            length,
+            *remarks,
             f"warning: --tflops {hardware.tflops:g} should be the GPU's in fp32, as train.precision is; the default is "
             "an H100's in bf16",
         ]
-    return [length]
+    return remarks
+
+
+def largest_step(recipe: Recipe) -> str:
+    """Which of the steps of train.batch_size_schedule a plan is of."""
+    largest = recipe.train.batch_sizes.largest
+    return f"steps of {largest} sequences, the largest of train.batch_size_schedule"
 
 
 def _words(advice: Advice) -> list[str]:

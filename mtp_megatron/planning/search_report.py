@@ -8,6 +8,7 @@ from typing import Any
 from mtp_megatron.planning.candidates import Candidate, describe
 from mtp_megatron.planning.estimate import Hardware, Terms
 from mtp_megatron.planning.lines import recipe_lines, recipe_tree
+from mtp_megatron.planning.report import largest_step
 from mtp_megatron.planning.search import Found, Search
 from mtp_megatron.training.validate import data_parallel_size
 
@@ -57,6 +58,8 @@ def table(search: Search, world_size: int, hardware: Hardware) -> str:
             _line("-", search.at_the_end, world_size, why),
             "(-: the first one's cut, all heads on the last stage)",
         ]
+    if best.candidate.recipe.train.batch_size_schedule is not None:
+        lines.append(f"({largest_step(best.candidate.recipe)})")
     lines.append("")
     if len(search.best) > 1:
         lines.append(f"1 against 2: {_comparison(search.best[1], best)}")

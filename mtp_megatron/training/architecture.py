@@ -37,7 +37,7 @@ def model_description(recipe: Recipe, data: Blend, step: int) -> dict[str, Any]:
         "padded_vocab_size": padded_vocab_size(recipe),
         "tokenizer": manifest.tokenizer_entry,
         "data_fingerprint": data.fingerprint,
-        "data": data.record(step * recipe.train.global_batch_size),
+        "data": data.record(recipe.train.batch_sizes.samples(step)),
         "precision": recipe.train.precision,
         "parallel": recipe.parallel.model_dump(mode="json"),
         "megatron_core": str(compat.MCORE_VERSION),

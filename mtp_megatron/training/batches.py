@@ -76,8 +76,8 @@ def chunk_iterators(
 
     Args:
         eod: the id that ends a document.
-        loader: makes an iterator of this rank's samples (:mod:`mtp_megatron.data.loader`); called with the batch sizes
-            and the data parallel rank and size.
+        loader: makes an iterator of this rank's samples (:mod:`mtp_megatron.data.loader`); called with the size
+            of a microbatch and the data parallel rank and size.
     """
     from megatron.core import parallel_state
 
@@ -89,7 +89,6 @@ def chunk_iterators(
             continue
         samples = loader(
             micro_batch_size=recipe.train.micro_batch_size,
-            global_batch_size=recipe.train.global_batch_size,
             dp_rank=parallel_state.get_data_parallel_rank(),
             dp_size=parallel_state.get_data_parallel_world_size(),
         )

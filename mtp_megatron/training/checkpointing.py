@@ -68,7 +68,7 @@ def save_checkpoint(recipe: Recipe, data: Blend, trainable: Trainable, checkpoin
         "opt_param_scheduler": trainable.scheduler.state_dict(),
         "rng_state": sharded_rng_state(),
         "iteration": step,
-        "consumed_train_samples": step * recipe.train.global_batch_size,
+        "consumed_train_samples": recipe.train.batch_sizes.samples(step),
         "checkpoint_version": 3.0,
     }
     dist_checkpointing.save(state, str(temporary), sharded_strategy=InProcessSave(), content_metadata=dict(_SHARDING))

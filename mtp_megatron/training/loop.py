@@ -87,11 +87,12 @@ class _Session:
 
     def __init__(self, plan: Plan, stop: StopRequest, watch: HangWatch) -> None:
         self.plan, self.recipe, self.folder, self.stop, self.watch = plan, plan.recipe, plan.folder, stop, watch
-        self.num_microbatches = num_microbatches(plan.recipe, plan.world_size)
+        self.batch_sizes = plan.recipe.train.batch_sizes
         self.latest = latest_checkpoint(self.folder.checkpoints)
         self.step = 0 if self.latest is None else step_of(self.latest)
         # First of all: a start by hand is one, whatever ends it.
         self.divergence = DivergenceFile(self.folder, self.recipe, self.latest, enabled=dist.get_rank() == 0)
+        self.batch_size = self.batch_sizes.at(self.recipe.train.skipped_to(self.step) + 1)  # as said last
 
     def run(self) -> Outcome:
         try:
@@ -111,12 +112,12 @@ class _Session:
         """
         # Before the model: what can be wrong with the index of samples is found before minutes of loading.
         self.watch.begin("the index of samples", timed=False)
-        batch, train = self.recipe.train.global_batch_size, self.recipe.train
+        train = self.recipe.train
         self.train_data, self.valid_data = build_datasets(
             self.plan.data,
             seq_length=self.recipe.train_seq_length,
-            train_samples=train.steps * batch,
-            valid_samples=train.eval_batches * batch or None,
+            train_samples=self.batch_sizes.samples(train.steps),
+            valid_samples=train.eval_batches * train.global_batch_size or None,
             seed=self.recipe.data.seed,
             cache_dir=self.recipe.data.cache,
             stop=self.stop,
@@ -161,8 +162,13 @@ class _Session:
         """One step; whether any rank was asked to stop."""
         self.watch.begin(f"step {self.step + 1}")
         self.profiler.begin(self.step + 1)
+        size = self.batch_sizes.at(self.step + 1)
+        if size != self.batch_size:
+            log.message(f"train.batch_size_schedule: from step {self.step + 1} on, a step takes {size} sequences")
+            self.batch_size = size
+        microbatches = num_microbatches(self.recipe, self.plan.world_size, size)
         try:
-            figures = train_step(self.recipe, self.trainable, iterators, self.num_microbatches, bool(self.stop))
+            figures = train_step(self.recipe, self.trainable, iterators, microbatches, bool(self.stop))
         except TrainingDiverged as error:
             self.divergence.write(self.step + 1, error.figures, str(error))
             raise TrainingDiverged(f"{error}. {way_back(self.folder, self.step + 1)}", error.figures) from error
@@ -223,8 +229,8 @@ class _Session:
         """This rank's microbatches from the step on that comes next; none where the samples end, at train.steps."""
         if self.step >= self.recipe.train.steps:
             return []
-        consumed, workers = self.step * self.recipe.train.global_batch_size, self.recipe.data.workers
-        loader = partial(build_train_iterator, self.train_data, consumed_samples=consumed, workers=workers)
+        sizes, workers = self.batch_sizes, self.recipe.data.workers
+        loader = partial(build_train_iterator, self.train_data, step=self.step, batch_sizes=sizes, workers=workers)
         return chunk_iterators(self.recipe, self.plan.data.eod, loader)
 
     def _pass_over(self, log: RunLog) -> bool:
@@ -261,6 +267,8 @@ class _Session:
                 f"run.accept_changes: {'; '.join(self.plan.changes)}; the next step, {step}, trains at a learning rate "
                 f"of {rate}"
             )
+        if self.recipe.train.batch_size_schedule is not None:
+            log.message(self._sizes_in_words())
         profiles = StepProfiler.announcement(self.folder, self.recipe, self.step)
         for line in (profiles, compat.slower_without_apex(), compat.slower_without_triton()):
             if line is not None:
@@ -275,6 +283,16 @@ class _Session:
                 f"{schedule} to go on."
             )
 
+    def _sizes_in_words(self) -> str:
+        steps = self.recipe.train.steps
+        sizes = [
+            f"{size} from step {first} on{'' if first <= steps else f' (beyond train.steps={steps})'}"
+            for first, size in self.batch_sizes.entries
+        ]
+        following = self.recipe.train.skipped_to(self.step) + 1
+        now = f"; the next step, {following}, takes {self.batch_size}" if following <= steps else ""
+        return f"train.batch_size_schedule: sequences of a step: {', '.join(sizes)}{now}"
+
     def _announce_blend(self, log: RunLog) -> None:
         train, valid = self.train_data, self.valid_data
         if isinstance(train, BlendedSamples) and isinstance(valid, BlendedSamples):
@@ -285,11 +303,12 @@ class _Session:
         self.watch.begin(f"the evaluation after step {self.step}")
         recipe = self.recipe
         batches, batch = recipe.train.eval_batches, recipe.train.global_batch_size
-        loader = partial(build_valid_batches, self.valid_data, batches=batches)
+        loader = partial(build_valid_batches, self.valid_data, global_batch_size=batch, batches=batches)
         iterators = chunk_iterators(recipe, self.plan.data.eod, loader)
         batches = count_valid_batches(self.valid_data, global_batch_size=batch, batches=batches)
         folders = self.plan.data.labels if len(self.plan.data.parts) > 1 else ()
-        result = evaluate(recipe, self.trainable, iterators, batches, self.num_microbatches, folders)
+        microbatches = num_microbatches(recipe, self.plan.world_size, batch)
+        result = evaluate(recipe, self.trainable, iterators, batches, microbatches, folders)
         log.evaluation(self.step, result)
         return result
 

@@ -10,7 +10,7 @@ from mtp_megatron.training.shapes import Sizes, attention_flops, head_layer_flop
 
 
 class StepOperations:
-    """Floating-point operations of one step over the whole global batch, by the weights of the heads' losses.
+    """Floating-point operations of one step over its whole global batch, by the weights of the heads' losses.
 
     Those of the matrix products, two for each multiplication with its addition: forward, and twice as many backward. As
     in the plan (:mod:`.shapes`) causal attention counts half of ``s * s``, as in Megatron-LM; a count of the whole
@@ -24,19 +24,21 @@ class StepOperations:
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        train = recipe.train.model_copy(update={"micro_batch_size": recipe.train.global_batch_size})
+        train = recipe.train.model_copy(update={"micro_batch_size": 1})
+        self._largest = recipe.train.batch_sizes.largest
         self._recipe = recipe.model_copy(update={"parallel": ParallelSection(), "train": train})
         sizes = Sizes.of(self._recipe)
         self._sizes = replace(sizes, rows=recipe.model.vocab_size or sizes.rows)
-        self._known: dict[tuple[bool, ...], float] = {}
+        self._known: dict[tuple[bool, ...], float] = {}  # of one sequence
 
-    def __call__(self, weights: Sequence[float]) -> float:
-        """Operations of a step whose heads have these weights, ``[n]``."""
+    def __call__(self, weights: Sequence[float], sequences: int | None = None) -> float:
+        """Operations of a step whose heads have these weights, ``[n]``, and that takes so many sequences; None: the
+        run's largest batch."""
         active = tuple(bool(weight) for weight in weights)
         if active not in self._known:
             heads = sum(self._chain(chain, active) for chain in self._recipe.heads.chains)
             self._known[active] = self._trunk() + heads
-        return self._known[active]
+        return self._known[active] * (self._largest if sequences is None else sequences)
 
     def _trunk(self) -> float:
         passes = 3 if self._recipe.heads.trainable == "all" else 1

@@ -16,7 +16,7 @@ from mtp_megatron.data.manifest import Manifest
 from mtp_megatron.data.tokenizer_store import stored_tokenizer
 from mtp_megatron.errors import CheckpointError, ConfigError
 from mtp_megatron.training.architecture import check_architecture
-from mtp_megatron.training.checkpoint_files import find_checkpoint, latest_complete, read_mtp_config
+from mtp_megatron.training.checkpoint_files import find_checkpoint, latest_complete, read_mtp_config, step_of
 from mtp_megatron.training.divergence import refuse_repetition
 from mtp_megatron.training.low_precision import check_machine
 from mtp_megatron.training.recipe import Recipe
@@ -60,7 +60,9 @@ def preflight(recipe: Recipe, world_size: int, *, warn: bool = True) -> Plan:
     if recipe.data.cache is not None and Path(recipe.data.cache).is_file():
         raise ConfigError("data.cache", recipe.data.cache, "it is a file", "Choose a folder.")
     recipe = _merged(recipe, world_size)
-    recipe = check_recipe(recipe, world_size=world_size, tokenizer_vocab_size=data.first.vocab_size)
+    recipe = check_recipe(
+        recipe, world_size=world_size, tokenizer_vocab_size=data.first.vocab_size, done=_steps_done(recipe)
+    )
     check_machine(recipe)
     if recipe.train.memory_snapshot:
         from mtp_megatron.training.out_of_memory import check_memory_snapshot  # imports torch, which takes seconds
@@ -152,6 +154,14 @@ def _merged(recipe: Recipe, world_size: int) -> Recipe:
     return merged_recipe(recipe, read_config(recipe.run.deepspeed), data_parallel_size(recipe, world_size))
 
 
+def _steps_done(recipe: Recipe) -> int:
+    """Of the run that is resumed, where it matters: batches of these steps may be too small for more ranks."""
+    if recipe.train.batch_size_schedule is None:
+        return 0
+    latest = latest_complete(RunFolder(Path(recipe.run.path)).checkpoints, warn=False)
+    return 0 if latest is None else step_of(latest)
+
+
 def _check_same_host(checkpoint: Path, recipe: Recipe) -> None:
     by_deepspeed = "engine" in read_mtp_config(checkpoint)
     if by_deepspeed == (recipe.run.deepspeed is not None):
@@ -171,10 +181,12 @@ def _resumed_data(checkpoint: Path, data: Blend, recipe: Recipe) -> tuple[Blend,
 
     Raises:
         ConfigError: it differs, and that is not accepted; or its ids are another tokenizer's, which cannot be.
+        CheckpointError: it was saved elsewhere in the data than the recipe's batch sizes say.
     """
     saved = read_mtp_config(checkpoint)
+    step = saved.get("step", 0)
+    samples = recipe.train.batch_sizes.samples(step)
     if "data" not in saved:  # of a release that had no blends: one folder from the start
-        samples = saved.get("step", 0) * recipe.train.global_batch_size
         folder = {
             "folder": "the former folder",
             "fingerprint": saved.get("data_fingerprint"),
@@ -182,6 +194,12 @@ def _resumed_data(checkpoint: Path, data: Blend, recipe: Recipe) -> tuple[Blend,
             "before": 0,
         }
         saved["data"] = {"since": 0, "folders": [{**folder, "samples": samples}], "left": []}
+    used = sum(folder["samples"] for folder in (*saved["data"]["folders"], *saved["data"]["left"]))
+    if used != samples:  # the run's recipe.yaml was edited, or comes from another run
+        raise CheckpointError(
+            f"{checkpoint}: saved when {used} sequences were used, and by train.batch_size_schedule and "
+            f"train.global_batch_size the {step} steps until then took {samples}. Set them to what these steps took."
+        )
     data, changes = blend.resumed(saved["data"], data)
     if not changes:
         return data, []

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mtp_megatron.config import HeadsConfig
+from mtp_megatron.data.batch_sizes import BatchSizes
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.layout import StageLayout, stage_layouts
 
@@ -254,7 +255,14 @@ class TrainSection(Section):
 
     steps: int = Field(default=1000, ge=1, description="steps of the whole run, those of skip_steps included")
     micro_batch_size: int = Field(default=4, ge=1, description="sequences per microbatch and data parallel rank")
-    global_batch_size: int = Field(default=8, ge=1, description="sequences per optimizer step, over all ranks")
+    global_batch_size: int = Field(
+        default=8, ge=1, description="sequences per optimizer step, over all ranks, and in each batch of an evaluation"
+    )
+    batch_size_schedule: list[list[int]] | None = Field(
+        default=None,
+        description="[first step, sequences] pairs: from that step on, a step takes so many; the first is for step 1, "
+        "the last one's size must be global_batch_size; null: global_batch_size in every step",
+    )
     seq_length: int | None = Field(
         default=None, ge=2, description="tokens per training sequence; null: model.seq_length"
     )
@@ -315,6 +323,24 @@ class TrainSection(Section):
             )
         return steps
 
+    @field_validator("batch_size_schedule")
+    @classmethod
+    def _sizes(cls, schedule: list[list[int]] | None) -> list[list[int]] | None:
+        name, remedy = "train.batch_size_schedule", "Write for example [[1, 256], [5001, 512]], or null for one size."
+        if schedule == []:
+            raise ConfigError(name, schedule, "it has no entry", remedy)
+        before = 0  # first step of the entry before
+        for entry in schedule or []:
+            if len(entry) != 2 or not before < entry[0] or entry[1] < 1:
+                problem = (
+                    f"{entry} is no [first step, sequences], a step beyond the one before it and 1 or more of them"
+                )
+                raise ConfigError(name, schedule, problem, remedy)
+            if not before and entry[0] != 1:
+                raise ConfigError(name, schedule, f"it begins with step {entry[0]}, and a run with step 1", remedy)
+            before = entry[0]
+        return schedule
+
     @field_validator("skip_steps")
     @classmethod
     def _ranges(cls, ranges: list[list[int]]) -> list[list[int]]:
@@ -329,6 +355,12 @@ class TrainSection(Section):
                 )
             over = pair[1]
         return ranges
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Sequences of every step, and where it is in the data."""
+        schedule = self.batch_size_schedule or [[1, self.global_batch_size]]
+        return BatchSizes(tuple((first, size) for first, size in schedule))
 
     def skipped_to(self, step: int) -> int:
         """The step after which training goes on when ``step`` is over: ``step`` itself, unless ``skip_steps`` has the
@@ -356,9 +388,9 @@ class RunSection(Section):
     accept_changes: bool = Field(
         default=False,
         description="resume although optimizer.lr, min_lr, schedule, warmup_steps, decay_steps, wsd_decay_steps, "
-        "wsd_decay_style, weight_decay, clip_grad, heads.loss_weights, loss_decay, z_loss, curriculum_steps or the "
-        "data are not as they were, or start from a model (run.load) whose tokenizer is not the data's; that is then "
-        "recorded",
+        "wsd_decay_style, weight_decay, clip_grad, heads.loss_weights, loss_decay, z_loss, curriculum_steps, the batch "
+        "sizes of steps to come or the data are not as they were, or start from a model (run.load) whose tokenizer is "
+        "not the data's; that is then recorded",
     )
     load: str | None = Field(
         default=None,

@@ -25,8 +25,8 @@ Newer checkpoints and a copy of metrics.jsonl go to RUN/rolled_back/TIME; nothin
 the run then continues from STEP: weights, optimizer, schedule, generators and position in the data are those of that
 checkpoint, so without a change it trains the same steps again. What may change:
   train.skip_steps='[[FIRST, LAST]]'            passes over the data of these steps
-  run.accept_changes=true optimizer.lr=LOWER    another learning rate, warm-up, decay, clipping, weights of the heads
-                                                or other data
+  run.accept_changes=true optimizer.lr=LOWER    another learning rate, warm-up, decay, clipping, weights of the heads,
+                                                batch sizes from here on or other data
 run.load=CHECKPOINT starts another run from a checkpoint's weights alone, moved ones included.
 """
 

@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from mtp_megatron import stack_files
+from mtp_megatron.data.batch_sizes import BatchSizes
 from mtp_megatron.errors import ConfigError
-from mtp_megatron.training.checkpoint_files import differences, latest_complete, list_iterations, write_atomically
+from mtp_megatron.training.checkpoint_files import (
+    differences,
+    latest_complete,
+    list_iterations,
+    step_of,
+    write_atomically,
+)
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.recipe_io import dump_recipe, load_recipe
 
@@ -35,6 +42,7 @@ STEERED_KEYS = frozenset(
         *(f"optimizer.{key}" for key in ("lr", "min_lr", "schedule", "warmup_steps", "decay_steps")),
         *(f"optimizer.{key}" for key in ("wsd_decay_steps", "wsd_decay_style", "weight_decay", "clip_grad")),
         *(f"heads.{key}" for key in ("loss_weights", "loss_decay", "z_loss", "curriculum_steps")),
+        *(f"train.{key}" for key in ("global_batch_size", "batch_size_schedule")),  # of steps to come
     }
 )
 
@@ -99,7 +107,8 @@ def check_run_folder(recipe: Recipe) -> tuple[RunFolder, dict[str, str]]:
         ``run.accept_changes`` allows: dotted key -> a text with both values.
 
     Raises:
-        ConfigError: ``run.path`` is no folder, holds foreign files or another run, or ``run.resume`` rules it out.
+        ConfigError: ``run.path`` is no folder, holds foreign files or another run, or ``run.resume`` rules it out; or
+            the batch sizes of steps that are over are other ones.
         CheckpointError: it holds checkpoints of this run, all of them damaged.
     """
     folder = RunFolder(Path(recipe.run.path))
@@ -126,6 +135,8 @@ def check_run_folder(recipe: Recipe) -> tuple[RunFolder, dict[str, str]]:
     texts = differences(_identity(so_far), _identity(recipe))
     changes = {text.partition(" ")[0]: text for text in texts}
     accepted = STEERED_KEYS if recipe.run.accept_changes else frozenset()
+    if changes.keys() <= STEERED_KEYS:
+        _check_past(recipe, so_far, folder)
     if changes.keys() - accepted:
         raise _another_run(recipe, changes, so_far.optimizer.decay_steps)
     saved = list_iterations(folder.checkpoints)
@@ -139,6 +150,29 @@ def check_run_folder(recipe: Recipe) -> tuple[RunFolder, dict[str, str]]:
     if latest_complete(folder.checkpoints, warn=False) is None and recipe.run.resume == "must":
         raise ConfigError("run.resume", "must", f"{folder.checkpoints} holds no checkpoint", "Set run.resume to auto.")
     return folder, changes
+
+
+def _check_past(recipe: Recipe, so_far: Recipe, folder: RunFolder) -> None:
+    """Refuse batch sizes by which the steps that are over would have read other samples: where the run is in the data
+    follows from them."""
+    there, here = so_far.train.batch_sizes, recipe.train.batch_sizes
+    if there == here:
+        return
+    latest = latest_complete(folder.checkpoints, warn=False)
+    done = 0 if latest is None else step_of(latest)
+    if there.until(done) == here.until(done):
+        return
+    wanted = there.joined(done, here)
+    name = "global_batch_size" if recipe.train.batch_size_schedule is None else "batch_size_schedule"
+    flag = "" if recipe.run.accept_changes else " run.accept_changes=true"
+    raise ConfigError(
+        f"train.{name}",
+        getattr(recipe.train, name),
+        f"the run in run.path={recipe.run.path} is at step {done}, and its steps took {BatchSizes(there.until(done))} "
+        "([first step, sequences]): that cannot change any more",
+        f"Set train.batch_size_schedule='{wanted}' train.global_batch_size={wanted.last}{flag} to go on with other "
+        "sizes, or choose another run.path (with run.load to start from that run's weights).",
+    )
 
 
 def _another_run(recipe: Recipe, changes: dict[str, str], decay_steps: int | None) -> ConfigError:

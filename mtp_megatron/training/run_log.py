@@ -38,7 +38,7 @@ class RunLog:
         """Open the files for ``world_size`` ranks that continue a run after ``start_step``, dropping later entries."""
         self._recipe, self._world_size, self._enabled = recipe, world_size, enabled
         self._unwritten: deque[tuple[int, StepFigures]] = deque(maxlen=_REMEMBERED)  # since the last line
-        self._tokens_per_step = recipe.train.global_batch_size * recipe.train_seq_length
+        self._sizes = recipe.train.batch_sizes
         self._bar: tqdm[Any] | None = None
         self._tensorboard: Any = None
         if not enabled:
@@ -54,8 +54,8 @@ class RunLog:
         # A terminal that says it has no lines, as containers' often do, would show no bar: it gets plain lines.
         if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines:
             self._bar = tqdm(total=recipe.train.steps, initial=start_step, unit="step", dynamic_ncols=True)
-        self._last_time, self._last_step, self._paused = time.perf_counter(), start_step, 0.0
-        self._operations, self._done = StepOperations(recipe), 0.0  # of steps since the last line
+        self._last_time, self._paused = time.perf_counter(), 0.0
+        self._operations, self._done, self._sequences = StepOperations(recipe), 0.0, 0  # of steps since the last line
 
     def __enter__(self) -> Self:
         return self
@@ -87,16 +87,17 @@ class RunLog:
         if self._bar is not None:
             self._bar.update()
         self._unwritten.append((step, figures))
-        self._done += self._operations(self._recipe.heads.weights_at(step - 1))
+        self._done += self._operations(self._recipe.heads.weights_at(step - 1), self._sizes.at(step))
+        self._sequences += self._sizes.at(step)
         if step % self._recipe.train.log_interval and step != self._recipe.train.steps and not figures.stop:
             return
         now = time.perf_counter()
         seconds = max(now - self._last_time - self._paused, 1e-9)
         speed = {
-            "tokens_per_second": (step - self._last_step) * self._tokens_per_step / seconds,
+            "tokens_per_second": self._sequences * self._recipe.train_seq_length / seconds,
             "tflops_per_gpu": self._done / seconds / self._world_size / 1e12,
         }
-        self._last_time, self._last_step, self._paused, self._done = now, step, 0.0, 0.0
+        self._last_time, self._paused, self._done, self._sequences = now, 0.0, 0.0, 0
         self._unwritten.clear()
         self._train(step, figures, speed)
         tokens, tflops = f"{speed['tokens_per_second']:.0f}", f"{speed['tflops_per_gpu']:.3g}"
@@ -117,7 +118,9 @@ class RunLog:
 
     def _train(self, step: int, figures: StepFigures, speed: dict[str, float] | None) -> None:
         """The line and the points of a training step."""
-        balance = {} if self._recipe.model.num_experts is None else {"load_balancing_loss": figures.load_balancing_loss}
+        more = {} if self._recipe.model.num_experts is None else {"load_balancing_loss": figures.load_balancing_loss}
+        if self._recipe.train.batch_size_schedule is not None:
+            more["batch_size"] = self._sizes.at(step)
         z_loss = {"head_z_loss": figures.head_z_loss} if figures.head_z_loss else {}
         self._metrics.add(
             kind="train",
@@ -129,12 +132,12 @@ class RunLog:
             lr=figures.lr,
             tokens_per_second=None if speed is None else round(speed["tokens_per_second"], 1),
             tflops_per_gpu=None if speed is None else float(f"{speed['tflops_per_gpu']:.4g}"),
-            tokens=step * self._tokens_per_step,
-            **balance,
+            tokens=self._sizes.samples(step) * self._recipe.train_seq_length,
+            **more,
             **z_loss,
         )
         scalars = {"train/loss": figures.loss, "train/grad_norm": figures.grad_norm, "train/lr": figures.lr}
-        scalars |= {f"train/{name}": value for name, value in balance.items()}
+        scalars |= {f"train/{name}": value for name, value in more.items()}
         self._scalars(step, scalars | {f"train/{name}": value for name, value in (speed or {}).items()})
         self._per_head(step, "train", figures)
 
@@ -144,7 +147,6 @@ class RunLog:
             return
         if self._bar is not None:
             self._bar.update(skipped)
-        self._last_step += skipped  # no work, so no speed
         if step == self._recipe.train.steps:  # no further line will be written
             self._write_unwritten()
         steps = f"step {step}" if skipped == 1 else f"steps {step - skipped + 1} to {step}"

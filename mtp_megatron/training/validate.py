@@ -11,13 +11,14 @@ from mtp_megatron.training.validate_overlap import check_overlap
 from mtp_megatron.training.validate_schedule import check_schedule
 
 
-def check_recipe(recipe: Recipe, *, world_size: int, tokenizer_vocab_size: int) -> Recipe:
+def check_recipe(recipe: Recipe, *, world_size: int, tokenizer_vocab_size: int, done: int = 0) -> Recipe:
     """Check a recipe against itself, the number of ranks and the tokenizer.
 
     Args:
         recipe: as read.
         world_size: ranks of the job.
         tokenizer_vocab_size: ids that the data may hold.
+        done: steps that are over: how their batches are cut over these ranks does not matter any more.
 
     Returns:
         The recipe with every derived value filled in (:meth:`Recipe.resolved`).
@@ -30,7 +31,7 @@ def check_recipe(recipe: Recipe, *, world_size: int, tokenizer_vocab_size: int) 
     _check_shapes(recipe)
     _check_tensor_parallel(recipe)
     check_layout(recipe)
-    _check_batches(recipe, world_size)
+    _check_batches(recipe, world_size, done)
     check_schedule(recipe)
     _check_precision(recipe)
     check_low_precision(recipe)
@@ -63,9 +64,11 @@ def data_parallel_size(recipe: Recipe, world_size: int) -> int:
     return world_size // size
 
 
-def num_microbatches(recipe: Recipe, world_size: int) -> int:
-    """Microbatches per optimizer step and data parallel rank (checked by :func:`check_recipe`)."""
-    return recipe.train.global_batch_size // (recipe.train.micro_batch_size * data_parallel_size(recipe, world_size))
+def num_microbatches(recipe: Recipe, world_size: int, sequences: int | None = None) -> int:
+    """Microbatches per data parallel rank (checked by :func:`check_recipe`) of a step that takes ``sequences``; None:
+    of the run's largest."""
+    batch = recipe.train.batch_sizes.largest if sequences is None else sequences
+    return batch // (recipe.train.micro_batch_size * data_parallel_size(recipe, world_size))
 
 
 def _check_vocabulary(recipe: Recipe, tokenizer_vocab_size: int) -> None:
@@ -148,25 +151,39 @@ def _check_tensor_parallel(recipe: Recipe) -> None:
         _divides("parallel.tensor", tensor, "train.seq_length", share, " under sequence_parallel")
 
 
-def _check_batches(recipe: Recipe, world_size: int) -> None:
+def _check_batches(recipe: Recipe, world_size: int, done: int) -> None:
     train, parallel = recipe.train, recipe.parallel
+    if train.batch_sizes.last != train.global_batch_size:
+        raise ConfigError(
+            "train.batch_size_schedule",
+            train.batch_size_schedule,
+            f"it ends with {train.batch_sizes.last} sequences, and train.global_batch_size={train.global_batch_size}",
+            f"Set train.global_batch_size={train.batch_sizes.last}, or let it end with {train.global_batch_size}.",
+        )
     copies = data_parallel_size(recipe, world_size)
     unit = train.micro_batch_size * copies
-    if train.global_batch_size % unit:
-        raise ConfigError(
-            "train.global_batch_size",
-            train.global_batch_size,
-            f"{copies} data parallel ranks take microbatches of train.micro_batch_size={train.micro_batch_size}",
-            f"Set it to a multiple of {unit}.",
-        )
-    microbatches = train.global_batch_size // unit
-    if parallel.virtual_pipeline and microbatches % parallel.pipeline:
-        raise ConfigError(
-            "train.global_batch_size",
-            train.global_batch_size,
-            f"{microbatches} microbatches, and the interleaved schedule takes {parallel.pipeline} at a time",
-            f"Set it to a multiple of {unit * parallel.pipeline}.",
-        )
+    for first, size in train.batch_sizes.after(done):
+        name, which, set_it = "train.global_batch_size", "", "Set it"
+        value: object = size
+        if train.batch_size_schedule is not None:
+            name, value = "train.batch_size_schedule", train.batch_size_schedule
+            which, set_it = f"from step {first} on a step takes {size} sequences, and ", "Change that number"
+        if size % unit:
+            raise ConfigError(
+                name,
+                value,
+                f"{which}{copies} data parallel ranks take microbatches of train.micro_batch_size="
+                f"{train.micro_batch_size}",
+                f"{set_it} to a multiple of {unit}.",
+            )
+        microbatches = size // unit
+        if parallel.virtual_pipeline and microbatches % parallel.pipeline:
+            raise ConfigError(
+                name,
+                value,
+                f"{which}{microbatches} microbatches, and the interleaved schedule takes {parallel.pipeline} at a time",
+                f"{set_it} to a multiple of {unit * parallel.pipeline}.",
+            )
 
 
 def _check_profile(recipe: Recipe, world_size: int) -> None:

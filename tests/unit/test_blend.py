@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from mtp_megatron.data.batch_sizes import BatchSizes
 from mtp_megatron.data.blend import Blend, load_blend, resumed
 from mtp_megatron.data.dataset import BlendedSamples, build_datasets
 from mtp_megatron.data.loader import build_train_iterator
@@ -249,7 +250,7 @@ def test_held_out_samples_do_not_repeat_and_keep_the_proportions(folders: tuple[
 
 def test_readers_of_their_own_give_the_same_batches(folders: tuple[Path, Path]) -> None:
     train, _ = build(blended(folders), 64)
-    sizes = {"consumed_samples": 16, "micro_batch_size": 2, "global_batch_size": 8, "dp_rank": 1, "dp_size": 2}
+    sizes = {"step": 2, "batch_sizes": BatchSizes(((1, 8),)), "micro_batch_size": 2, "dp_rank": 1, "dp_size": 2}
     here = [batch["tokens"] for batch in build_train_iterator(train, **sizes)]
     there = [batch["tokens"] for batch in build_train_iterator(train, **sizes, workers=2)]
     assert len(here) == 12

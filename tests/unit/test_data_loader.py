@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mtp_megatron.data.batch_sizes import BatchSizes
 from mtp_megatron.data.dataset import Samples
 from mtp_megatron.data.loader import build_train_iterator, build_valid_batches, count_valid_batches
 from mtp_megatron.errors import ConfigError
@@ -39,13 +40,14 @@ def sample_ids(batches):
     return [batch["tokens"][:, 0].tolist() for batch in batches]
 
 
-def train_ids(dataset, consumed, mbs, gbs, rank, size, workers=0):
+def train_ids(dataset, step, mbs, gbs, rank, size, workers=0):
+    """After ``step``; ``gbs`` is one size, or ``(first step, size)`` pairs."""
     return sample_ids(
         build_train_iterator(
             dataset,
-            consumed_samples=consumed,
+            step=step,
+            batch_sizes=BatchSizes(((1, gbs),) if isinstance(gbs, int) else tuple(gbs)),
             micro_batch_size=mbs,
-            global_batch_size=gbs,
             dp_rank=rank,
             dp_size=size,
             workers=workers,
@@ -58,8 +60,18 @@ def test_the_layout_by_hand():
     dataset = numbered(19)
     assert train_ids(dataset, 0, 2, 8, 0, 2) == [[0, 1], [4, 5], [8, 9], [12, 13]]
     assert train_ids(dataset, 0, 2, 8, 1, 2) == [[2, 3], [6, 7], [10, 11], [14, 15]]
-    assert train_ids(dataset, 8, 2, 8, 1, 2) == [[10, 11], [14, 15]]
-    assert train_ids(dataset, 12, 2, 8, 0, 2) == []
+    assert train_ids(dataset, 1, 2, 8, 1, 2) == [[10, 11], [14, 15]]
+    assert train_ids(dataset, 2, 2, 8, 0, 2) == []
+
+
+def test_the_layout_of_growing_batches_by_hand():
+    """Two ranks, micro-batches of 2: two steps of 4, then of 8."""
+    dataset, sizes = numbered(27), ((1, 4), (3, 8))
+    assert train_ids(dataset, 0, 2, sizes, 0, 2) == [[0, 1], [4, 5], [8, 9], [12, 13], [16, 17], [20, 21]]
+    assert train_ids(dataset, 0, 2, sizes, 1, 2) == [[2, 3], [6, 7], [10, 11], [14, 15], [18, 19], [22, 23]]
+    assert train_ids(dataset, 1, 2, sizes, 1, 2) == [[6, 7], [10, 11], [14, 15], [18, 19], [22, 23]]
+    assert train_ids(dataset, 3, 2, sizes, 0, 2) == [[16, 17], [20, 21]]
+    assert train_ids(dataset, 2, 4, sizes, 1, 2) == [[12, 13, 14, 15], [20, 21, 22, 23]], "the first steps are over"
 
 
 @settings(max_examples=60, deadline=None)
@@ -76,7 +88,7 @@ def test_a_global_batch_holds_the_same_samples_at_any_size(mbs, dp, accumulate, 
     consumed = skip * gbs
     dataset = numbered(consumed + steps * gbs + min(rest, gbs - 1))
     per_step = gbs // (mbs * dp)
-    ranks = [train_ids(dataset, consumed, mbs, gbs, rank, dp) for rank in range(dp)]
+    ranks = [train_ids(dataset, skip, mbs, gbs, rank, dp) for rank in range(dp)]
     assert {len(rank) for rank in ranks} == {steps * per_step}
     for step in range(steps):
         blocks = [rank[step * per_step : (step + 1) * per_step] for rank in ranks]
@@ -84,11 +96,35 @@ def test_a_global_batch_holds_the_same_samples_at_any_size(mbs, dp, accumulate, 
         assert everything == list(range(consumed + step * gbs, consumed + (step + 1) * gbs))
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    mbs=st.sampled_from([1, 2, 3]),
+    dp=st.sampled_from([1, 2, 4]),
+    # Steps of the same size one after another, and what each takes.
+    phases=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=4),
+    skip=st.integers(0, 12),
+    rest=st.integers(0, 3),
+)
+def test_batches_that_change_read_every_sample_once(mbs, dp, phases, skip, rest):
+    """Step by step, in order, from wherever a run is resumed."""
+    steps = [mbs * 4 * accumulate for count, accumulate in phases for _ in range(count)]
+    firsts = [1 + sum(count for count, _ in phases[:number]) for number in range(len(phases))]
+    sizes = [(first, mbs * 4 * accumulate) for first, (_, accumulate) in zip(firsts, phases, strict=True)]
+    skip = min(skip, len(steps))
+    ranks = [train_ids(numbered(sum(steps) + rest % steps[-1]), skip, mbs, sizes, rank, dp) for rank in range(dp)]
+    position = sum(steps[:skip])
+    for size in steps[skip:]:
+        blocks = [[rank.pop(0) for _ in range(size // (mbs * dp))] for rank in ranks]
+        assert sorted(itertools.chain(*itertools.chain(*blocks))) == list(range(position, position + size))
+        position += size
+    assert ranks == [[]] * dp
+
+
 def test_resuming_continues_the_sequence():
     dataset = numbered(10, length=64)
     whole = train_ids(dataset, 0, 2, 4, 0, 1)
     for step in range(0, 16, 5):
-        assert train_ids(numbered(10, length=64), step * 4, 2, 4, 0, 1) == whole[2 * step :]
+        assert train_ids(numbered(10, length=64), step, 2, 4, 0, 1) == whole[2 * step :]
 
 
 def test_every_epoch_is_a_whole_pass_in_an_order_of_its_own():
@@ -105,8 +141,8 @@ def test_every_epoch_is_a_whole_pass_in_an_order_of_its_own():
 def test_there_is_nothing_beyond_the_samples_asked_for():
     with pytest.raises(IndexError, match="sample 35 of 35"):
         numbered(10, length=35)[35]
-    with pytest.raises(ConfigError, match="consumed_samples=36: lies outside 0 to 35"):
-        train_ids(numbered(10, length=35), 36, 1, 1, 0, 1)
+    with pytest.raises(ConfigError, match="step=9: 36 samples were used before, of 35"):
+        train_ids(numbered(10, length=35), 9, 1, 4, 0, 1)
 
 
 def valid(dataset, gbs, rank=0, size=1, batches=None):
@@ -141,6 +177,7 @@ def test_evaluation_is_limited_to_the_first_batches():
         (0, 6, 0, 1, r"train\.micro_batch_size=0"),
         (1, 0, 0, 1, r"train\.global_batch_size=0"),
         (1, 4, 2, 2, r"dp_rank=2"),
+        (2, ((1, 4), (3, 6)), 0, 2, r"train\.global_batch_size=6: is not a multiple of .* 2 x 2"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(mbs, gbs, rank, size, message):
@@ -159,16 +196,18 @@ def test_loading_leaves_the_global_random_state_alone():
 
 def test_reading_ahead_changes_nothing():
     dataset = numbered(10, length=24)
-    assert train_ids(dataset, 4, 2, 4, 1, 2, workers=2) == train_ids(dataset, 4, 2, 4, 1, 2)
+    for sizes in (4, ((1, 4), (3, 8))):
+        assert train_ids(dataset, 1, 2, sizes, 1, 2, workers=2) == train_ids(dataset, 1, 2, sizes, 1, 2)
 
 
 SIGNALLED = """
 import os, signal, subprocess, sys
 import psutil
 from tests.unit.test_data_loader import numbered
+from mtp_megatron.data.batch_sizes import BatchSizes
 from mtp_megatron.data.loader import build_train_iterator
 
-sizes = dict(consumed_samples=0, micro_batch_size=2, global_batch_size=2, dp_rank=0, dp_size=1)
+sizes = dict(step=0, micro_batch_size=2, batch_sizes=BatchSizes(((1, 2),)), dp_rank=0, dp_size=1)
 batches = build_train_iterator(numbered(100), workers=2, **sizes)
 next(batches), next(batches)  # one of each
 readers = [str(reader.pid) for reader in psutil.Process().children()]

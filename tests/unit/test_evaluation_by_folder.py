@@ -65,7 +65,8 @@ def held_out(folders: list[Path], weights: tuple[float, float], samples: int) ->
 def figures(recipe: Recipe, trainable: Any, blend: Blend, samples: AnySamples, names: tuple[str, ...]) -> Evaluation:
     from mtp_megatron.training.batches import chunk_iterators
 
-    iterators = chunk_iterators(recipe, blend.eod, partial(build_valid_batches, samples))
+    loader = partial(build_valid_batches, samples, global_batch_size=recipe.train.global_batch_size)
+    iterators = chunk_iterators(recipe, blend.eod, loader)
     batches = count_valid_batches(samples, global_batch_size=BATCH)
     return evaluate(recipe, trainable, iterators, batches, 2, names)
 
