@@ -138,8 +138,8 @@ def _say_unknown(result: HeadCount, tokenizer: Tokenizer) -> None:
     tokens = [token for generation in result.generations for token in generation.tokens]
     if unknown := sum(token >= tokenizer.vocab_size for token in tokens):
         print(
-            f"note: {unknown} of {len(tokens)} new tokens are ids that the tokenizer of {tokenizer.vocab_size} does not "
-            "have; the text above lacks them",
+            f"note: {unknown} of {len(tokens)} new tokens are ids that the tokenizer of {tokenizer.vocab_size} does "
+            "not have; the text above lacks them",
             file=sys.stderr,
         )
 

@@ -162,7 +162,7 @@ def test_a_document_of_several_sequences_is_one_and_an_empty_one_is_left_out(tmp
 
 
 def test_empty_documents_are_no_part_of_the_sample(tmp_path: Path) -> None:
-    """Not decoded: a tokenizer that begins texts looks at the first id, and the first document's place is 0 up to -1."""
+    """Not decoded: a tokenizer that begins texts looks at the first id, and the first place is 0 up to -1."""
     prefix = write_upstream(tmp_path / "up", [[], *map(as_bytes, texts(5)), [], [[]]])
     result = adopted(prefix, tmp_path / "data")
     assert (result.sampled, result.same) == (5, 5)
@@ -177,7 +177,7 @@ def test_empty_documents_are_no_part_of_the_sample(tmp_path: Path) -> None:
 def test_a_bin_of_empty_documents_is_refused(upstream: Path, tmp_path: Path) -> None:
     empty = write_upstream(tmp_path / "empty", [[], [[]]])
     for prefix, options in ((empty, {}), (upstream, {"valid": empty})):
-        with pytest.raises(DataError, match="its documents are all empty, and so is empty.bin"):
+        with pytest.raises(DataError, match=r"its documents are all empty, and so is empty\.bin"):
             adopted(prefix, tmp_path / "data", **options)
 
 

@@ -159,7 +159,7 @@ def test_files_that_cannot_be_read_or_written_are_named(run, tmp_path, capsys):
     folder = run([valid_record(1)])
     (tmp_path / "file").write_text("")
     for options, message in (
-        (["--speculative", str(tmp_path / "typo.json")], f"--speculative='{tmp_path}/typo.json': there is no such file"),
+        (["--speculative", str(tmp_path / "typo")], f"--speculative='{tmp_path}/typo': there is no such file"),
         (["--output", str(tmp_path / "file")], f"--output='{tmp_path}/file': cannot be written (File exists)"),
         (["--output", str(tmp_path / "file" / "in")], "/file/in': cannot be written (Not a directory)"),
     ):
