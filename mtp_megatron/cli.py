@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import select
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,6 +15,7 @@ from mtp_megatron.errors import MTPError
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_UNREAD = 141  # as of SIGPIPE
 
 
 class Subcommand(NamedTuple):
@@ -73,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; ``sys.argv[1:]`` when None.
 
     Returns:
-        The subcommand's status; 2 for an :class:`MTPError` (printed without a traceback), 130 after Ctrl-C.
+        The subcommand's status; 2 for an :class:`MTPError` (printed without a traceback), 130 after Ctrl-C, 141 where
+        whoever read the output has ended, as ``| head`` does.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Only the first word is the top level's: everything after it belongs to the subcommand, `--help` included.
@@ -82,13 +86,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         module = importlib.import_module(SUBCOMMANDS[name].module)
         parser = argparse.ArgumentParser(prog=f"mtp-megatron {name}", description=module.SUMMARY)
         module.add_arguments(parser)
-        return int(module.run(parser.parse_intermixed_args(arguments[1:])))
+        status = int(module.run(parser.parse_intermixed_args(arguments[1:])))
+        if sys.stdout is not None:
+            sys.stdout.flush()  # or the interpreter would find out at its end that nobody reads
+        return status
     except MTPError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        if not _stdout_is_unread():  # a pipe to a process of the command's own
+            raise
+        return EXIT_UNREAD
+
+
+def _stdout_is_unread() -> bool:
+    """Whether standard output is a pipe that has lost its reader; if so, nothing more goes there."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (AttributeError, OSError):  # it is closed, or no file
+        return False
+    state = select.poll()
+    state.register(descriptor, 0)  # errors are always told
+    if not state.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return True
 
 
 if __name__ == "__main__":

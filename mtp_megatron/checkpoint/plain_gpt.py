@@ -40,6 +40,13 @@ _INERT: dict[str, tuple[Any, ...]] = {
     "mtp_num_layers": (None, 0),
     "window_size": (None,),
     "apply_layernorm_1p": (False, None),
+    # Without a tensor of their own, by which they would be noticed:
+    "qk_l2_norm": (False, None),
+    "no_rope_freq": (None,),
+    "softmax_type": ("vanilla", None),
+    "glu_linear_offset": (0.0, None),
+    "activation_func_clamp_value": (None,),
+    "use_mup": (False, None),
 }
 _SAME_NAME = ("hidden_size", "num_attention_heads", "ffn_hidden_size", "rotary_base", "init_method_std")
 

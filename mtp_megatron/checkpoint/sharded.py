@@ -87,6 +87,8 @@ def read_sharded(folder: Path, stem: str) -> Iterator[tuple[str, Tensor]]:
         raise CheckpointError(f"{path}: missing. Give a folder that `mtp-megatron convert` wrote.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: damaged ({error!r}). Convert the checkpoint again.") from error
+    if not isinstance(weight_map, dict) or any(Path(str(name)).name != name for name in weight_map.values()):
+        raise CheckpointError(f"{path}: damaged, no weight_map of files in this folder. Convert the checkpoint again.")
     files: dict[str, list[str]] = {}
     for key, name in weight_map.items():
         files.setdefault(name, []).append(key)

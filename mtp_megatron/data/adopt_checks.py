@@ -56,7 +56,7 @@ def compare_sample(index: MegatronIndex, tokenizer: Tokenizer) -> tuple[int, int
         for start, tokens, sequence in zip(starts, chosen.tokens.tolist(), sequences, strict=True):
             if tokens:
                 last.append(int(ids[start + tokens - 1]))
-            if whole := min(sequence, tokens - 1):
+            if (whole := min(sequence, tokens - 1)) > 0:  # an empty document has -1
                 beginning = np.array(ids[start : start + min(whole, _SAMPLE_TOKENS)])
                 _check_ids(beginning, start, index, tokenizer)
                 cut.append((beginning.tolist(), whole > _SAMPLE_TOKENS))

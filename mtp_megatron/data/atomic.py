@@ -26,9 +26,10 @@ def new_folder(target: Path) -> Iterator[Path]:
         target: must not exist, or be an empty folder.
 
     Raises:
-        DataError: the folder cannot be written, or another process is writing it.
+        DataError: the folder cannot be written or get that name, or another process is writing it.
     """
     target = target.absolute()
+    refuse_unnameable(target)
     partial = target.parent / f".{target.name}.partial"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -49,6 +50,24 @@ def new_folder(target: Path) -> Iterator[Path]:
             raise
     finally:
         os.close(lock)  # and so releases the lock
+
+
+def refuse_unnameable(target: Path) -> None:
+    """Refuse a name that no folder can be given at the end, which would be found after all the work.
+
+    Raises:
+        DataError: it is a link, or a file system is mounted there, as a container's volume is.
+    """
+    if target.is_symlink():
+        raise DataError(
+            f"{target}: a link (to {target.readlink()}), which a finished folder cannot replace. Give the folder that "
+            "it leads to, or remove the link."
+        )
+    if os.path.ismount(target):
+        raise DataError(
+            f"{target}: a file system is mounted there, and a finished folder cannot take its place. Give a folder in "
+            f"it, say {target / 'out'}."
+        )
 
 
 def claim(lock: int, path: Path) -> None:

@@ -114,6 +114,9 @@ def preprocess(options: PreprocessOptions) -> PreprocessResult:
         skip_unreadable=options.skip_unreadable,
         tally=listed,
     )
+    if old is not None:  # it may lie in a folder of the corpus, with a manifest and a tokenizer's merges.txt
+        own = options.output.resolve()
+        sources = tuple(source for source in sources if own not in source.path.resolve().parents)
     corpus = Corpus(sources, options.json_key, options.max_documents, options.skip_unreadable)
     reader = Reader(corpus, options.seed, options.quiet)
     recorded = _recorded_options(options, given)

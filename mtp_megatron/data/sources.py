@@ -50,8 +50,8 @@ def find_sources(
 
     Raises:
         ConfigError: an extension that is not one, or one of files that are not read.
-        DataError: a path that does not exist or is not read, a folder that cannot be listed, nothing to take, or a
-            file whose format takes a package that is not installed.
+        DataError: a path that does not exist, is no file or folder, or is not read; a folder that cannot be listed;
+            nothing to take; or a file whose format takes a package that is not installed.
     """
     _check_extensions(extensions)
     if not paths:
@@ -67,6 +67,10 @@ def find_sources(
             found = walker.walk(path)
             choice.consider(position, found)
             links[-1] = found.links
+        elif not path.is_file():
+            raise DataError(
+                f"{path}: a pipe or a device, and the corpus is read more than once. Write it to a file, and give that."
+            )
         elif refusal := not_read(path):
             raise DataError(f"{path}: {refusal.problem}. {refusal.remedy}")
         else:

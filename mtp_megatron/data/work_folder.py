@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_megatron.data import journal
-from mtp_megatron.data.atomic import claim, publish
+from mtp_megatron.data.atomic import claim, publish, refuse_unnameable
 from mtp_megatron.data.reading import Source
 from mtp_megatron.errors import DataError
 
@@ -82,9 +82,10 @@ def work_folder(output: Path, *, restart: bool = False) -> Iterator[WorkFolder]:
         restart: remove first what was done.
 
     Raises:
-        DataError: the folder cannot be written, or another process is writing it.
+        DataError: the folder cannot be written or get that name, or another process is writing it.
     """
     output = output.absolute()
+    refuse_unnameable(output)
     work = WorkFolder(output.parent / f".{output.name}.preprocess")
     lock_file = work.path / "lock"
     begun = time.monotonic()

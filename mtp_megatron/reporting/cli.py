@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from mtp_megatron.errors import ConfigError
 from mtp_megatron.reporting.figure import save_figure
 from mtp_megatron.reporting.metrics import SPECULATIVE_FILE, read_metrics, read_speculative
 from mtp_megatron.reporting.summary import summarise, table
@@ -29,14 +30,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     metrics = read_metrics(args.run)
+    if args.speculative and not args.speculative.is_file():
+        problem = "there is no such file"
+        raise ConfigError("--speculative", str(args.speculative), problem, "Give what `generate --json` wrote.")
     speculative = read_speculative(args.speculative or args.run / SPECULATIVE_FILE)
     output: Path = args.output or args.run
-    output.mkdir(parents=True, exist_ok=True)
     report = summarise(args.run, metrics, speculative)
-    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     training = report["training"]
     title = f"{args.run.resolve().name}: {metrics.num_heads} heads, {training['steps']} steps"
-    save_figure(output / "report.png", metrics, speculative, title)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        save_figure(output / "report.png", metrics, speculative, title)
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror})"
+        raise ConfigError("--output", str(output), problem, "Choose a folder that can be.") from error
     print(table(report))
     print(f"\nwritten: {output / 'report.json'}, {output / 'report.png'}")
     return 0

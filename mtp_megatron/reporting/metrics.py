@@ -45,7 +45,8 @@ def read_metrics(run: Path) -> RunMetrics:
     if not path.is_file():
         raise DataError(f"{path}: no such file. Give the folder of a run that `mtp-megatron train` has started.")
     by_kind: dict[str, dict[int, Record]] = {"train": {}, "valid": {}}
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    # Bytes of a damaged disk need not be text.
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         if number == len(lines) and not line.endswith("\n"):
             break

@@ -62,7 +62,7 @@ def summarise(run: Path, metrics: RunMetrics, speculative: Record | None) -> dic
         "versions": {
             "mtp_megatron": __version__,
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+            **{name: _version(name) for name in _PACKAGES},
         },
     }
 
@@ -93,6 +93,13 @@ def _row(head: dict[str, Any]) -> str:
     shown_loss = "-" if loss is None else f"{loss:.4f}"
     shown_accuracy = "-" if accuracy is None else f"{100 * accuracy:.2f} %"
     return f"{head['head']:>4}  {shown_loss:>15}  {shown_accuracy:>19}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # of a checkout on PYTHONPATH, as Megatron-LM's
+        return None
 
 
 def _median(values: list[float | None]) -> float | None:

@@ -87,13 +87,14 @@ def run(args: argparse.Namespace) -> int:
         prompts,
         max_new_tokens=args.max_new_tokens,
         heads=range(1, most + 1) if sweep and most > 1 else (most,),
-        eod=None if args.ignore_eod else export.tokenizer.eod,
+        ends=() if args.ignore_eod else (export.tokenizer.eod, *export.tokenizer.more_ends),
         progress=not args.quiet,
     )
     if not args.prompts_from:
         for prompt, generation in zip(prompts, results[-1].generations, strict=True):
             print(_text(export.tokenizer, prompt, generation, colour=sys.stdout.isatty()))
             print()
+        _say_unknown(results[-1], export.tokenizer)
     print(table(results))
     if args.json:
         command = shlex.join(["mtp-megatron", "generate", *sys.argv[2:]])
@@ -116,16 +117,31 @@ def _prompts(args: argparse.Namespace, tokenizer: Tokenizer, context: int) -> li
 
 def _text(tokenizer: Tokenizer, prompt: list[int], generation: Generation, *, colour: bool) -> str:
     """Prompt and continuation; on a terminal the tokens that one forward pass made certain share a colour."""
-    whole = tokenizer.decode([*prompt, *generation.tokens])
+
+    def decode(tokens: list[int]) -> str:
+        return tokenizer.decode([token for token in tokens if token < tokenizer.vocab_size])
+
+    whole = decode([*prompt, *generation.tokens])
     if not colour:
         return whole
     ends = itertools.accumulate(generation.accepted_together, initial=0)
     # A character may be spread over several byte tokens: what is incomplete decodes to U+FFFD and waits for the rest.
-    lengths = [len(tokenizer.decode([*prompt, *generation.tokens[:end]]).rstrip("\ufffd")) for end in ends]
+    lengths = [len(decode([*prompt, *generation.tokens[:end]]).rstrip("\ufffd")) for end in ends]
     parts = [whole[: lengths[0]]]
     for number, (start, end) in enumerate(itertools.pairwise([*lengths[:-1], len(whole)])):
         parts.append(f"{_COLOURS[number % 2]}{whole[start:end]}{_PLAIN}")
     return "".join(parts)
+
+
+def _say_unknown(result: HeadCount, tokenizer: Tokenizer) -> None:
+    """A model may have more ids than its tokenizer (``model.vocab_size``), and say them while it has learned little."""
+    tokens = [token for generation in result.generations for token in generation.tokens]
+    if unknown := sum(token >= tokenizer.vocab_size for token in tokens):
+        print(
+            f"note: {unknown} of {len(tokens)} new tokens are ids that the tokenizer of {tokenizer.vocab_size} does "
+            "not have; the text above lacks them",
+            file=sys.stderr,
+        )
 
 
 def _write_json(path: Path, figures: dict[str, Any]) -> None:

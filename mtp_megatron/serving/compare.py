@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ def compare(
     *,
     max_new_tokens: int,
     heads: Iterable[int],
-    eod: int | None,
+    ends: Collection[int],
     progress: bool = True,
 ) -> list[HeadCount]:
     """Decode every prompt with each number of heads, plain greedy (1) always among them.
@@ -72,11 +72,11 @@ def compare(
         check_lengths(model.config, len(prompt), max_new_tokens, counts[-1])
     runs: dict[int, list[Generation]] = {count: [] for count in counts}
     for count in counts:
-        generate(model, prompts[0], max_new_tokens=max_new_tokens, heads=count, eod=eod)
+        generate(model, prompts[0], max_new_tokens=max_new_tokens, heads=count, ends=ends)
     for number, prompt in enumerate(tqdm(prompts, desc="decoding", unit="prompt", disable=not progress)):
         turn = number % len(counts)
         for count in counts[turn:] + counts[:turn]:
-            runs[count].append(generate(model, prompt, max_new_tokens=max_new_tokens, heads=count, eod=eod))
+            runs[count].append(generate(model, prompt, max_new_tokens=max_new_tokens, heads=count, ends=ends))
     plain = runs[1]
     plain_seconds = sum(generation.seconds for generation in plain)
     return [

@@ -18,7 +18,7 @@ change places between two passes, and what follows differs by more than a tie do
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -38,7 +38,7 @@ class Generation:
     """What decoding one prompt gave.
 
     Attributes:
-        tokens: the new tokens; the last is ``eod`` if the model ended its text.
+        tokens: the new tokens; the last is one of ``ends`` if the model ended its text.
         accepted_together: how many of them each forward pass made certain, the prompt's own pass first.
         forwards: forward passes after the prompt's.
         drafted: of heads 2 to k, how many drafts the head made.
@@ -86,7 +86,7 @@ def check_lengths(config: DecoderConfig, prompt_tokens: int, max_new_tokens: int
 
 @torch.inference_mode()
 def generate(
-    model: HeadsLlama, prompt: Sequence[int], *, max_new_tokens: int, heads: int, eod: int | None = None
+    model: HeadsLlama, prompt: Sequence[int], *, max_new_tokens: int, heads: int, ends: Collection[int] = ()
 ) -> Generation:
     """Continue ``prompt`` greedily, ``heads`` tokens of look-ahead in each forward pass.
 
@@ -95,7 +95,7 @@ def generate(
         prompt: token ids.
         max_new_tokens: stop after so many.
         heads: ``k``: 1 decodes plainly, up to the model's n.
-        eod: stop after this token; None never stops early.
+        ends: stop after any of these tokens.
 
     Raises:
         ConfigError: see :func:`check_lengths`.
@@ -112,17 +112,18 @@ def generate(
         result.tokens += certain
         left = max_new_tokens - len(result.tokens)
         result.accepted_together.append(len(certain))
-        if left == 0 or certain[-1] == eod:
+        if left == 0 or certain[-1] in ends:
             break
         drafts = _draft(model, z, caches, min(heads, left) - 1)
         z, logits = model.run(torch.tensor([text[-1], *drafts]), caches, rows=1 + len(drafts))
         certain = _choose(model, logits, text, drafts, result)
         result.forwards += 1
+        agreed = len(certain) - 1
+        end = next((place for place, token in enumerate(certain) if token in ends), agreed)
+        certain = certain[: end + 1]
         for head in range(len(drafts)):
             result.drafted[head] += 1
-            result.accepted[head] += head < len(certain) - 1
-        if eod in certain:
-            certain = certain[: certain.index(eod) + 1]
+            result.accepted[head] += head < min(agreed, len(certain))  # not what agrees behind the end
         # Of the block, only the first token and the accepted drafts are part of the text.
         caches.truncate(len(text) - 1 + len(certain))
         z = z[:, : len(certain)]

@@ -22,7 +22,7 @@ def from_file(path: str | Path, tokenizer: Tokenizer) -> list[list[int]]:
     """
     path = Path(path)
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")  # what an editor marks the encoding with is no part of a prompt
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}). Give a text file.") from error
     except UnicodeDecodeError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 from mtp_megatron.checkpoint.bundle_manifest import MANIFEST
+from mtp_megatron.checkpoint.hf_reader import read_json
 from mtp_megatron.errors import CheckpointError, ConfigError
 from mtp_megatron.serving.drafts import EAGLE3_FOLDER, MEDUSA_FOLDER, drafts_in
 from mtp_megatron.serving.engine import engine_environment
@@ -30,7 +30,7 @@ def choose_draft(bundle: Path, draft: str, heads: int | None) -> tuple[str | Non
         heads: heads to decode with, head 1 included; None: all that the draft has.
 
     Raises:
-        CheckpointError: not a bundle.
+        CheckpointError: not a bundle, or the draft's configuration is damaged.
         ConfigError: the bundle has no such draft, or the draft not so many heads.
     """
     present = drafts_in(bundle)
@@ -41,7 +41,7 @@ def choose_draft(bundle: Path, draft: str, heads: int | None) -> tuple[str | Non
     name = present[0] if draft == "auto" else draft
     if name not in present:
         raise ConfigError("--draft", draft, f"the bundle has {', '.join(present)}", "Choose one of these.")
-    config: dict[str, Any] = json.loads((bundle / name / "config.json").read_text(encoding="utf-8"))
+    config = read_json(bundle / name / "config.json")
     # An EAGLE-3 draft of one head that is asked for more would read its own output, for which it was not trained.
     most = 1 + {EAGLE3_FOLDER: 1, MEDUSA_FOLDER: config.get("num_heads", 0)}.get(name, config.get("num_mtp_heads", 0))
     least = most if name == MEDUSA_FOLDER else 2  # vLLM's Medusa drafts with all of its heads or not at all

@@ -72,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
     for option in ("num_prompts", "prompt_tokens", "max_new_tokens"):
         if getattr(args, option) < 1:
             raise ConfigError(f"--{option.replace('_', '-')}", getattr(args, option), "must be 1 or more", "Raise it.")
+    if args.max_new_tokens == 1:
+        raise ConfigError("--max-new-tokens", 1, "nothing is drafted for the first new token", "Ask for 2 or more.")
     python = None if args.no_vllm else find_python(args.vllm_python)
     folder = Path(args.export)
     print(f"files: {check_manifest(folder)}, each with the SHA-256 of manifest.json")
@@ -89,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         [list(simulation.prompt) for simulation in simulations],
         max_new_tokens=args.max_new_tokens,
         heads=range(1, model.config.num_heads + 1),
-        eod=None,
+        ends=(),
         progress=not args.quiet,
     )
     print(f"\ntorch, fp32:\n{torch_table(results)}")

@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
         from mtp_megatron.train import run_rank
 
         return run_rank(recipe)
+    if args.nproc is not None and args.nproc < 1:
+        raise ConfigError("--nproc", args.nproc, "must be 1 or more", "Leave it out for the fewest that will do.")
     processes = args.nproc or recipe.smallest_world
     # Checked here once, so that a mistake is reported once and before any rank is started.
     from mtp_megatron.training.preflight import check_launcher, preflight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import types
@@ -48,6 +49,36 @@ def test_any_other_error_keeps_its_traceback(subcommand):
     subcommand(fail)
     with pytest.raises(ZeroDivisionError):
         cli.main(["probe"])
+
+
+@pytest.mark.parametrize("lines", [1, 100_000], ids=["at the end", "in between"])
+def test_a_reader_that_has_ended_is_no_error(lines):
+    """`mtp-megatron train --describe | head`."""
+    script = f"""import sys, types
+from mtp_megatron import cli
+module = types.ModuleType("mtp_probe")
+module.SUMMARY, module.add_arguments = "probe", lambda parser: None
+module.run = lambda args: [print("a line") for _ in range({lines})] and 0
+sys.modules["mtp_probe"] = module
+cli.SUBCOMMANDS["probe"] = cli.Subcommand("mtp_probe", "probe")
+sys.exit(cli.main(["probe"]))
+"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", script], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_broken_pipe_keeps_its_traceback(subcommand, capsys):
+    def fail(args):
+        raise BrokenPipeError
+
+    subcommand(fail)
+    with pytest.raises(BrokenPipeError):
+        cli.main(["probe"])
+    print("still heard")
+    assert capsys.readouterr().out == "still heard\n"
 
 
 def test_interrupt_is_130(subcommand):

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from mtp_megatron.checkpoint import convert, hf
 from mtp_megatron.checkpoint.convert import convert_to_hf
+from mtp_megatron.checkpoint.sharded import read_sharded
 from mtp_megatron.cli import main
 from mtp_megatron.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
 from mtp_megatron.data.train_tokenizer import train_tokenizer
@@ -87,6 +89,17 @@ def test_shards_with_an_index_hold_the_same_tensors(tmp_path: Path) -> None:
     a, b = dict(open_export(whole).tensors()), dict(open_export(cut).tensors())
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("weight_map", [{"model.norm.weight": "../a/model.safetensors"}, ["model.safetensors"], None])
+def test_an_index_that_leaves_the_folder_is_refused(weight_map: Any, tmp_path: Path) -> None:
+    """An export may come from anybody: the file that it names lies there, and holds that tensor alone."""
+    (tmp_path / "a").mkdir()
+    save_file({"model.norm.weight": torch.ones(2)}, tmp_path / "a" / "model.safetensors")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=r"index\.json: damaged, no weight_map of files in this folder"):
+        next(read_sharded(tmp_path / "b", "model"))
 
 
 def test_bf16_export(tmp_path: Path) -> None:

@@ -40,6 +40,13 @@ def test_heads_are_told_by_the_arguments(tmp_path: Path, beside_the_tensors: boo
     assert all(torch.equal(source.read(key), tensors[key]) for key in tensors)
 
 
+def test_settings_that_are_as_usual_mean_nothing(tmp_path: Path) -> None:
+    """What releases store of settings that make another model where they are others."""
+    usual = {"qk_l2_norm": False, "no_rope_freq": None, "softmax_type": "vanilla", "glu_linear_offset": 0.0}
+    tensors = with_heads(tmp_path, **usual, activation_func_clamp_value=None, use_mup=False)
+    assert set(open_source(tmp_path)[0].keys()) == set(tensors)
+
+
 def test_the_norms_epsilon_by_either_name(tmp_path: Path) -> None:
     with_heads(tmp_path, norm_epsilon=None, layernorm_epsilon=1e-6)
     assert open_source(tmp_path)[1].norm_epsilon == 1e-6
@@ -53,6 +60,12 @@ def test_the_norms_epsilon_by_either_name(tmp_path: Path) -> None:
         ({"mtp_heads": 2}, "has 3 layers and 3 heads, and its description num_trunk_layers=3 and 2 heads"),
         ({"num_layers": 4}, "has 3 layers and 3 heads, and its description num_trunk_layers=4"),
         ({"normalization": "LayerNorm"}, "normalization='LayerNorm' is not supported"),
+        ({"qk_l2_norm": True}, "qk_l2_norm=True is not supported"),
+        ({"no_rope_freq": [0, 0, 1]}, r"no_rope_freq=\[0, 0, 1\] is not supported"),
+        ({"softmax_type": "off-by-one"}, "softmax_type='off-by-one' is not supported"),
+        ({"glu_linear_offset": 1.0}, r"glu_linear_offset=1\.0 is not supported"),
+        ({"activation_func_clamp_value": 7.0}, r"activation_func_clamp_value=7\.0 is not supported"),
+        ({"use_mup": True}, "use_mup=True is not supported"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

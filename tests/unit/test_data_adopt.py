@@ -19,6 +19,7 @@ from mtp_megatron.data.dataset import build_datasets
 from mtp_megatron.data.manifest import Manifest, load_manifest
 from mtp_megatron.data.megatron_index import HEADER, IndexWriter, MegatronIndex, Places
 from mtp_megatron.data.tokenizer import ByteTokenizer
+from mtp_megatron.data.tokenizer_store import choose_tokenizer
 from mtp_megatron.errors import ConfigError, DataError
 from tests.hf_tokenizers import BEGIN, END, TURN, write_tokenizer_folder
 from tests.upstream_data import write_upstream
@@ -158,6 +159,26 @@ def test_a_document_of_several_sequences_is_one_and_an_empty_one_is_left_out(tmp
     assert sorted(found) == sorted(["First. Second.", *texts(5), "ab"])
     assert result.data.manifest.source.empty == 2
     assert manifest.train.documents + manifest.valid.documents == 7
+
+
+def test_empty_documents_are_no_part_of_the_sample(tmp_path: Path) -> None:
+    """Not decoded: a tokenizer that begins texts looks at the first id, and the first place is 0 up to -1."""
+    prefix = write_upstream(tmp_path / "up", [[], *map(as_bytes, texts(5)), [], [[]]])
+    result = adopted(prefix, tmp_path / "data")
+    assert (result.sampled, result.same) == (5, 5)
+    folder = write_tokenizer_folder(tmp_path / "model")
+    tokenizer = choose_tokenizer(folder)
+    assert tokenizer.bos is not None
+    encoded = [[[*tokenizer.encode(text), tokenizer.eod]] for text in texts(5)]
+    result = adopted(write_upstream(tmp_path / "hf", [[], *encoded, [[]]]), tmp_path / "of_hf", folder)
+    assert (result.sampled, result.same) == (5, 5)
+
+
+def test_a_bin_of_empty_documents_is_refused(upstream: Path, tmp_path: Path) -> None:
+    empty = write_upstream(tmp_path / "empty", [[], [[]]])
+    for prefix, options in ((empty, {}), (upstream, {"valid": empty})):
+        with pytest.raises(DataError, match=r"its documents are all empty, and so is empty\.bin"):
+            adopted(prefix, tmp_path / "data", **options)
 
 
 def test_blocks_and_chunks_of_any_size_give_the_same_files(

@@ -102,3 +102,15 @@ def test_a_folder_that_cannot_be_listed_is_an_error_unless_asked_for(corpus, mon
     tally = Tally()
     assert names(corpus / "code", skip_unreadable=True, tally=tally) == ["code/own/x.py"]
     assert list(map(str, tally.examples)) == ["code/closed: cannot be read (Permission denied)"]
+
+
+def test_a_pipe_given_by_name_is_refused(corpus):
+    """A second pass would find it empty: `preprocess <(zcat dump.gz)`."""
+    os.mkfifo(corpus / "pipe.txt")
+    for path in (corpus / "pipe.txt", corpus / "link.txt"):
+        if not path.exists():
+            path.symlink_to("pipe.txt")
+        with pytest.raises(DataError, match="a pipe or a device, and the corpus is read more than once"):
+            find_sources([path])
+    (corpus / "code" / "pipe.py").symlink_to(corpus / "pipe.txt")
+    assert names(corpus / "code") == ["code/own/x.py"]  # no file of a folder is one

@@ -284,6 +284,32 @@ def test_an_output_that_cannot_be_created_is_refused(tmp_path):
         pass
 
 
+def test_an_output_in_the_corpus_is_no_part_of_it(tmp_path):
+    """`preprocess . --output data` twice: the manifest, or a tokenizer's files, have an extension that is taken."""
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name)
+    options = PreprocessOptions(
+        output=tmp_path / "data" / "set", paths=(tmp_path,), extensions=(".txt", ".json"), quiet=True
+    )
+    first = preprocess(options)
+    again = preprocess(options)
+    assert again.up_to_date
+    assert again.manifest == first.manifest
+
+
+@pytest.mark.parametrize("folder", [new_folder, work_folder])
+def test_a_name_that_no_folder_can_get_is_refused_before_the_work(tmp_path, monkeypatch, folder):
+    """Renaming fails there: not a directory, and busy. That was said at the end."""
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "out").symlink_to("scratch")
+    with pytest.raises(DataError, match=r"out: a link \(to scratch\).*Give the folder that it leads to"):
+        folder(tmp_path / "out").__enter__()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "volume")
+    with pytest.raises(DataError, match=r"volume: a file system is mounted there.*Give a folder in it, say .*/out"):
+        folder(tmp_path / "volume").__enter__()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "scratch"]
+
+
 def edit_manifest(folder, **changes):
     path = folder / "dataset.json"
     record = json.loads(path.read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import sys
 
@@ -152,6 +153,38 @@ def test_damaged_decoding_table_is_refused(run, capsys):
     (folder / "speculative.json").write_text('{"prompts": 3}')
     assert main(["report", str(folder)]) == 2
     assert "speculative.json: not a decoding table" in capsys.readouterr().err
+
+
+def test_files_that_cannot_be_read_or_written_are_named(run, tmp_path, capsys):
+    folder = run([valid_record(1)])
+    (tmp_path / "file").write_text("")
+    for options, message in (
+        (["--speculative", str(tmp_path / "typo")], f"--speculative='{tmp_path}/typo': there is no such file"),
+        (["--output", str(tmp_path / "file")], f"--output='{tmp_path}/file': cannot be written (File exists)"),
+        (["--output", str(tmp_path / "file" / "in")], "/file/in': cannot be written (Not a directory)"),
+    ):
+        assert main(["report", str(folder), *options]) == 2
+        assert message in capsys.readouterr().err
+    (folder / "metrics.jsonl").write_bytes(b'{"kind": "tr\xffain"\n')
+    assert main(["report", str(folder)]) == 2
+    assert "metrics.jsonl, line 1: not a metrics record" in capsys.readouterr().err
+
+
+def test_a_package_that_was_not_installed_has_no_version(run, monkeypatch):
+    """Megatron-LM's checkout on PYTHONPATH."""
+    real = importlib.metadata.version
+
+    def version(name):
+        if name == "megatron-core":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    folder = run([valid_record(1)])
+    assert main(["report", str(folder)]) == 0
+    versions = json.loads((folder / "report.json").read_text())["versions"]
+    assert versions["megatron-core"] is None
+    assert versions["numpy"] == np.__version__
 
 
 def test_figure_without_matplotlib_names_the_extra(run, tmp_path, monkeypatch):

@@ -283,6 +283,11 @@ def test_choice_of_draft_and_heads(whole, tmp_path):
         choose_draft(whole, "eagle3-head2", 3)
     with pytest.raises(CheckpointError, match="not a serving bundle"):
         choose_draft(tmp_path, "auto", None)
+    for name in ("manifest.json", "mtp-heads/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{")
+    with pytest.raises(CheckpointError, match=r"mtp-heads/config\.json: missing or damaged"):
+        choose_draft(tmp_path, "auto", None)
 
 
 def test_serve_prints_the_command(whole, capsys):

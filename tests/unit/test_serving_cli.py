@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -13,8 +14,11 @@ from mtp_megatron.cli import main
 from mtp_megatron.data.tokenizer import ByteTokenizer
 from mtp_megatron.errors import ConfigError, DataError
 from mtp_megatron.serving import compare
-from mtp_megatron.serving.cli import _text
-from mtp_megatron.serving.decode import Generation
+from mtp_megatron.serving.cli import _say_unknown, _text
+from mtp_megatron.serving.compare import HeadCount
+from mtp_megatron.serving.decode import Generation, generate
+from mtp_megatron.serving.export import open_export
+from mtp_megatron.serving.llama import HeadsLlama
 from mtp_megatron.serving.prompts import from_file, from_held_out
 from tests.checkpoints import write_checkpoint
 
@@ -89,6 +93,8 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     path.write_bytes(b"def f():\n    return\n---\r\nclass A:\n\n---\n  x")
     decode = ByteTokenizer().decode
     assert [decode(ids) for ids in from_file(path, ByteTokenizer())] == ["def f():\n    return", "class A:\n", "  x"]
+    path.write_bytes(b"\xef\xbb\xbf---\r\na\r\n---\r\n\xef\xbb\xbf")  # a mark within a text is a character of it
+    assert from_file(path, ByteTokenizer()) == [list(b"a"), list(b"\xef\xbb\xbf")]
     path.write_text("---\n---\n")
     with pytest.raises(DataError, match="holds no prompt"):
         from_file(path, ByteTokenizer())
@@ -155,6 +161,35 @@ def test_colours_show_what_was_accepted_together() -> None:
     shown = _text(tokenizer, prompt, generation, colour=True)
     assert shown == f"x {cyan}a{plain}{yellow}{plain}{cyan}é b{plain}{yellow}c{plain}"
     assert _text(tokenizer, prompt, generation, colour=False) == "x aé bc"
+
+
+def test_ids_that_the_tokenizer_lacks_are_left_out_of_the_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a model with model.vocab_size above its tokenizer's, while it has learned little."""
+    tokenizer = ByteTokenizer()
+    generation = Generation(tokens=[*b"a", 257, *b"b", 300], accepted_together=[1, 2, 1])
+    assert _text(tokenizer, list(b"x"), generation, colour=False) == "xab"
+    assert re.sub(r"\033\[\d+m", "", _text(tokenizer, list(b"x"), generation, colour=True)) == "xab"
+    _say_unknown(HeadCount(2, [generation, generation], 1.0, True), tokenizer)
+    assert capsys.readouterr().err.startswith("note: 4 of 8 new tokens are ids that the tokenizer of 257 does not have")
+    _say_unknown(HeadCount(2, [Generation(tokens=[256])], 1.0, True), tokenizer)
+    assert not capsys.readouterr().err
+
+
+def test_every_id_that_ends_a_text_ends_it(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chat model's turn ends with another id than its documents."""
+
+    def new_tokens(*options: str) -> int:
+        figures = tmp_path / "figures.json"
+        arguments = ["generate", str(export), "--prompt", "ab", "--max-new-tokens", "12", "--json", str(figures)]
+        assert main([*arguments, "--quiet", *options]) == 0
+        (count,) = json.loads(figures.read_text())["new_tokens"]
+        return int(count)
+
+    tokens = generate(HeadsLlama.load(open_export(export)), list(b"ab"), max_new_tokens=12, heads=1).tokens
+    assert ByteTokenizer.eod not in tokens
+    monkeypatch.setattr(ByteTokenizer, "more_ends", (tokens[5],))
+    assert new_tokens() == tokens.index(tokens[5]) + 1
+    assert new_tokens("--ignore-eod") == 12
 
 
 def test_help_needs_neither_torch_nor_an_export(capsys: pytest.CaptureFixture[str]) -> None:

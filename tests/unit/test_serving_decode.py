@@ -155,9 +155,27 @@ def test_random_models_of_any_number_of_heads() -> None:
 def test_decoding_ends_with_the_document(runs: dict[int, list[Generation]], heads: int) -> None:
     for prompt, plain in zip(PROMPTS[:8], runs[1], strict=False):
         eod = plain.tokens[20]
-        generation = generate(trained_decoder(), prompt, max_new_tokens=NEW, heads=heads, eod=eod)
+        generation = generate(trained_decoder(), prompt, max_new_tokens=NEW, heads=heads, ends=[eod])
         assert generation.tokens == plain.tokens[: plain.tokens.index(eod) + 1]
         assert sum(generation.accepted_together) == len(generation.tokens)
+
+
+def test_a_draft_behind_the_end_is_not_accepted(runs: dict[int, list[Generation]]) -> None:
+    """Wherever the text ends, and by the first of several ends: draft k is in it where its pass gave so many tokens."""
+    cut = 0
+    for prompt, whole in zip(PROMPTS[:6], runs[4], strict=False):
+        for place in range(4, 24):
+            ends = {whole.tokens[place], whole.tokens[place + 1], VOCAB + 1}
+            end = next(place for place, token in enumerate(whole.tokens) if token in ends)
+            generation = generate(trained_decoder(), prompt, max_new_tokens=NEW, heads=4, ends=ends)
+            assert generation.tokens == whole.tokens[: end + 1]
+            given = generation.accepted_together[1:]
+            bonus = [count - 1 for count in given[:-1]]
+            for head, accepted in enumerate(generation.accepted):
+                sure = sum(count > head for count in bonus)
+                assert sure <= accepted <= sure + (bool(given) and given[-1] > head)
+            cut += given != whole.accepted_together[1 : len(given) + 1]
+    assert cut > 10, "the test must see ends among accepted drafts"
 
 
 @pytest.mark.parametrize("count", range(1, 8))
@@ -192,7 +210,7 @@ def test_what_cannot_be_decoded_is_refused(options: dict, message: str) -> None:
 
 
 def test_comparison_and_its_table(runs: dict[int, list[Generation]]) -> None:
-    results = compare(trained_decoder(), PROMPTS[:6], max_new_tokens=NEW, heads=(2, 4), eod=None, progress=False)
+    results = compare(trained_decoder(), PROMPTS[:6], max_new_tokens=NEW, heads=(2, 4), ends=(), progress=False)
     assert [result.heads for result in results] == [1, 2, 4]
     assert all(result.identical for result in results)
     assert (results[0].speedup, results[0].tokens_per_forward, results[0].acceptance) == (1.0, 1.0, [])

@@ -128,6 +128,8 @@ def test_verify_refuses_a_bundle_whose_head_is_another_models(bundle, tmp_path, 
 def test_verify_refuses_what_is_no_bundle(tmp_path, capsys):
     assert cli.main(["verify", str(tmp_path), "--no-vllm"]) == 2
     assert "manifest.json: missing" in capsys.readouterr().err
+    assert cli.main(["verify", str(tmp_path), "--no-vllm", "--max-new-tokens", "1"]) == 2  # it blamed a head
+    assert "--max-new-tokens=1: nothing is drafted for the first new token" in capsys.readouterr().err
 
 
 def test_interpreter_without_vllm_is_refused(tmp_path, monkeypatch):

@@ -269,6 +269,15 @@ def test_tasks_of_srun_without_a_launcher_are_no_jobs(
         cli.run(argparse.Namespace(describe=False, print_recipe=False, recipe=str(file), overrides=[], nproc=2))
 
 
+@pytest.mark.parametrize("processes", [0, -1])
+def test_fewer_processes_than_one_are_refused(processes: int, tmp_path: Path) -> None:
+    """0 was taken for none given, and -1 was torchrun's AssertionError."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text("heads: {n: 2}\n")
+    with pytest.raises(ConfigError, match=f"--nproc={processes}: must be 1 or more"):
+        cli.run(argparse.Namespace(describe=False, print_recipe=False, recipe=str(file), overrides=[], nproc=processes))
+
+
 def test_a_process_group_that_exists_is_enough(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a script that has told srun's tasks apart by itself."""
     environment(SRUN, monkeypatch)
