@@ -63,10 +63,11 @@ def skip_without_transformer_engine() -> None:
 
 
 def linear_layers(module: torch.nn.Module) -> dict[str, Any]:
-    """Transformer Engine's linear layers by name."""
-    from transformer_engine.pytorch import LayerNormLinear, Linear
+    """Transformer Engine's linear layers by name; those of all experts are one."""
+    from transformer_engine.pytorch import GroupedLinear, LayerNormLinear, Linear
 
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, LayerNormLinear | Linear)}
+    kinds = GroupedLinear | LayerNormLinear | Linear
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, kinds)}
 
 
 def in_fp8(module: torch.nn.Module) -> list[bool]:

@@ -118,6 +118,7 @@ class Case:
             "moe_token_dispatcher_type": "alltoall",
             "expert_model_parallel_size": self.ep,
             "expert_tensor_parallel_size": 1,
+            "moe_grouped_gemm": self.engine,
         }
 
 

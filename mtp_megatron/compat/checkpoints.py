@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,22 @@ def _common_strategy() -> type[Any] | None:
     return CommonStateOfAnyVersion
 
 
+# Transformer Engine's layer for several experts has one for each, the first without a number.
+_EXTRA_STATE = re.compile(r"\._extra_state\d*$")
+
+
+def leave_experts_scales(state: dict[str, Any]) -> None:
+    """Take the scales and histories of experts in delayed scaling out of a sharded state, in place.
+
+    Megatron-core (0.16.1 to 0.19.2) cuts those of a layer of several experts in another order than Transformer Engine
+    has them in, and puts them together in the same one: they are right where a rank has as many experts as at the save,
+    and elsewhere a weight would get the scale of an activation.
+    """
+    for chunk in state.values():
+        for name in [name for name in chunk if ".mlp.experts." in name and _EXTRA_STATE.search(name)]:
+            del chunk[name]
+
+
 def take_unsaved_states(state: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
     """Take out of a sharded state what the checkpoint lacks because other modules saved it.
 
@@ -68,7 +85,7 @@ def take_unsaved_states(state: dict[str, Any], folder: Path) -> list[tuple[str, 
         for key, chunk in state.items()
         if key.startswith("model")
         for name, value in chunk.items()
-        if name.endswith("_extra_state") and isinstance(value, ShardedObject)
+        if _EXTRA_STATE.search(name) and isinstance(value, ShardedObject)
     ]
     if not names:
         return []

@@ -22,6 +22,24 @@ def aux_loss_coefficient(coefficient: float, *, tensor: int, context: int) -> fl
     return coefficient * (1 if versions.require_megatron_core().release >= (0, 19) else tensor * context)
 
 
+def require_grouped_experts() -> None:
+    """Refuse a Transformer Engine without grouped matrix multiplications.
+
+    For ``moe_grouped_gemm`` megatron-core would take others without a word: one expert after the other (0.19), or a
+    package of kernels that it has given up (0.16 to 0.18).
+
+    Raises:
+        EnvironmentUnsupported: they are not in it (before 1.9).
+    """
+    from megatron.core.extensions import transformer_engine
+
+    if transformer_engine.TEColumnParallelGroupedLinear is None:
+        raise versions.EnvironmentUnsupported(
+            "a trunk with experts was asked for in Transformer Engine's layers, and the installed one has no grouped "
+            "matrix multiplications. Install 1.9 or later, or build the layers without it."
+        )
+
+
 def take_load_balancing_loss() -> torch.Tensor:
     """Sum over this rank's routers and microbatches since the last call of their load-balancing losses, ``[]`` fp32.
 

@@ -10,6 +10,7 @@ import torch
 
 from mtp_megatron.compat import packages
 from mtp_megatron.compat.devices import prepare
+from mtp_megatron.compat.experts import require_grouped_experts
 
 if TYPE_CHECKING:
     from megatron.core.transformer import ModuleSpec, TransformerConfig
@@ -46,8 +47,14 @@ def layer_spec(config: TransformerConfig, *, transformer_engine: bool = False) -
 def trunk_block_spec(
     config: TransformerConfig, vp_stage: int | None = None, *, transformer_engine: bool = False
 ) -> TransformerBlockSubmodules:
-    """Spec of the trunk layers of this pipeline stage (and virtual stage), without a final norm: the heads own it."""
+    """Spec of the trunk layers of this pipeline stage (and virtual stage), without a final norm: the heads own it.
+
+    Raises:
+        EnvironmentUnsupported: the layers' modules are not here, those for experts included (``moe_grouped_gemm``).
+    """
     _prepare(transformer_engine)
+    if transformer_engine and config.num_moe_experts is not None and config.moe_grouped_gemm:
+        require_grouped_experts()
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     spec: TransformerBlockSubmodules = get_gpt_decoder_block_spec(

@@ -201,6 +201,8 @@ def _experts(recipe: Recipe) -> dict[str, Any]:
         "expert_model_parallel_size": parallel.expert,
         # Experts are whole on their ranks: fewer and larger multiplications, and gloo gathers no uneven shares.
         "expert_tensor_parallel_size": 1,
+        # All experts of a rank in one call; the layers of megatron-core's own take one expert after the other.
+        "moe_grouped_gemm": recipe.train.transformer_engine,
     }
 
 

@@ -88,18 +88,12 @@ def load_checkpoint(recipe: Recipe, trainable: Trainable, folder: Path) -> int:
     shows in dropout alone.
 
     Raises:
-        CheckpointError: another architecture, expert parallel on one side only, or files that cannot be read.
+        CheckpointError: another architecture, expert parallel on one side only (in delayed scaling: of another size),
+            or files that cannot be read.
     """
     check_architecture(folder, recipe)
     saved = files.read_mtp_config(folder).get("parallel", {})
-    there, here = saved.get("expert", 1), recipe.parallel.expert
-    if (there == 1) != (here == 1):
-        raise CheckpointError(
-            f"{folder}: saved with parallel.expert={there}, which cannot be resumed with {here}: shared experts have "
-            "an optimizer of their own. Resume with parallel.expert "
-            + ("= 1" if there == 1 else "> 1")
-            + ", or start another run from the weights (run.load)."
-        )
+    check_expert_parallel(recipe, folder, saved.get("expert", 1))
     same_grid = all(saved.get(key) == getattr(recipe.parallel, key) for key in ("tensor", "pipeline"))
     state = model_state(trainable.models)
     state["optimizer"] = _optimizer_state(recipe, trainable, state, is_loading=True)
@@ -119,6 +113,28 @@ def load_checkpoint(recipe: Recipe, trainable: Trainable, folder: Path) -> int:
     elif dist.get_rank() == 0 and max(recipe.model.hidden_dropout, recipe.model.attention_dropout) > 0:
         logger.warning("resuming at another TP x PP: dropout draws other numbers than the original layout would have")
     return int(loaded["iteration"])
+
+
+def check_expert_parallel(recipe: Recipe, folder: Path, there: int) -> None:
+    """Refuse to resume a checkpoint of another ``parallel.expert``, where that cannot go on as it was.
+
+    Raises:
+        CheckpointError: expert parallel on one side only; in delayed scaling, of another size.
+    """
+    here = recipe.parallel.expert
+    if (there == 1) != (here == 1):
+        raise CheckpointError(
+            f"{folder}: saved with parallel.expert={there}, which cannot be resumed with {here}: shared experts have "
+            "an optimizer of their own. Resume with parallel.expert "
+            + ("= 1" if there == 1 else "> 1")
+            + ", or start another run from the weights (run.load)."
+        )
+    if there != here and recipe.train.fp8 and recipe.train.fp8_recipe == "delayed":
+        raise CheckpointError(
+            f"{folder}: saved with parallel.expert={there}, which cannot be resumed with {here} in delayed scaling: "
+            "megatron-core would give experts one another's scales (compat.checkpoints.leave_experts_scales). Resume "
+            f"with parallel.expert={there}, or start another run from the weights (run.load)."
+        )
 
 
 def _optimizer_state(

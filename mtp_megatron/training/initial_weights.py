@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtp_megatron.checkpoint.deepspeed_reader import DeepSpeedCheckpoint, is_deepspeed, megatron_key
 from mtp_megatron.checkpoint.tensor_parallel import split
-from mtp_megatron.compat.checkpoints import cast_parameters_again
+from mtp_megatron.compat.checkpoints import cast_parameters_again, leave_experts_scales
 from mtp_megatron.errors import CheckpointError
 from mtp_megatron.training import checkpoint_files as files
 from mtp_megatron.training.architecture import check_architecture
@@ -54,8 +54,11 @@ def load_initial(recipe: Recipe, models: Sequence[MTPGPTModel], folder: Path) ->
     from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 
     check_architecture(folder, recipe, initial=True)
-    known = int(files.read_mtp_config(folder)["heads"]["n"])
+    description = files.read_mtp_config(folder)
+    known = int(description["heads"]["n"])
     state = model_state(models)
+    if description.get("parallel", {}).get("expert", 1) != recipe.parallel.expert:
+        leave_experts_scales(state)
     for chunk in state.values():
         for name in [name for name in chunk if is_new(name, known)]:
             del chunk[name]

@@ -253,7 +253,8 @@ class _Session:
     def _announce(self, log: RunLog) -> None:
         parallel, model = self.recipe.parallel, self.recipe.model
         copies = data_parallel_size(self.recipe, self.plan.world_size)
-        shared = f", experts over {parallel.expert} ranks" if model.num_experts else ""
+        grouped = "grouped" if self.recipe.train.transformer_engine else "one after the other"
+        shared = f", experts over {parallel.expert} ranks, {grouped}" if model.num_experts else ""
         parameters = count_parameters(self.trainable)
         log.message(
             f"{parameters:,} parameters: {model.num_trunk_layers} trunk layers, {self.recipe.heads.n} heads, "

@@ -9,6 +9,8 @@ from mtp_megatron.compat import fp8
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.training.recipe import Recipe
 
+# What has been seen to train a trunk with experts (tests/transformer_engine/test_experts.py), the better one first.
+WITH_EXPERTS = ("tensorwise", "delayed")
 NAMES = {
     **{name: f"train.{name}" for name in ("fp8", "fp8_recipe", "fp8_param", "fp4", "first_last_layers_bf16")},
     "heads": "heads.fp8",
@@ -58,10 +60,7 @@ def check_low_precision(recipe: Recipe) -> None:
     value = request.fp8 or request.fp4
     if recipe.run.deepspeed is not None:
         raise ConfigError(kind, value, "it is not tested under DeepSpeed", "Leave it or run.deepspeed out.")
-    if recipe.model.num_experts is not None:
-        raise ConfigError(
-            kind, value, "experts get uneven numbers of tokens, and FP8 is not tested with them", "Leave it out."
-        )
+    _check_experts(recipe, request)
     if request.fp8_param and not recipe.optimizer.distributed:
         raise ConfigError(
             "train.fp8_param",
@@ -95,6 +94,26 @@ def check_machine(recipe: Recipe) -> None:
         fp8.check_machine(request, fp8.this_machine(), NAMES)
 
 
+def _check_experts(recipe: Recipe, request: fp8.Request) -> None:
+    """Those of a rank are quantised and multiplied together, in code of Transformer Engine that no dense layer has."""
+    if recipe.model.num_experts is None:
+        return
+    name = request.scaling.name
+    if name not in WITH_EXPERTS:
+        raise ConfigError(
+            "train.fp8_recipe" if request.fp8 else "train.fp4",
+            request.fp8_recipe if request.fp8 else request.fp4,
+            f"no trunk with experts has been trained with {name} scaling yet, not on a CPU either",
+            f"Set train.fp8_recipe to {' or '.join(WITH_EXPERTS)}."
+            if request.fp8
+            else f"Leave it out, and set train.fp8=hybrid and train.fp8_recipe={WITH_EXPERTS[0]}.",
+        )
+    if request.fp8_param:
+        raise ConfigError(
+            "train.fp8_param", True, "no trunk with experts has been trained with it yet", "Set it to false."
+        )
+
+
 def _check_layers_in_bf16(recipe: Recipe) -> None:
     train, most = recipe.train, recipe.model.num_trunk_layers // recipe.parallel.pipeline
     if not train.first_last_layers_bf16:
@@ -120,12 +139,16 @@ def _check_multiples(recipe: Recipe, scaling: fp8.Scaling) -> None:
     keys = groups * model.attention_head_size
     plain = scaling.multiple
     gathered = max(plain, scaling.gathered) if parallel.sequence_parallel else plain
+    widths = {"ffn_hidden_size": parallel.tensor}  # and by how many ranks they are cut
+    if model.num_experts is not None:
+        # No trunk layer has the other one then. Tokens of an expert are made up to a multiple by megatron-core.
+        widths = {"moe_ffn_hidden_size": 1} | (widths if recipe.heads.fp8 else {})
     for name, value, size, multiple in (
         ("train.micro_batch_size", train.micro_batch_size, tokens, gathered),
         ("model.hidden_size", model.hidden_size, model.hidden_size, gathered),
         ("model.num_attention_heads", model.num_attention_heads, queries // parallel.tensor, plain),
         ("model.num_query_groups", groups, (queries + 2 * keys) // parallel.tensor, plain),
-        ("model.ffn_hidden_size", model.ffn_hidden_size, (model.ffn_hidden_size or 0) // parallel.tensor, plain),
+        *((f"model.{key}", getattr(model, key), (getattr(model, key) or 0) // by, plain) for key, by in widths.items()),
     ):
         if size % multiple:
             what = "tokens of a microbatch" if name.startswith("train.") else "channels"

@@ -284,7 +284,10 @@ class TrainSection(Section):
     recompute: Literal["full", "selective"] | None = Field(
         default=None, description="recompute the trunk's activations in backward: full layers, or attention alone"
     )
-    transformer_engine: bool = Field(default=False, description="build layers from Transformer Engine's modules")
+    transformer_engine: bool = Field(
+        default=False,
+        description="build layers from Transformer Engine's modules; a rank's experts are multiplied together then",
+    )
     fp8: Literal["hybrid", "e4m3"] | None = Field(
         default=None,
         description="the trunk's matrices in FP8: e4m3, or e4m3 forward and e5m2 backward (hybrid); null: bf16",

@@ -1,6 +1,6 @@
 """A trunk with experts under dense heads: every layout against the oracle, load balancing included.
 
-Not covered here: Transformer Engine's grouped matrix multiplications, GPUs.
+Not covered here: GPUs; Transformer Engine's grouped matrix multiplications (tests/transformer_engine).
 """
 
 from __future__ import annotations

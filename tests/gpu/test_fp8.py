@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mtp_megatron.compat import fp8
+from mtp_megatron.training.low_precision import WITH_EXPERTS
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.recipe_io import parse_recipe
 from mtp_megatron.training.validate import check_recipe
@@ -22,14 +23,17 @@ pytestmark = pytest.mark.gpu
 VOCAB, MICROBATCHES = 256, 2
 
 
-def recipe_of(train: dict[str, Any], heads: dict[str, Any] | None = None, distributed: bool = False) -> Recipe:
+def recipe_of(
+    train: dict[str, Any], heads: dict[str, Any] | None = None, distributed: bool = False, experts: bool = False
+) -> Recipe:
     """A recipe of two trunk layers and two heads; skips the test where this machine lacks what it asks for."""
     asked = fp8.Request(fp8=train.get("fp8"), fp8_recipe=train.get("fp8_recipe", "delayed"), fp4=train.get("fp4"))
     reason = fp8.why_not(asked.scaling, fp8.this_machine())
     if reason is not None:
         pytest.skip(f"{asked.scaling.name}: {reason}")
     tree = {
-        "model": {"num_trunk_layers": 2, "hidden_size": 256, "num_attention_heads": 4, "seq_length": 128},
+        "model": {"num_trunk_layers": 2, "hidden_size": 256, "num_attention_heads": 4, "seq_length": 128}
+        | ({"num_experts": 4, "moe_ffn_hidden_size": 128} if experts else {}),
         "heads": {"n": 2, **(heads or {})},
         "optimizer": {"lr": 3e-3, "schedule": "constant", "distributed": distributed},
         "train": {
@@ -64,10 +68,12 @@ def trained(recipe: Recipe, steps: int) -> Iterator[tuple[Any, list[float]]]:
         yield model, losses
 
 
-@pytest.mark.parametrize("name", fp8.SCALINGS)
-def test_the_trunk_learns_and_the_heads_stay_in_bf16(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "experts"), [*((name, False) for name in fp8.SCALINGS), *((name, True) for name in WITH_EXPERTS)]
+)
+def test_the_trunk_learns_and_the_heads_stay_in_bf16(name: str, experts: bool) -> None:
     asked = {"fp4": "e2m1"} if name == fp8.NVFP4 else {"fp8": "hybrid", "fp8_recipe": name}
-    with trained(recipe_of(asked), 20) as (model, losses):
+    with trained(recipe_of(asked, experts=experts), 20) as (model, losses):
         assert losses[-1] < losses[0] - 0.5
         assert in_fp8(model.decoder)
         assert all(in_fp8(model.decoder))

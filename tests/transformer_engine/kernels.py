@@ -1,4 +1,4 @@
-"""Transformer Engine's CUDA kernels that a dense layer calls, in torch: slow, and on any device.
+"""Transformer Engine's CUDA kernels that a layer calls, dense or with experts, in torch: slow, and on any device.
 
 Everything that decides *whether* something is quantised, with which scale and what becomes of the largest values is
 Transformer Engine's own Python; these are the leaves below it. Signatures are those of version 2.11
@@ -65,10 +65,65 @@ def generic_gemm(
     return (out.add_(result) if accumulate else out.copy_(result)), None, None, None
 
 
+def te_general_grouped_gemm(
+    a: list[Any],
+    transpose_a: bool,
+    b: list[Any],
+    transpose_b: bool,
+    out: list[Tensor],
+    dtype: Any,
+    splits: list[int],
+    bias: list[Tensor],
+    bias_dtype: Any,
+    single_output: bool,
+    pre_gelu: list[Tensor],
+    grad: bool,
+    workspaces: list[Tensor],
+    workspace_size: int,
+    accumulate: bool,
+    use_split_accumulator: bool,
+    math_sm_count: int,
+) -> list[Tensor]:
+    """:func:`generic_gemm` of each pair, into ``out``: a tensor each, or ``single_output``, whose rows are ``splits``.
+
+    What nothing is multiplied with becomes zero, unless it is added to what is there.
+    """
+    assert not any(tensor.numel() for tensor in (*bias, *pre_gelu)), "not needed by these tests"
+    outputs = out[0].split(splits) if single_output else out
+    assert len(a) == len(b) == len(outputs) == len(splits)
+    for left, right, result in zip(a, b, outputs, strict=True):
+        if 0 in (*left.size(), *right.size()):
+            if not accumulate:
+                result.zero_()
+            continue
+        generic_gemm(left, transpose_a, right, transpose_b, result, None, dtype, None, accumulate, None)
+    return bias
+
+
+def split_quantize(tensor: Tensor, splits: list[int], quantizers: list[Any]) -> list[Any]:
+    """:func:`quantize` of each part of the rows, with a quantizer each."""
+    parts = tensor.split(splits)
+    return [quantizer(part.contiguous()) for part, quantizer in zip(parts, quantizers, strict=True)]
+
+
+def fused_multi_row_padding(rows: Tensor, out: Tensor, splits: list[int], padded: list[int]) -> None:
+    """Each part of ``rows [sum(splits), h]`` to the head of its part of ``out [sum(padded), h]``, zero behind it."""
+    for source, target in zip(rows.split(splits), out.split(padded), strict=True):
+        target[: len(source)] = source
+        target[len(source) :] = 0
+
+
+def fused_multi_row_unpadding(rows: Tensor, out: Tensor, padded: list[int], splits: list[int]) -> None:
+    """The reverse of :func:`fused_multi_row_padding`."""
+    for source, target in zip(rows.split(padded), out.split(splits), strict=True):
+        target.copy_(source[: len(target)])
+
+
 def quantize(tensor: Tensor, quantizer: Any, out: Any = None, skip: Any = None) -> Any:
     """Per-tensor FP8: delayed scaling, whose scale is given, or current scaling, which computes it.
 
-    The largest value goes where the quantizer wants it: into the history, or beside the scale.
+    The largest value goes where the quantizer wants it: into the history, or beside the scale. Of nothing there is
+    none: both stay as they are.
     """
     from transformer_engine.pytorch.tensor import (
         Float8CurrentScalingQuantizer,
@@ -82,9 +137,9 @@ def quantize(tensor: Tensor, quantizer: Any, out: Any = None, skip: Any = None) 
     kind = _torch_type(quantizer.dtype)
     limit = torch.finfo(kind).max
     wide = tensor.detach().float()
-    if quantizer.amax.numel():
+    if wide.numel() and quantizer.amax.numel():
         quantizer.amax.copy_(wide.abs().max())
-    if type(quantizer) is Float8CurrentScalingQuantizer:
+    if wide.numel() and type(quantizer) is Float8CurrentScalingQuantizer:
         if quantizer.with_amax_reduction:
             dist.all_reduce(quantizer.amax, dist.ReduceOp.MAX, group=quantizer.amax_reduction_group)
         assert not quantizer.use_existing_amax
@@ -222,6 +277,10 @@ PLACES: dict[str, tuple[str, ...]] = {
     "rmsnorm_fwd": ("transformer_engine.pytorch.cpp_extensions", "transformer_engine.pytorch.ops.basic.rmsnorm"),
     "rmsnorm_bwd": (_NATIVE, "transformer_engine.pytorch.ops.basic.rmsnorm"),
     "generic_gemm": (_NATIVE,),
+    "te_general_grouped_gemm": (_NATIVE,),
+    "split_quantize": (_NATIVE,),
+    "fused_multi_row_padding": (_NATIVE,),
+    "fused_multi_row_unpadding": (_NATIVE,),
     "quantize": (_NATIVE,),
     "fp8_transpose": (_NATIVE,),
     "dequantize": (_NATIVE,),

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
+from mtp_megatron.training.batches import Microbatch
 from tests import fp8_runs, parity
 from tests.fp8_runs import Seen
 from tests.parity import Case
+from tests.transformer_engine import runs
 
 
 def become_a_gpu(megatron_lm: bool = False) -> pytest.MonkeyPatch:
@@ -84,7 +88,7 @@ def masters(rank: int, world_size: int, tree: dict[str, Any]) -> dict[str, tuple
 
 
 def steps(rank: int, world_size: int, cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """One step of each case, as :func:`tests.parity.step_body` returns it; ``engine``: its linear layers, counted."""
+    """One step of each case, as :func:`tests.parity.step_body` returns it; ``engine``: kinds of its linear layers."""
     monkeypatch = become_a_gpu()
     found = []
     built = fp8_runs.watch(monkeypatch, parity, "build_chunks")
@@ -92,5 +96,64 @@ def steps(rank: int, world_size: int, cases: Sequence[Case]) -> list[dict[str, A
         parameters = parity.make_parameters(case)
         step = parity.step_body(rank, world_size, case, parameters, parity.make_batches(case, parameters), None)
         _, chunks = built.pop()
-        found.append(step | {"engine": sum(len(fp8_runs.linear_layers(chunk)) for chunk in chunks)})
+        kinds = [type(layer).__name__ for chunk in chunks for layer in fp8_runs.linear_layers(chunk).values()]
+        found.append(step | {"engine": kinds})
     return found
+
+
+@dataclass
+class Unfed:
+    """What a rank saw of a trunk whose tokens all go to the first experts.
+
+    Attributes:
+        tokens: that its experts got in the last microbatch, over all layers.
+        gradients: largest entry of any of its experts' gradients.
+        loss: of head 1.
+    """
+
+    tokens: int
+    gradients: float
+    loss: float
+    seen: Seen
+
+
+def unfed_experts(rank: int, world_size: int, tree: dict[str, Any]) -> Unfed:
+    """Two steps of two microbatches whose routers send every token to experts 0 and 1."""
+    monkeypatch = become_a_gpu()
+    from mtp_megatron.training.build import build_trainable
+    from mtp_megatron.training.recipe_io import parse_recipe
+    from mtp_megatron.training.step import train_step
+    from mtp_megatron.training.validate import check_recipe
+    from mtp_megatron.training.world import model_parallel_world
+
+    recipe = check_recipe(parse_recipe(tree), world_size=world_size, tokenizer_vocab_size=runs.VOCAB)
+    manager, tokens = fp8_runs.Manager(monkeypatch), []
+    with model_parallel_world(recipe):
+        trainable = build_trainable(recipe)
+        (model,) = trainable.models
+        layers = [layer.mlp for layer in model.decoder.layers]
+        for layer in layers:
+            monkeypatch.setattr(layer.router, "forward", _first_experts(layer.router))
+            layer.experts.register_forward_pre_hook(lambda _, given: tokens.append(int(given[1].sum())))
+        given = runs.microbatch(recipe)
+        batch = Microbatch(given["input_ids"], given["position_ids"], given["labels"])
+        for _ in range(2):
+            figures = train_step(recipe, trainable, [iter([batch] * runs.MICROBATCHES)], runs.MICROBATCHES, False)
+        experts = [parameter for layer in layers for parameter in layer.experts.parameters()]
+        largest = max(float(parameter.main_grad.abs().max()) for parameter in experts)
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+        seen = fp8_runs.seen_of(manager, [model])
+        return Unfed(sum(tokens[-len(layers) :]), largest, float(figures.head_loss[0]), seen)
+
+
+def _first_experts(router: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    """In the place of its forward pass: the first ``k`` experts, evenly, whatever comes."""
+
+    def route(hidden: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        chosen = torch.zeros(hidden.shape[:-1].numel(), router.config.num_moe_experts, dtype=torch.bool)
+        chosen[:, : router.topk] = True
+        # Of the weights, so that these have a gradient.
+        weight = (1 + 0 * router.weight.float().sum()) / router.topk
+        return chosen * weight, chosen
+
+    return route

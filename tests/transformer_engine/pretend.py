@@ -63,9 +63,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch, capability: fp8.Capability = HOPPER
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: _asked_by_the_engine()))
     base = importlib.import_module("transformer_engine.pytorch.module.base")
     monkeypatch.setattr(base.TransformerEngineBaseModule, "__init__", _with_cuda(base.TransformerEngineBaseModule))
-    # Scratch memory of cuBLAS, by the index of the device.
+    # Scratch memory of cuBLAS, by the index of the device; a grouped multiplication has some for each stream.
     gemm = importlib.import_module("transformer_engine.pytorch.cpp_extensions.gemm")
-    monkeypatch.setattr(gemm, "get_cublas_workspace", lambda *_: torch.empty(0))
+    monkeypatch.setattr(gemm, "get_cublas_workspace", _workspace)
     kernels.install(monkeypatch)
     # Generators, of its recomputation.
     states = importlib.import_module("transformer_engine.pytorch.distributed")
@@ -135,6 +135,10 @@ def adam_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 def _one_at_a_time(*groups: Any, async_ops: bool = False) -> contextlib.AbstractContextManager[None]:
     assert not async_ops, "these tests overlap no communication"
     return contextlib.nullcontext()
+
+
+def _workspace(device: int, overlapped: bool, grouped: bool) -> torch.Tensor | list[torch.Tensor]:
+    return [torch.empty(0)] if grouped else torch.empty(0)
 
 
 def _on_this_device(function: Callable[..., Any]) -> Callable[..., Any]:

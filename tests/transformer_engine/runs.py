@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtp_megatron import compat
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.recipe_io import parse_recipe
 from mtp_megatron.training.validate import check_recipe
@@ -19,6 +21,13 @@ from tests.training_runs import VOCAB, tiny_tree
 TRUNK, HEADS, MICROBATCHES = 4, 3, 2
 DELAYED = {"train__fp8": "hybrid", "train__fp8_recipe": "delayed"}
 TENSORWISE = {"train__fp8": "hybrid", "train__fp8_recipe": "tensorwise"}
+EXPERTS = {"model__num_experts": 4, "model__moe_ffn_hidden_size": 32}
+
+# A norm is fused into the linear layer that it feeds; Megatron's checkpoints know both by the second name.
+FUSED = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
 
 
 def recipe_of(**overrides: Any) -> Recipe:
@@ -49,11 +58,19 @@ def built(recipe: Recipe, **fields: Any) -> Iterator[Any]:
 
     with model_parallel_world(recipe):
         (model,) = build_models(recipe, config_of(recipe, **fields))
+        model = model.to(compat.device())
         yield model.bfloat16() if recipe.train.precision == "bf16" else model  # as Megatron's Float16Module does
 
 
 def weights_of(model: Any) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def local_name(name: str) -> str:
+    """The name of the same parameter where a norm is a module of its own, and each expert's MLP one."""
+    for own, fused in FUSED.items():
+        name = name.replace(fused, own)
+    return re.sub(r"(?<=\.mlp\.experts\.)(linear_fc\d\.weight)(\d+)$", r"local_experts.\2.\1", name)
 
 
 def put_weights(model: Any, weights: dict[str, Tensor]) -> None:

@@ -13,22 +13,26 @@ import torch
 from tests.adam_runs import Adam, trained
 from tests.training_runs import make_data
 from tests.transformer_engine import pretend, runs
-from tests.transformer_engine.test_modules import local_name
 
 
 @pytest.mark.parametrize("saved_by", ["local", "transformer_engine"])
-@pytest.mark.parametrize("settings", [{}, runs.TENSORWISE, runs.DELAYED], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, runs.TENSORWISE, runs.DELAYED, runs.EXPERTS, runs.EXPERTS | runs.DELAYED | {"optimizer__distributed": True}],
+    ids=str,
+)
 def test_a_run_goes_on_with_the_other_modules(
     pretend_gpu: Callable[..., None], tmp_path: Path, saved_by: str, settings: dict[str, Any]
 ) -> None:
     make_data(tmp_path)
-    local = runs.recipe_of(train__transformer_engine=False)
+    of_both = {key: value for key, value in settings.items() if not key.startswith("train__fp8")}
+    local = runs.recipe_of(**of_both, train__transformer_engine=False)
     pretend_gpu()
     engine = runs.recipe_of(**settings)
     first, second = (local, engine) if saved_by == "local" else (engine, local)
     saved, _ = trained(first, tmp_path, save=True)
     loaded, _ = trained(second, tmp_path, save=False)
-    saved, loaded = ({local_name(name): weight for name, weight in weights.items()} for weights in (saved, loaded))
+    saved, loaded = ({runs.local_name(name): weight for name, weight in weights.items()} for weights in (saved, loaded))
     assert saved.keys() == loaded.keys()
     for name, value in saved.items():
         torch.testing.assert_close(loaded[name], value, rtol=0, atol=0, msg=name)

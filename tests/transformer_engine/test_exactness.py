@@ -16,6 +16,7 @@ pytestmark = pytest.mark.timeout(900)
 LAYOUTS = {
     **test_exactness.LAYOUTS,
     **{f"experts-{name}": case for name, case in test_experts.LAYOUTS.items()},
+    "experts-one after the other": replace(test_experts.LAYOUTS["4-experts-top2"], config={"moe_grouped_gemm": False}),
     **{f"spread-{name}": case for name, case in test_heads_on_stages.CASES.items()},
     **{f"documents-{name}": case for name, case in test_document_attention.LAYOUTS.items() if case.pattern is None},
     **({f"hybrid-{name}": case for name, case in test_hybrid.LAYOUTS.items()} if test_hybrid.HAS_HYBRID else {}),
@@ -37,8 +38,13 @@ def found() -> dict[str, Step]:
         ranks = run_world(steps, world, [CASES[name] for name in names], fresh=True, timeout=600)
         for name, results in zip(names, zip(*ranks, strict=True), strict=True):
             gathered[name] = assemble(CASES[name], list(results))
-            layers = sum(result["engine"] for result in results)
-            assert layers >= 4 * CASES[name].num_trunk_layers, "four matrices a layer: control, they are the engine's"
+            case, layers = CASES[name], [kind for result in results for kind in result["engine"]]
+            assert len(layers) >= 4 * case.num_trunk_layers, "four matrices a layer: control, they are the engine's"
+            grouped = sum("Grouped" in kind for kind in layers)
+            wanted = case.experts is not None and case.config.get("moe_grouped_gemm", True)
+            assert grouped >= 2 * case.num_trunk_layers if wanted else not grouped, (
+                "control: of all of a rank's experts"
+            )
     return gathered
 
 

@@ -17,6 +17,7 @@ from tests.fp8_runs import linear_layers
 from tests.gpu import test_documents as documents_tests
 from tests.gpu import test_fp8 as fp8_tests
 from tests.gpu import test_resume as resume_tests
+from tests.gpu import test_transformer_engine as modules_tests
 from tests.transformer_engine.loops import initialise_as_on_a_gpu
 from tests.transformer_engine.runs import TENSORWISE, built, heads_alone, microbatch, recipe_of, relative, whole_pass
 from tests.unit.test_no_synchronisation import Reads
@@ -32,9 +33,10 @@ def as_on_a_gpu(pretend_gpu: Callable[..., None]) -> Iterator[None]:
         yield
 
 
+@pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
 @pytest.mark.parametrize("name", ["delayed", "tensorwise"])
-def test_learning(name: str) -> None:
-    fp8_tests.test_the_trunk_learns_and_the_heads_stay_in_bf16(name)
+def test_learning(name: str, experts: bool) -> None:
+    fp8_tests.test_the_trunk_learns_and_the_heads_stay_in_bf16(name, experts)
 
 
 # Collected here as they are, without the mark that skips them where there is no GPU.
@@ -42,6 +44,7 @@ test_heads_in_fp8 = fp8_tests.test_heads_in_fp8_where_they_are_asked_for
 test_fp8_parameters = fp8_tests.test_fp8_parameters_are_the_trunks
 test_the_amax_history = fp8_tests.test_the_amax_history_advances_once_per_microbatch
 test_adam_goes_on_where_it_was = resume_tests.test_adam_goes_on_where_it_was
+test_experts = modules_tests.test_experts_together_are_those_one_after_the_other
 test_documents = documents_tests.test_nothing_of_one_document_reaches_the_next
 
 

@@ -14,11 +14,6 @@ from tests.fp8_runs import linear_layers
 from tests.transformer_engine import runs
 from tests.transformer_engine.pretend import BLACKWELL, HOPPER
 
-# A norm is fused into the linear layer that it feeds; Megatron's checkpoints know both by the second name.
-FUSED = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-}
 RECIPES: list[Any] = [
     pytest.param({}, HOPPER, id="bf16"),
     *(
@@ -36,13 +31,6 @@ RECIPES: list[Any] = [
     ),
     pytest.param({"model__qk_norm": True, "model__qkv_bias": True}, HOPPER, id="norms of queries and keys, biases"),
 ]
-
-
-def local_name(name: str) -> str:
-    """The name of the same parameter where a norm is a module of its own."""
-    for own, fused in FUSED.items():
-        name = name.replace(fused, own)
-    return name
 
 
 def origin(module: torch.nn.Module) -> str:
@@ -64,7 +52,7 @@ def test_modules_names_and_shapes(
         assert {origin(module) for module in model.modules()} == {"megatron", "mtp_megatron", "torch"}
     pretend_gpu(capability)
     with runs.built(runs.recipe_of(**settings)) as model:
-        found = {local_name(name): (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
+        found = {runs.local_name(name): (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
         assert found == shapes
         state = stored(model)
         assert {key for key in state if not key.endswith("_extra_state")} == {

@@ -83,15 +83,11 @@ def test_layouts_learn_alike(train: Train, one: tuple[dict[int, Any], float], tm
         assert seen.regions == (STEPS + EVALUATIONS) * microbatches
 
 
-EXPERTS: dict[str, Any] = {"model__num_experts": 4, "model__moe_ffn_hidden_size": 32, "run__load": None}
-
-
 @pytest.mark.parametrize(
     ("settings", "others"),
     [
         pytest.param(DELAYED | {"train__recompute": "full"}, DELAYED, id="full recomputation, delayed"),
         pytest.param(TENSORWISE | {"train__recompute": "full"}, TENSORWISE, id="full recomputation, tensorwise"),
-        pytest.param(EXPERTS, EXPERTS | {"train__transformer_engine": False}, id="experts, in bf16"),
     ],
 )
 def test_nothing_changes(train: Train, tmp_path: Path, settings: dict[str, Any], others: dict[str, Any]) -> None:

@@ -126,7 +126,34 @@ class TestMachine:
         ("heads.fp8", "without train.fp8", {"heads__fp8": True, "train__fp8": None}),
         ("heads.fp8", "kind=linear", {"heads__fp8": True, "heads__kind": "linear"}),
         ("train.fp8", "DeepSpeed", {"run__deepspeed": "ds.json"}),
-        ("train.fp8", "experts", {"model__num_experts": 2}),
+        (
+            "train.fp8_recipe",
+            "with blockwise scaling yet, not on a CPU either. Set train.fp8_recipe to tensorwise or delayed",
+            {"model__num_experts": 2, "train__fp8_recipe": "blockwise"},
+        ),
+        ("train.fp8_recipe", "with mxfp8 scaling", {"model__num_experts": 2, "train__fp8_recipe": "mxfp8"}),
+        (
+            "train.fp4",
+            "set train.fp8=hybrid and train.fp8_recipe=tensorwise",
+            {"model__num_experts": 2, "train__fp8": None, "train__fp4": "e2m1"},
+        ),
+        (
+            "train.fp8_param",
+            "no trunk with experts",
+            {"model__num_experts": 2, "train__fp8_param": True, "optimizer__distributed": True},
+        ),
+        ("model.moe_ffn_hidden_size", "24 channels", {"model__num_experts": 2, "model__moe_ffn_hidden_size": 24}),
+        (
+            "model.ffn_hidden_size",
+            "72 channels",
+            {
+                "model__num_experts": 2,
+                "model__moe_ffn_hidden_size": 32,
+                "model__ffn_hidden_size": 72,
+                "heads__fp8": True,
+                "train__fp8_recipe": "tensorwise",
+            },
+        ),
         ("model.ffn_hidden_size", "multiples of 16", {"model__ffn_hidden_size": 72}),
         ("train.micro_batch_size", "8 tokens", {"train__seq_length": 8}),
         (
@@ -146,6 +173,14 @@ def test_recipes_that_cannot_work_anywhere(field: str, says: str, overrides: dic
         check_recipe(recipe_of(**ON | overrides), world_size=1, tokenizer_vocab_size=257)
     assert refused.value.field == field
     assert says in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["delayed", "tensorwise"])
+def test_experts_take_part(name: str) -> None:
+    """And the width of the heads, which stay in bf16, is then nobody's who is quantised."""
+    experts = {"model__num_experts": 2, "model__moe_ffn_hidden_size": 32, "model__ffn_hidden_size": 72}
+    recipe = recipe_of(**ON, **experts, train__fp8_recipe=name)
+    assert check_recipe(recipe, world_size=1, tokenizer_vocab_size=257).train.fp8_recipe == name
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from mtp_megatron.errors import ConfigError
+from mtp_megatron.compat.versions import EnvironmentUnsupported
+from mtp_megatron.errors import CheckpointError, ConfigError
+from mtp_megatron.training.checkpointing import check_expert_parallel
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.recipe_io import parse_recipe
 from mtp_megatron.training.validate import check_recipe
@@ -70,3 +72,51 @@ def test_refused_by_name(field: str, says: str, world: int, overrides: dict[str,
     assert caught.value.field == field
     assert says in str(caught.value)
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize("transformer_engine", [False, True])
+def test_experts_are_multiplied_together_in_transformer_engines_layers_alone(transformer_engine: bool) -> None:
+    """Megatron-core's own layers would want a package of kernels for it that nobody keeps up."""
+    from mtp_megatron.training.build import transformer_config
+
+    recipe = checked(1, model__num_experts=2, train__transformer_engine=transformer_engine)
+    config = transformer_config(recipe)
+    assert config.moe_grouped_gemm == transformer_engine
+    assert not config.moe_permute_fusion
+    assert not config.moe_router_fusion
+
+
+def test_a_transformer_engine_without_grouped_multiplications_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.extensions import transformer_engine
+
+    from mtp_megatron.compat import specs
+    from mtp_megatron.training.build import transformer_config
+
+    monkeypatch.setattr(specs, "_prepare", lambda transformer_engine: None)
+    monkeypatch.setattr(transformer_engine, "TEColumnParallelGroupedLinear", None)
+    recipe = checked(1, model__num_experts=2, train__transformer_engine=True)
+    with pytest.raises(EnvironmentUnsupported, match=r"no grouped matrix multiplications. Install 1\.9"):
+        specs.trunk_block_spec(transformer_config(recipe), transformer_engine=True)
+
+
+@pytest.mark.parametrize(
+    ("saved", "here", "settings", "says"),
+    [
+        (2, 4, {"train__fp8": "hybrid"}, r"cannot be resumed with 4 in delayed scaling.*parallel\.expert=2, or start"),
+        (2, 4, {"train__fp8": "hybrid", "train__fp8_recipe": "tensorwise"}, None),
+        (2, 4, {}, None),
+        (2, 2, {"train__fp8": "hybrid"}, None),
+        (2, 1, {}, r"cannot be resumed with 1: shared experts"),
+        (1, 2, {}, r"cannot be resumed with 2: shared experts"),
+    ],
+)
+def test_resuming_at_another_expert_parallel_size(
+    saved: int, here: int, settings: dict[str, Any], says: str | None
+) -> None:
+    engine = {"train__precision": "bf16", "train__transformer_engine": True}
+    recipe = checked(4, model__num_experts=4, parallel__expert=here, **engine, **settings)
+    if says is None:
+        check_expert_parallel(recipe, Path("folder"), saved)
+        return
+    with pytest.raises(CheckpointError, match=says):
+        check_expert_parallel(recipe, Path("folder"), saved)

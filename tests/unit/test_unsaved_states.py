@@ -11,10 +11,13 @@ import json
 import pickle
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+from mtp_megatron.compat import checkpoints
+from mtp_megatron.compat.checkpoints import leave_experts_scales, take_unsaved_states
 from mtp_megatron.errors import CheckpointError
 from mtp_megatron.training.recipe_io import parse_recipe
 from mtp_megatron.training.validate import check_recipe
@@ -110,3 +113,26 @@ def other_names(folder: Path) -> None:
     path.write_bytes(pickle.dumps(metadata))
     sizes = json.loads((folder / "files.json").read_text()) | {".metadata": path.stat().st_size}
     (folder / "files.json").write_text(json.dumps(sizes))
+
+
+def test_of_experts_in_one_layer_each_has_its_own() -> None:
+    """They are left out where the checkpoint lacks them, and where they would be another expert's."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    experts, norm = "decoder.layers.0.mlp.experts.linear_fc1._extra_state", "final_norm._extra_state"
+
+    def sharded() -> dict[str, Any]:
+        names = [experts, f"{experts}1", f"{experts}10", norm, "decoder.layers.0.mlp.experts.linear_fc1.weight1"]
+        return {"model": {name: ShardedObject(name, None, (1,), (0,)) for name in names}}
+
+    state = sharded()
+    leave_experts_scales(state)
+    assert list(state["model"]) == [norm, "decoder.layers.0.mlp.experts.linear_fc1.weight1"]
+
+    state = sharded()
+    saved = {state["model"][f"{experts}1"].unique_key: None}
+    with mock.patch.object(checkpoints, "FileSystemReader") as reader:
+        reader.return_value.read_metadata.return_value.state_dict_metadata = saved
+        unsaved = take_unsaved_states(state, Path("folder"))
+    assert unsaved == [("model", experts), ("model", f"{experts}10"), ("model", norm)]
+    assert list(state["model"]) == [f"{experts}1", "decoder.layers.0.mlp.experts.linear_fc1.weight1"]
