@@ -277,8 +277,8 @@ def _check_rampup(args: argparse.Namespace) -> None:
 
 
 def _check_weight_shards(args: argparse.Namespace) -> None:
-    """Refuse weights cut further than by tensor parallelism (0.19): gathered when their module is called, and the heads'
-    loss reads the unembedding without."""
+    """Refuse weights cut further than by tensor parallelism (0.19), which are gathered when their module is called: the
+    heads' loss reads the unembedding without."""
     if getattr(args, "gtp_weight_remat_size", 1) > 1:
         raise ConfigError(
             "--tensor-parallel-num-weight-shards",

@@ -22,7 +22,7 @@ def check_layout(recipe: Recipe) -> None:
     if parallel.layout is not None:
         _check_trunk(parallel.layout, layers, stages, parallel.virtual_pipeline)
         _check_heads(recipe, parallel.layout)
-        # Upstream takes such a stage, but an empty one is not in a checkpoint, and an optimizer of nothing cannot be saved.
+        # Upstream takes such a stage; but it is in no checkpoint, and an optimizer of nothing cannot be saved.
         if not all(stage.layers or stage.heads or stage.first for stage in recipe.stages):
             raise ConfigError(
                 "parallel.layout",

@@ -250,8 +250,9 @@ def test_the_user_is_made_with_a_folder_of_its_own(number: str, name: str, tmp_p
     folder = tmp_path / "workspace"
     script = (
         f"cp -a /etc {tmp_path}/etc; mkdir -p {tmp_path}/home/ubuntu; chown 1000 {tmp_path}/home/ubuntu; "
-        f"sed -i '1i ubuntu:x:1000:1000::/home/ubuntu:/bin/bash' {tmp_path}/etc/passwd; mount --bind {tmp_path}/etc /etc; "
-        f"mount --bind {tmp_path}/home /home; {command('useradd').replace('/workspace', str(folder))}; "
+        f"sed -i '1i ubuntu:x:1000:1000::/home/ubuntu:/bin/bash' {tmp_path}/etc/passwd; "
+        f"mount --bind {tmp_path}/etc /etc; mount --bind {tmp_path}/home /home; "
+        f"{command('useradd').replace('/workspace', str(folder))}; "
         f"id -un {number}; ls -ln /home {folder}"
     )
     done = subprocess.run(

@@ -266,7 +266,7 @@ def test_a_trunk_shorter_than_the_pipeline_takes_a_layout_of_the_users_own() -> 
     cut = ["parallel.pipeline=4", "model.num_trunk_layers=3", "heads.n=3"]
     recipe = checked(read_plan("1.3B", [*cut, "parallel.layout=Ettt|m|m|mL"]), None)
     assert [(cost.layers, cost.heads) for cost in rank_costs(recipe, 4)] == [(3, 0), (0, 1), (0, 1), (0, 1)]
-    with pytest.raises(ConfigError, match="give parallel.layout") as caught:
+    with pytest.raises(ConfigError, match=r"give parallel\.layout") as caught:
         read_plan("1.3B", cut)
     assert (caught.value.field, caught.value.value) == ("model.num_trunk_layers", 3), "no head was taken off it"
 
