@@ -67,11 +67,12 @@ RUN PIP_CONSTRAINT="" pip install --no-deps .
 
 COPY examples ./examples
 
-# Not root: the checkpoints written into a mounted folder belong to a user.
+# Not root: the checkpoints written into a mounted folder belong to a user. Where the base has one of that number (Ubuntu's is
+# 1000, as the first user of most hosts), useradd would refuse to make another.
 ARG USER_ID=10001
-RUN useradd --uid "${USER_ID}" --create-home --shell /bin/bash mtp \
+RUN { getent passwd "${USER_ID}" > /dev/null || useradd --uid "${USER_ID}" --create-home --shell /bin/bash mtp; } \
  && mkdir -p /workspace/runs \
- && chown mtp /workspace/runs
+ && chown "${USER_ID}" /workspace/runs
 USER ${USER_ID}
 WORKDIR /workspace/runs
 

@@ -81,17 +81,18 @@ class FutureHeads:
         self.unembedding_heads = HeadLayers()
         if heads.unembedding == "replicated":
             for _ in range(1, heads.n):
-                self.unembedding_heads.append(
-                    tensor_parallel.ColumnParallelLinear(
-                        config.hidden_size,
-                        padded_vocab_size,
-                        config=config,
-                        init_method=config.init_method,
-                        bias=False,
-                        gather_output=False,
-                        tp_group=pg_collection.tp,
-                    )
+                layer = tensor_parallel.ColumnParallelLinear(
+                    config.hidden_size,
+                    padded_vocab_size,
+                    config=config,
+                    init_method=config.init_method,
+                    bias=False,
+                    gather_output=False,
+                    tp_group=pg_collection.tp,
                 )
+                # As upstream marks the output layer: --decoupled-lr is for it, and Muon leaves it to Adam.
+                layer.weight.is_embedding_or_output_parameter = True
+                self.unembedding_heads.append(layer)
 
     @property
     def heads_are_spread(self) -> bool:

@@ -54,6 +54,14 @@ def check_config(
             "the heads run inside the backward pass, and a graph captured from the forward pass would leave them out",
             "Set it to 'none'",
         )
+    cut = getattr(config, "gtp_weight_remat_size", 1)
+    if cut > 1:
+        raise ConfigError(
+            "tensor_parallel_num_weight_shards",
+            tensor * cut,
+            f"each tensor parallel rank's unembedding would lie in {cut} pieces, and the heads read it whole",
+            f"Leave it at tensor_model_parallel_size={tensor}",
+        )
     if getattr(config, "fp8_output_proj", False):
         raise ConfigError(
             "fp8_output_proj", True, "the heads compute the unembedding themselves, in the weights' type", "Turn it off"

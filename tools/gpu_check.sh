@@ -48,10 +48,11 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 # NAME|SECONDS|COMMAND. What is measured goes to $out/NAME.json by the command's own --json.
 steps=() known=
 step() {
-  local name=$1 limit=$2
+  local name=$1 limit=$2 command
   shift 2
   known+=" $name"
-  if [[ -z $only || ",$only," == *",$name,"* ]]; then steps+=("$name|$limit|$*"); fi
+  printf -v command '%q ' "$@" # $out may have spaces
+  if [[ -z $only || ",$only," == *",$name,"* ]]; then steps+=("$name|$limit|${command% }"); fi
 }
 if ((dry)); then
   step kernels 60 -m mtp_megatron.compat
@@ -197,7 +198,8 @@ fi
 status=0
 for line in "${steps[@]}"; do
   IFS='|' read -r name limit command <<<"$line"
-  read -ra words <<<"$command"
+  words=()
+  eval "words=($command)" # quoted by step
   SECONDS=0 code=0
   timeout --kill-after 10 "$limit" "$python" "${words[@]}" >"$out/$name.txt" 2>&1 || code=$?
   case $code in

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+from mtp_megatron.config import parse_section
 from mtp_megatron.deepspeed.refusals import refuse_unsupported
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.training.recipe import Recipe
@@ -80,6 +82,7 @@ def merged_recipe(recipe: Recipe, config: Config, data_parallel: int) -> Recipe:
     Raises:
         ConfigError: both say something and disagree (both values are named), or one asks for what cannot be done.
     """
+    _check_sections(config)
     refuse_unsupported(recipe, config, zero_stage(config))
     for theirs, ours in SAME.items():
         value = _get(config, theirs)
@@ -127,6 +130,20 @@ def engine_config(recipe: Recipe, config: Config, data_parallel: int, *, context
     return result
 
 
+_OBJECTS = ("optimizer", "optimizer.params", "fp16", "bf16", "checkpoint")
+
+
+def _check_sections(config: Config) -> None:
+    """Refuse what stands where an object of settings is looked for: it would be a traceback, or ignored."""
+    for name in _OBJECTS:
+        outer, _, last = name.rpartition(".")
+        section = _get(config, outer) if outer else config
+        if isinstance(section, dict) and last in section and not isinstance(section[last], dict):
+            raise ConfigError(name, section[last], "no object of settings", "Give a JSON object, or leave it out.")
+    if "bfloat16" in config:  # DeepSpeed looks at it only where there is no bf16, which engine_config always gives
+        raise ConfigError("bfloat16", config["bfloat16"], "DeepSpeed's older name of bf16", "Rename it to bf16.")
+
+
 def _get(config: Config, dotted: str) -> Any:
     node: Any = config
     for name in dotted.split("."):
@@ -142,9 +159,13 @@ def _adopt(recipe: Recipe, theirs: str, value: Any, ours: str) -> Recipe:
     if name in section.model_fields_set and getattr(section, name) != value:
         raise _disagreement(theirs, value, ours, getattr(section, name))
     kind = type(type(section).model_fields[name].default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value != int(value)):
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or (kind is int and value != int(value)):
         raise ConfigError(theirs, value, f"no value for {ours}", f"Give a number, or {AUTO!r} for the recipe's.")
-    return _with(recipe, section_name, {name: kind(value)})
+    try:
+        return _with(recipe, section_name, {name: kind(value)})
+    except ConfigError as error:  # its range; named as the user wrote it
+        raise ConfigError(theirs, value, f"no value for {ours}: {error.problem}", error.remedy) from None
 
 
 def _adopt_betas(recipe: Recipe, value: Any) -> Recipe:
@@ -157,6 +178,9 @@ def _adopt_betas(recipe: Recipe, value: Any) -> Recipe:
 
 def _adopt_precision(recipe: Recipe, config: Config) -> Recipe:
     switches = {name: _get(config, f"{name}.enabled") for name in ("bf16", "fp16")}
+    for name, enabled in switches.items():
+        if not isinstance(enabled, bool | None) and enabled != AUTO:  # not taken for false: it may mean true
+            raise ConfigError(f"{name}.enabled", enabled, "neither true nor false", f"Give one of them, or {AUTO!r}.")
     on = [name for name, enabled in switches.items() if enabled is True]
     ours = recipe.train.precision
     if len(on) == 2:
@@ -191,7 +215,7 @@ def _adopt_accumulation(recipe: Recipe, config: Config, data_parallel: int) -> R
 def _with(recipe: Recipe, section: str, values: dict[str, Any]) -> Recipe:
     """A copy with some values, which pass the recipe's own checks."""
     old = getattr(recipe, section)
-    new = type(old).model_validate({**old.model_dump(exclude_unset=True), **values})
+    new = parse_section(type(old), {**old.model_dump(exclude_unset=True), **values}, section)
     return recipe.model_copy(update={section: new})
 
 

@@ -169,6 +169,7 @@ def check_args(args: argparse.Namespace) -> HeadsConfig:
     _check_low_precision(args, heads)
     _check_transformer_engine(args)
     _check_rampup(args)
+    _check_weight_shards(args)
     layout = getattr(args, "pipeline_model_parallel_layout", None)
     if layout is not None and "m" in str(layout):
         raise ConfigError(
@@ -273,6 +274,18 @@ def _check_rampup(args: argparse.Namespace) -> None:
             args.rampup_batch_size,
             "this release of Megatron-LM ignores it and would train with --global-batch-size from the first step",
             'Use --step-batch-size-schedule "TOKENS:SIZE TOKENS:SIZE ..." in place of both',
+        )
+
+
+def _check_weight_shards(args: argparse.Namespace) -> None:
+    """Refuse weights cut further than by tensor parallelism (0.19), which are gathered when their module is called: the
+    heads' loss reads the unembedding without."""
+    if getattr(args, "gtp_weight_remat_size", 1) > 1:
+        raise ConfigError(
+            "--tensor-parallel-num-weight-shards",
+            args.tensor_parallel_num_weight_shards,
+            "each tensor parallel rank would hold a piece of its share, and the heads read the unembedding's whole",
+            f"Leave it at --tensor-model-parallel-size {args.tensor_model_parallel_size}",
         )
 
 

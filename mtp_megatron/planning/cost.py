@@ -42,7 +42,7 @@ class Peak:
     Attributes:
         in_flight: microbatches of each chunk whose backward pass has not ended.
         kept: for those: activations of layers, z, targets and the documents' masks.
-        layer: what a layer's backward pass adds; 0 where heads are at work.
+        layer: what a layer's backward pass, or the embedding's, adds; 0 where heads are at work.
         heads: what the heads of a microbatch add; 0 where a layer goes back.
         exchange: buffers between ranks.
         optimizer: its intermediate results, where they outweigh all the above (which is 0 then).
@@ -196,6 +196,8 @@ def _peak(recipe: Recipe, sizes: Sizes, chunks: list[StageLayout], rank: int, mi
     for chunk, counts in in_flight(recipe.parallel.pipeline, rank, microbatches, len(chunks)):
         held = sum(count * size for count, size in zip(counts, sizes_held, strict=True))
         back = layer if chunks[chunk].layers else 0
+        if chunks[chunk].first:  # the embedding's gradient, whole, when what its microbatch's layers kept is gone
+            back = max(back, element * sizes.rows * sizes.hidden - chunks[chunk].layers * kept)
         if held + max(back, heads[chunk]) > best.total:
             best = Peak(counts, held, **({"heads": heads[chunk]} if heads[chunk] > back else {"layer": back}))
     exchange = 2 * element * shared if recipe.parallel.pipeline > 1 else 0  # received, and received next

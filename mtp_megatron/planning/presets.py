@@ -98,9 +98,14 @@ def _with_layout(tree: dict[str, Any], layers: int) -> Recipe:
     parallel.setdefault("sequence_parallel", parallel["tensor"] > 1)
     recipe = parse_recipe(tree)
     heads = recipe.heads.n if recipe.heads.kind == "transformer" else 0
+    given = "num_trunk_layers" in model
     trunk = model.setdefault("num_trunk_layers", layers - heads)
     stages = recipe.parallel.pipeline * (recipe.parallel.virtual_pipeline or 1)
-    if trunk < stages:
+    if trunk < (stages if recipe.parallel.layout is None else 1):
+        if given:
+            raise ConfigError(
+                "model.num_trunk_layers", trunk, f"there are {stages} stages", "Set it higher, or give parallel.layout."
+            )
         raise ConfigError(
             "heads.n",
             recipe.heads.n,

@@ -22,6 +22,14 @@ def check_layout(recipe: Recipe) -> None:
     if parallel.layout is not None:
         _check_trunk(parallel.layout, layers, stages, parallel.virtual_pipeline)
         _check_heads(recipe, parallel.layout)
+        # Upstream takes such a stage; but it is in no checkpoint, and an optimizer of nothing cannot be saved.
+        if not all(stage.layers or stage.heads or stage.first for stage in recipe.stages):
+            raise ConfigError(
+                "parallel.layout",
+                parallel.layout,
+                "a stage holds neither trunk layers nor heads",
+                "Give every stage a t or an m.",
+            )
     elif layers % (stages * chunks):
         cut = f"{stages} stages" + (f" of {chunks} chunks" if chunks > 1 else "")
         raise ConfigError(
@@ -85,8 +93,6 @@ def _check_heads(recipe: Recipe, layout: str) -> None:
             "no head (m) is on the last stage, where the next-token head belongs",
             "Put at least one m before the L, such as '|mL'.",
         )
-    if not all(stage.layers or stage.heads or stage.first for stage in recipe.stages):
-        raise refuse("a stage holds neither trunk layers nor heads", "Give every stage a t or an m.")
     if heads_are_spread(recipe.stages):
         _check_spread(recipe, layout)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.harness import run_world
+from tests.parity import Case, build_chunks, make_parameters
 from tests.training_runs import interrupted_copy, largest_difference, metrics, tiny_tree, train_body
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -31,6 +32,23 @@ def test_a_kind_of_head_resumes_at_another_layout(name: str, data: Path, tmp_pat
     assert largest_difference(metrics(resumed, "valid"), metrics(whole, "valid")) < 1e-5
     losses = [record["loss"] for record in metrics(whole).values()]
     assert losses[-1] < losses[0]
+
+
+def marks_of_unembeddings(rank: int, world_size: int) -> dict[str, bool]:
+    case = Case(heads={"n": 3, "unembedding": "replicated"})
+    with case.parallel():
+        _, (model,) = build_chunks(case, make_parameters(case))
+        return {
+            name: getattr(parameter, "is_embedding_or_output_parameter", False)
+            for name, parameter in model.named_parameters()
+        }
+
+
+def test_every_unembedding_is_one_to_megatrons_optimizers() -> None:
+    """A decoupled learning rate is for all of them, and Muon, which is for other matrices, for none."""
+    (marks,) = run_world(marks_of_unembeddings, 1)
+    tables = {"embedding.word_embeddings", "output_layer", "unembedding_heads.0", "unembedding_heads.1"}
+    assert {name for name, marked in marks.items() if marked} == {f"{table}.weight" for table in tables}
 
 
 def resumes_with_a_nudge(rank: int, world_size: int, tree: dict[str, Any]) -> None:

@@ -155,6 +155,17 @@ def test_auto_and_silence_mean_the_recipe() -> None:
         ({"managed_gradient_accumulation": False}, {}, "managed_gradient_accumulation", ["last one"]),
         ({"gradient_accumulation_steps": 0}, {}, "gradient_accumulation_steps", ["=0"]),
         ({"train_batch_size": "many"}, {}, "train_batch_size", ["'many'", "train.global_batch_size"]),
+        ({"train_batch_size": -8}, {}, "train_batch_size", ["=-8", "train.global_batch_size", ">= 1"]),
+        ({"train_batch_size": float("inf")}, {}, "train_batch_size", ["=inf", "train.global_batch_size"]),
+        ({"optimizer": {"params": {"lr": -0.1}}}, {}, "optimizer.params.lr", ["=-0.1", "optimizer.lr", "> 0"]),
+        ({"bf16": True}, {}, "bf16", ["=True", "JSON object"]),
+        ({"optimizer": "AdamW"}, {}, "optimizer", ["'AdamW'", "JSON object"]),
+        ({"optimizer": {"params": None}}, {}, "optimizer.params", ["=None", "JSON object"]),
+        ({"checkpoint": True}, {}, "checkpoint", ["=True", "JSON object"]),
+        # Taken for "off", each of these would train in fp32 without a word.
+        ({"bf16": {"enabled": "true"}}, {}, "bf16.enabled", ["'true'", "neither true nor false"]),
+        ({"fp16": {"enabled": 1}}, {}, "fp16.enabled", ["=1", "neither true nor false"]),
+        ({"bfloat16": {"enabled": True}}, {}, "bfloat16", ["older name", "bf16"]),
     ],
 )
 def test_disagreements_and_what_cannot_be_are_refused_by_name(

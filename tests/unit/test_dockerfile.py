@@ -242,24 +242,27 @@ def test_the_plugin_installs_from_what_is_copied_alone(tmp_path: Path) -> None:
     assert (target / "mtp_megatron" / "py.typed").exists(), "type checkers would ignore the annotations"
 
 
-def test_the_user_is_made_with_a_folder_of_its_own(tmp_path: Path) -> None:
-    """In a mount namespace whose /etc and /home are copies."""
+@pytest.mark.parametrize(("number", "name"), [("12345", "mtp"), ("1000", "ubuntu")])
+def test_the_user_is_made_with_a_folder_of_its_own(number: str, name: str, tmp_path: Path) -> None:
+    """In a mount namespace whose /etc and /home are copies. Ubuntu's images bring a user 1000, who is taken then."""
     if os.geteuid() != 0 or shutil.which("unshare") is None or shutil.which("useradd") is None:
         pytest.skip("needs root, unshare and useradd")
     folder = tmp_path / "workspace"
     script = (
-        f"cp -a /etc {tmp_path}/etc; mkdir {tmp_path}/home; mount --bind {tmp_path}/etc /etc; "
-        f"mount --bind {tmp_path}/home /home; {command('useradd').replace('/workspace', str(folder))}; "
-        f"id -un 12345; ls -ln /home {folder}"
+        f"cp -a /etc {tmp_path}/etc; mkdir -p {tmp_path}/home/ubuntu; chown 1000 {tmp_path}/home/ubuntu; "
+        f"sed -i '1i ubuntu:x:1000:1000::/home/ubuntu:/bin/bash' {tmp_path}/etc/passwd; "
+        f"mount --bind {tmp_path}/etc /etc; mount --bind {tmp_path}/home /home; "
+        f"{command('useradd').replace('/workspace', str(folder))}; "
+        f"id -un {number}; ls -ln /home {folder}"
     )
     done = subprocess.run(
         ["unshare", "--mount", "sh", "-ec", script],
-        capture_output=True, text=True, env={**os.environ, "USER_ID": "12345"},
+        capture_output=True, text=True, env={**os.environ, "USER_ID": number},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("mtp\n")
-    for name in ("mtp", "runs"):
-        assert re.search(rf" 12345 .* {name}$", done.stdout, re.MULTILINE)
+    assert done.stdout.startswith(f"{name}\n")
+    for made in (name, "runs"):
+        assert re.search(rf" {number} .* {made}$", done.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", ["Dockerfile", "pyproject.toml", *sorted(p.name for p in (ROOT / "tools").glob("c*"))])

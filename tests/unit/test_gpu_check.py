@@ -30,6 +30,7 @@ case "$*" in
   -) exec {sys.executable} "$@" ;;
   -c*transformer_engine*) exit 1 ;;
   *bench_loss*) echo "error: broken" >&2; exit 3 ;;
+  *bench_step*) echo "${{@: -1}}" ;;
   *pytest*) echo "3 passed in 0.10s" ;;
 esac
 """
@@ -81,15 +82,17 @@ def test_without_a_gpu_it_says_what_would_run(tmp_path: Path) -> None:
 
 
 def test_a_step_that_fails_is_named_and_the_others_go_on(tmp_path: Path, stub: str) -> None:
-    said = check("--out", str(tmp_path / "out"), PYTHON=stub)
+    out = tmp_path / "the results"
+    said = check("--out", str(out), PYTHON=stub)
     assert said.returncode == 1
-    steps = {step["name"]: step["result"] for step in json.loads((tmp_path / "out/summary.json").read_text())["steps"]}
+    steps = {step["name"]: step["result"] for step in json.loads((out / "summary.json").read_text())["steps"]}
     assert steps.pop("transformer_engine") == "left out"
     assert steps.pop("bench_loss") == "FAILED: exit status 3"
     assert steps.pop("tests") == "passed: 3 passed in 0.10s"
     assert steps == dict.fromkeys(set(NAMES) - {"bench_loss", "tests"}, "passed")
-    assert "error: broken" in (tmp_path / "out/bench_loss.txt").read_text()
-    assert "error: broken" in (tmp_path / "out/summary.txt").read_text()
+    assert "error: broken" in (out / "bench_loss.txt").read_text()
+    assert "error: broken" in (out / "summary.txt").read_text()
+    assert (out / "bench_step.txt").read_text() == f"{out}/bench_step.json\n", "a space is no end of an argument"
 
 
 def test_wheels_without_transformer_engine_leave_it_out_by_name(tmp_path: Path, stub: str) -> None:

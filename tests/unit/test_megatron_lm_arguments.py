@@ -97,6 +97,13 @@ def test_what_cannot_work_with_heads_is_refused_by_name(refusal: Any) -> None:
         check_args(parse("--mtp-heads", "2", **{refusal.dest: wrong}))
 
 
+def test_weights_cut_further_than_by_tensor_parallelism_are_refused() -> None:
+    host = {"tensor_model_parallel_size": 2, "tensor_parallel_num_weight_shards": 4}
+    check_args(parse("--mtp-heads", "2", **host, gtp_weight_remat_size=1))
+    with pytest.raises(ConfigError, match=r"^--tensor-parallel-num-weight-shards=4: .*-size 2$"):
+        check_args(parse("--mtp-heads", "2", **host, gtp_weight_remat_size=2))
+
+
 def test_transformer_engine_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is Megatron-LM's default."""
     found = packages.Package("transformer-engine", packages.State.MISSING)
@@ -214,6 +221,8 @@ def test_no_clash_with_megatron_lm() -> None:
     dests |= {"reset_attention_mask", "context_parallel_size", "window_size", "rampup_batch_size"}
     dests |= {"fp8", "fp8_recipe", "fp8_param_gather", "fp4", "first_last_layers_bf16", "bf16"}
     assert dests <= known, f"refused, and not there: {dests - known}"
+    if versions.require_megatron_core().release >= (0, 19):
+        assert "tensor_parallel_num_weight_shards" in known
     assert ("step_batch_size_schedule" in known) == (versions.require_megatron_core().release >= (0, 18))
 
 

@@ -52,6 +52,13 @@ def test_a_setting_is_refused_by_name(field: str) -> None:
     assert caught.value.remedy
 
 
+def test_an_unembedding_in_pieces_is_refused() -> None:
+    """Of megatron-core 0.19, whose constructor makes the second number of the first."""
+    with pytest.raises(ConfigError, match="2 pieces") as caught:
+        check_config(config_with(tensor_model_parallel_size=4, gtp_weight_remat_size=2), 61, 64)
+    assert (caught.value.field, caught.value.value) == ("tensor_parallel_num_weight_shards", 8)
+
+
 @pytest.mark.parametrize(
     ("owned", "post_process"), [([1, 2], False), ([0], True), ([0, 1, 2], False)], ids=["first", "last", "all_early"]
 )

@@ -65,6 +65,12 @@ CASES: dict[str, tuple[list[int], int, list[str]]] = {
             "parallel.layout=Ettt|tt|mm|mmL",
         ],
     ),
+    # the embedding's gradient outweighs what a layer's backward pass adds
+    "1.3B large vocabulary": (
+        [0],
+        8,
+        [*TWO_STAGES, "model.vocab_size=128256", "train.recompute=full"],
+    ),
     # megatron-core's own kernels, which keep the softmax
     "1.3B own": ([0], 4, ["model.num_trunk_layers=2", "heads.n=2", OWN]),
     "1.3B own, fp32": ([0], 4, ["model.num_trunk_layers=2", "heads.n=2", "train.precision=fp32", OWN]),
@@ -254,6 +260,15 @@ def test_a_hugging_face_model(tmp_path: Path) -> None:
 def test_balanced_layouts(trunk: int, heads: int, stages: int, layout: str) -> None:
     assert balanced_layout(trunk, heads, stages) == layout
     assert layout.count("t") == trunk
+
+
+def test_a_trunk_shorter_than_the_pipeline_takes_a_layout_of_the_users_own() -> None:
+    cut = ["parallel.pipeline=4", "model.num_trunk_layers=3", "heads.n=3"]
+    recipe = checked(read_plan("1.3B", [*cut, "parallel.layout=Ettt|m|m|mL"]), None)
+    assert [(cost.layers, cost.heads) for cost in rank_costs(recipe, 4)] == [(3, 0), (0, 1), (0, 1), (0, 1)]
+    with pytest.raises(ConfigError, match=r"give parallel\.layout") as caught:
+        read_plan("1.3B", cut)
+    assert (caught.value.field, caught.value.value) == ("model.num_trunk_layers", 3), "no head was taken off it"
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,13 @@ def test_good_recipes_pass_resolved() -> None:
             ]
         ),
         ("parallel.layout", "neither", 3, {"parallel__pipeline": 3, "parallel__layout": "Ettttmm||mL"}),
+        ("parallel.layout", "neither", 4, {"parallel__pipeline": 4, "parallel__layout": "Et||tt|tL"}),
+        (
+            "parallel.layout",
+            "neither",
+            2,
+            {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2, "parallel__layout": "Et|||tttL"},
+        ),
         *(
             (f"heads.{field}", "several stages", 2, {**SPREAD, f"heads__{field}": value, **more})
             for field, value, more in [
