@@ -48,6 +48,13 @@ def _of_recipe(recipe: Recipe, stage: int) -> Iterator[ConfigError]:
                 f"with run.deepspeed the engine shards and overlaps (zero_optimization.stage={stage}, overlap_comm)",
                 "Set it to false.",
             )
+    if recipe.train.async_save:
+        yield ConfigError(
+            "train.async_save",
+            True,
+            "the engine writes its checkpoint itself, and the training waits for it",
+            f"Set it to false, or {_MEGATRON} trains on meanwhile.",
+        )
     if recipe.heads.execution == "joint" and stage == 3:
         yield ConfigError(
             "heads.execution",
