@@ -168,6 +168,7 @@ def check_args(args: argparse.Namespace) -> HeadsConfig:
     _check_low_precision(args, heads)
     _check_transformer_engine(args)
     _check_rampup(args)
+    _check_async_save(args)
     layout = getattr(args, "pipeline_model_parallel_layout", None)
     if layout is not None and "m" in str(layout):
         raise ConfigError(
@@ -272,6 +273,17 @@ def _check_rampup(args: argparse.Namespace) -> None:
             args.rampup_batch_size,
             "this release of Megatron-LM ignores it and would train with --global-batch-size from the first step",
             'Use --step-batch-size-schedule "TOKENS:SIZE TOKENS:SIZE ..." in place of both',
+        )
+
+
+def _check_async_save(args: argparse.Namespace) -> None:
+    """Refuse upstream's writers where they end before they write and the training waits for them."""
+    if getattr(args, "async_save", False) and not torch.cuda.is_available():
+        raise ConfigError(
+            "--async-save",
+            True,
+            "upstream's writers are processes that need a CUDA device, and there is none",
+            "Drop it, or train with `mtp-megatron train` and train.async_save=true",
         )
 
 
