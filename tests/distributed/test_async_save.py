@@ -85,8 +85,8 @@ class SlowDisk:
 def saved_both_ways(
     rank: int, world_size: int, tree: dict[str, Any], twins: str, slow: int
 ) -> tuple[list[str], list[list[str]]]:
-    """Train on a disk that is slow for one rank; whatever is saved in the background is saved at once as well, into ``twins``. What the run
-    told, and what a slow write has seen."""
+    """Train on a disk that is slow for one rank; whatever is saved in the background is saved at once as well, into
+    ``twins``. What the run told, and what a slow write has seen."""
     with SlowDisk(rank == slow, tree) as disk:
         from mtp_megatron.training import checkpointing
 

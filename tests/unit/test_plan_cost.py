@@ -339,7 +339,9 @@ def test_what_a_plan_takes_for_granted_is_said(capsys: Any, monkeypatch: pytest.
     assert "in fp32" not in text
     assert "saving or resuming takes no memory of a GPU and up to " in text
     assert "train.async_save" not in text
-    assert re.search(r"; train\.async_save holds up to \d+\.\d GB of it", output(capsys, "1.3B", "train.async_save=true"))
+    assert re.search(
+        r"; train\.async_save holds up to \d+\.\d GB of it", output(capsys, "1.3B", "train.async_save=true")
+    )
     assert "--tflops 989 should be the GPU's in fp32" in output(capsys, "1.3B", "train.precision=fp32")
 
 
