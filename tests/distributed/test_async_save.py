@@ -62,7 +62,7 @@ class SlowDisk:
             self._tell(self._step, True)
             wait(save, *args)
 
-        self._patches = [
+        self._patches: list[Any] = [
             mock.patch.object(checkpoint_writer, "_write", slowly),
             mock.patch.object(loop, "train_step", stepped),
             mock.patch.object(background_save.BackgroundSave, "wait", waited),
