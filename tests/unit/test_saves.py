@@ -143,18 +143,24 @@ class TestBackgroundSave:
 
     def test_waiting_takes_as_long_as_something_is_written(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Each part within the limit of a minute, all of them in more."""
-        copies, seconds = Copies(parts=4), [0.0]
-        clock = SimpleNamespace(monotonic=lambda: sum(seconds), perf_counter=time.perf_counter)
+        copies = Copies(parts=4)
+        looks: list[int] = []
+
+        def monotonic() -> float:
+            """Ten seconds pass between two looks at it, and in every fourth of these spans a part is written."""
+            looks.append(copies.written)
+            if len(looks) % 4 == 0 and looks[-1] < copies.parts:
+                copies.step.release()
+                while copies.written == looks[-1]:
+                    time.sleep(0.001)
+            return 10.0 * len(looks)
+
+        clock = SimpleNamespace(monotonic=monotonic, perf_counter=time.perf_counter)
         monkeypatch.setattr(background_save, "time", clock)
-        save = background(copies, [])
-
-        def heard() -> None:
-            seconds.append(50.0)
-            copies.step.release()
-
-        save.wait(1.0, heard)
-        assert sum(seconds) >= 200
-        assert copies.written == 4
+        heard: list[int] = []
+        background(copies, []).wait(1.0, lambda: heard.append(copies.written))
+        assert len(looks) >= 16
+        assert heard[-1] >= 3
 
     def test_a_disk_that_takes_nothing_more_is_an_error(self) -> None:
         copies = Copies()
