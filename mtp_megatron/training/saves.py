@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Saves:
     """Of one attempt, all ranks alike; at most one checkpoint is being written while the training goes on.
 
-    Every method but :attr:`writing` is collective.
+    Every method is collective, but for :attr:`writing` and for what happens after an error of one rank.
     """
 
     def __init__(
