@@ -56,6 +56,13 @@ def _of_recipe(recipe: Recipe, stage: int) -> Iterator[ConfigError]:
             "gradient_accumulation_steps, which after a change it need not",
             f"Set it to null, or {_MEGATRON} follows it.",
         )
+    if recipe.train.async_save:
+        yield ConfigError(
+            "train.async_save",
+            True,
+            "the engine writes its checkpoint itself, and the training waits for it",
+            f"Set it to false, or {_MEGATRON} trains on meanwhile.",
+        )
     if recipe.heads.execution == "joint" and stage == 3:
         yield ConfigError(
             "heads.execution",

@@ -170,6 +170,7 @@ def check_args(args: argparse.Namespace) -> HeadsConfig:
     _check_transformer_engine(args)
     _check_rampup(args)
     _check_weight_shards(args)
+    _check_async_save(args)
     layout = getattr(args, "pipeline_model_parallel_layout", None)
     if layout is not None and "m" in str(layout):
         raise ConfigError(
@@ -286,6 +287,17 @@ def _check_weight_shards(args: argparse.Namespace) -> None:
             args.tensor_parallel_num_weight_shards,
             "each tensor parallel rank would hold a piece of its share, and the heads read the unembedding's whole",
             f"Leave it at --tensor-model-parallel-size {args.tensor_model_parallel_size}",
+        )
+
+
+def _check_async_save(args: argparse.Namespace) -> None:
+    """Refuse upstream's writers where they end before they write and the training waits for them."""
+    if getattr(args, "async_save", False) and not torch.cuda.is_available():
+        raise ConfigError(
+            "--async-save",
+            True,
+            "upstream's writers are processes that need a CUDA device, and there is none",
+            "Drop it, or train with `mtp-megatron train` and train.async_save=true",
         )
 
 

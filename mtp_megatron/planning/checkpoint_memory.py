@@ -24,7 +24,7 @@ def checkpoint_host_memory(recipe: Recipe, cost: RankCost, world_size: int) -> i
         cost: of the pipeline rank.
         world_size: GPUs of the job.
     """
-    largest = max(rows * columns for _, (rows, columns), _ in matrices(recipe, Sizes.of(recipe), cost))
+    largest = _largest(recipe, cost)
     shards, read = optimizer_shards(recipe, world_size), 2 * 4 * largest
     if shards == 1:
         return read
@@ -34,3 +34,26 @@ def checkpoint_host_memory(recipe: Recipe, cost: RankCost, world_size: int) -> i
         ends = 2 * (recipe.parallel.virtual_pipeline or 1) * largest
         owned, under_way = min(owned, ends), min(under_way, ends)
     return _STATE * owned + max(_STATE * under_way, read)
+
+
+def host_copies(recipe: Recipe, cost: RankCost, world_size: int) -> int:
+    """Bytes of host memory that ``train.async_save`` holds besides for a GPU of a pipeline rank, at most, from a save's
+    begin until its file is written.
+
+    They are what the rank saves. The first data parallel rank has the weights, for all; without the distributed
+    optimizer also the state. With it a rank has its share, and what it owns of parameters that ranks share.
+
+    Args:
+        cost: of the pipeline rank.
+        world_size: GPUs of the job.
+    """
+    shards, owned = optimizer_shards(recipe, world_size), cost.parameters
+    if shards > 1:
+        ends = 2 * (recipe.parallel.virtual_pipeline or 1) * _largest(recipe, cost)
+        owned = min(owned, -(-owned // shards) + ends)
+    weights_are_masters = recipe.train.precision == "fp32" and not recipe.optimizer.distributed
+    return cost.weights + (_STATE - 4 * weights_are_masters) * owned
+
+
+def _largest(recipe: Recipe, cost: RankCost) -> int:
+    return max(rows * columns for _, (rows, columns), _ in matrices(recipe, Sizes.of(recipe), cost))

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from mtp_megatron.planning.advice import Advice
-from mtp_megatron.planning.checkpoint_memory import checkpoint_host_memory
+from mtp_megatron.planning.checkpoint_memory import checkpoint_host_memory, host_copies
 from mtp_megatron.planning.estimate import Estimate, Hardware
 from mtp_megatron.planning.lines import recipe_tree, settings
 from mtp_megatron.planning.tensors import CATEGORIES, largest_category
@@ -92,9 +92,15 @@ def table(recipe: Recipe, world_size: int, hardware: Hardware, plan: Estimate, a
 def _host(recipe: Recipe, world_size: int, hardware: Hardware, plan: Estimate) -> str:
     most = max(checkpoint_host_memory(recipe, rank, world_size) for rank in plan.ranks)
     here = min(hardware.gpus_per_node, world_size)
+    copies = max(host_copies(recipe, rank, world_size) for rank in plan.ranks)
+    held = (
+        f"; train.async_save holds up to {here * copies / 1e9:.1f} GB of it besides until a checkpoint is written"
+        if recipe.train.async_save
+        else ""
+    )
     return (
         f"saving or resuming takes no memory of a GPU and up to {here * most / 1e9:.1f} GB of a node's own, for "
-        f"{here} {'GPUs' if here > 1 else 'GPU'}, beyond what the processes hold"
+        f"{here} {'GPUs' if here > 1 else 'GPU'}, beyond what the processes hold{held}"
     )
 
 

@@ -8,6 +8,7 @@ import logging
 import pickle
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,8 @@ from mtp_megatron.training.step import Trainer
 
 if TYPE_CHECKING:
     from mtp_megatron.model import MTPGPTModel
+    from mtp_megatron.training.background_save import BackgroundSave
+    from mtp_megatron.training.checkpoint_writer import InProcessSave
 
 # The only optimizer format that megatron-core loads exactly at another TP x PP and another DP.
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -50,35 +53,73 @@ def save_checkpoint(recipe: Recipe, data: Blend, trainable: Trainable, checkpoin
     Everything goes to a temporary folder that is renamed when it is whole; a crash at any moment leaves the previous
     checkpoint as it was.
     """
-    from megatron.core import dist_checkpointing
-
     from mtp_megatron.training.checkpoint_writer import InProcessSave
 
-    rank = dist.get_rank()
-    if rank == 0:
+    temporary = _new_folder(checkpoints, step)
+    _save(_state_to_save(recipe, trainable, step), temporary, InProcessSave())
+    if dist.get_rank() == 0:
+        _publish(recipe, data, checkpoints, step)
+    dist.barrier()  # nobody goes on, and perhaps fails, before the checkpoint is the latest
+    return files.iteration_folder(checkpoints, step)
+
+
+def begin_save(recipe: Recipe, data: Blend, trainable: Trainable, checkpoints: Path, step: int) -> BackgroundSave:
+    """Copy to host memory what :func:`save_checkpoint` would write, and begin to write it; collective over all ranks.
+
+    Training may go on as soon as this returns. The checkpoint is the latest after :meth:`.BackgroundSave.publish`, and
+    holds the same.
+    """
+    from mtp_megatron.training.background_save import BackgroundSave
+    from mtp_megatron.training.checkpoint_writer import HostCopies, InProcessSave
+
+    temporary = _new_folder(checkpoints, step)
+    copies = HostCopies(temporary)
+    _save(_state_to_save(recipe, trainable, step), temporary, InProcessSave(copies))
+    return BackgroundSave(
+        step,
+        files.iteration_folder(checkpoints, step),
+        copies,
+        partial(_publish, recipe, data, checkpoints, step),
+    )
+
+
+def _new_folder(checkpoints: Path, step: int) -> Path:
+    """The empty folder that all ranks write to; collective."""
+    if dist.get_rank() == 0:
         files.prepare_temporary(checkpoints, step)
     dist.barrier()
-    temporary = files.temporary_folder(checkpoints, step)
+    return files.temporary_folder(checkpoints, step)
+
+
+def _state_to_save(recipe: Recipe, trainable: Trainable, step: int) -> dict[str, Any]:
+    """Everything of a checkpoint but what it is; collective."""
     with trainable.gathered_parameters():
         state = model_state(trainable.models)
         state["optimizer"] = _optimizer_state(recipe, trainable, state)
     if not recipe.optimizer.distributed:
         add_step(state["optimizer"])
-    state |= {
+    return state | {
         "opt_param_scheduler": trainable.scheduler.state_dict(),
         "rng_state": sharded_rng_state(),
         "iteration": step,
         "consumed_train_samples": recipe.train.batch_sizes.samples(step),
         "checkpoint_version": 3.0,
     }
-    dist_checkpointing.save(state, str(temporary), sharded_strategy=InProcessSave(), content_metadata=dict(_SHARDING))
-    if rank == 0:
-        (temporary / files.CONFIG).write_text(json.dumps(model_description(recipe, data, step), indent=2))
-        data.first.copy_tokenizer(temporary)
-        files.publish(checkpoints, step)
-        files.prune(checkpoints, recipe.run.keep_last, step)
-    dist.barrier()  # nobody goes on, and perhaps fails, before the checkpoint is the latest
-    return files.iteration_folder(checkpoints, step)
+
+
+def _save(state: dict[str, Any], folder: Path, strategy: InProcessSave) -> None:
+    from megatron.core import dist_checkpointing
+
+    dist_checkpointing.save(state, str(folder), sharded_strategy=strategy, content_metadata=dict(_SHARDING))
+
+
+def _publish(recipe: Recipe, data: Blend, checkpoints: Path, step: int) -> None:
+    """On rank 0, when every rank has written: say what the checkpoint is, and make it the latest."""
+    temporary = files.temporary_folder(checkpoints, step)
+    (temporary / files.CONFIG).write_text(json.dumps(model_description(recipe, data, step), indent=2))
+    data.first.copy_tokenizer(temporary)
+    files.publish(checkpoints, step)
+    files.prune(checkpoints, recipe.run.keep_last, step)
 
 
 def load_checkpoint(recipe: Recipe, trainable: Trainable, folder: Path) -> int:

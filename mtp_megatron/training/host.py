@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.step import Trainer
+
+if TYPE_CHECKING:
+    from mtp_megatron.training.background_save import BackgroundSave
 
 
 @dataclass(frozen=True)
@@ -19,11 +23,14 @@ class Host:
             fresh ones.
         save: ``(recipe, data, trainer, checkpoints, step)`` -> the checkpoint's folder.
         load: ``(recipe, trainer, folder)`` -> the step at which that checkpoint was saved.
+        begin_save: as ``save`` -> a :class:`.background_save.BackgroundSave` (``train.async_save``); None under
+            DeepSpeed, where the setting is refused.
     """
 
     build: Callable[[Recipe, Path | None], Trainer]
     save: Callable[..., Path]
     load: Callable[..., int]
+    begin_save: Callable[..., BackgroundSave] | None = None
 
 
 def host_of(recipe: Recipe) -> Host:
@@ -35,7 +42,9 @@ def host_of(recipe: Recipe) -> Host:
         return Host(build_trainer, deepspeed.save_checkpoint, deepspeed.load_checkpoint)
     from mtp_megatron.training import checkpointing
 
-    return Host(_build_on_megatron, checkpointing.save_checkpoint, checkpointing.load_checkpoint)
+    return Host(
+        _build_on_megatron, checkpointing.save_checkpoint, checkpointing.load_checkpoint, checkpointing.begin_save
+    )
 
 
 def _build_on_megatron(recipe: Recipe, initial: Path | None) -> Trainer:

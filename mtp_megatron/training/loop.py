@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
-import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -24,7 +21,7 @@ from mtp_megatron.training import out_of_memory
 from mtp_megatron.training.agreement import job_store, preflight_together, require_shared
 from mtp_megatron.training.batches import Microbatch, chunk_iterators
 from mtp_megatron.training.build import learning_rate_at, overlapped_communication
-from mtp_megatron.training.checkpoint_files import step_of, temporary_folder
+from mtp_megatron.training.checkpoint_files import step_of
 from mtp_megatron.training.checkpointing import count_parameters, latest_checkpoint
 from mtp_megatron.training.divergence import DivergenceFile, way_back
 from mtp_megatron.training.evaluation import Evaluation, evaluate
@@ -36,6 +33,7 @@ from mtp_megatron.training.profile import StepProfiler
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.run_lock import take_lock
 from mtp_megatron.training.run_log import RunLog
+from mtp_megatron.training.saves import Saves
 from mtp_megatron.training.step import Trainer, TrainingDiverged, sum_over_world, train_step
 from mtp_megatron.training.validate import data_parallel_size, num_microbatches
 from mtp_megatron.training.world import launched_world_size, model_parallel_world
@@ -134,6 +132,7 @@ class _Session:
             self.origin = f"initial weights from {initial}"
         if self._asked_to_stop():
             raise Stopped
+        self.saves = Saves(self.recipe, self.plan.data, self.folder, self.host, self.trainable, self.watch)
         if dist.get_rank() == 0:
             self.folder.write_recipe(self.recipe)
 
@@ -147,13 +146,14 @@ class _Session:
             self._announce(log)
             self._announce_blend(log)
             evaluation, stop = self._evaluate_late(log)
-            while self.step < steps and not stop:
-                trained = not self._pass_over(log)
-                if trained:
-                    stop = self._train(iterators, log)
-                else:
-                    iterators = self._train_iterators()
-                evaluation, stop = self._report_and_keep(log, trained, stop)
+            with self.saves.settled_at_the_end(log):
+                while self.step < steps and not stop:
+                    trained = not self._pass_over(log)
+                    if trained:
+                        stop = self._train(iterators, log)
+                    else:
+                        iterators = self._train_iterators()
+                    evaluation, stop = self._report_and_keep(log, trained, stop)
             if self.step < steps:
                 log.message(f"asked to stop: saved step {self.step} of {steps}. The same command continues from it.")
         return Outcome(self.step, self.step >= steps, evaluation)
@@ -168,15 +168,19 @@ class _Session:
             self.batch_size = size
         microbatches = num_microbatches(self.recipe, self.plan.world_size, size)
         try:
-            figures = train_step(self.recipe, self.trainable, iterators, microbatches, bool(self.stop))
+            figures = train_step(
+                *(self.recipe, self.trainable, iterators, microbatches, bool(self.stop)), writing=self.saves.writing
+            )
         except TrainingDiverged as error:
             self.divergence.write(self.step + 1, error.figures, str(error))
+            self.saves.settle_before_error(log, error)  # all ranks are here, and the way back is from the latest
             raise TrainingDiverged(f"{error}. {way_back(self.folder, self.step + 1)}", error.figures) from error
         self.step += 1
         log.step(self.step, figures)
         self.divergence.passed(self.step)
         if self.profiler.passed(self.step):
             self._write_profile(log)
+        self.saves.publish_if_written(log, figures.writing)
         return figures.stop
 
     def _write_profile(self, log: RunLog) -> None:
@@ -196,12 +200,12 @@ class _Session:
         evaluation, saved = None, stop
         with log.paused():
             if stop:  # who asks to stop gives little time: the save must fit into it
-                self._save(log)
+                self._save(log, True)
             if evaluates and train.eval_batches:
                 evaluation = self._evaluate(log)
                 stop = self._asked_to_stop()
             if not saved and (saves or stop):
-                self._save(log)
+                self._save(log, last or stop)
                 stop = self._asked_to_stop()  # or it would train one more step, and save that
         return evaluation, stop
 
@@ -313,28 +317,8 @@ class _Session:
         log.evaluation(self.step, result)
         return result
 
-    def _save(self, log: RunLog) -> None:
-        self.watch.begin(f"the save of step {self.step}")
-        start, checkpoints = time.perf_counter(), self.folder.checkpoints
-        try:
-            saved = self.host.save(self.recipe, self.plan.data, self.trainable, checkpoints, self.step)
-        except BaseException as error:  # torch's CheckpointException is no Exception
-            what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            if dist.get_rank() == 0:  # the disk may be full of it, and the next start writes small files first
-                shutil.rmtree(temporary_folder(checkpoints, self.step), ignore_errors=True)
-            log.message(
-                f"step {self.step} could not be saved ({what}); {_free(self.folder.path)}. Checkpoints that were there "
-                "are as they were, and the same command continues from the latest."
-            )
-            raise
-        log.message(f"saved {saved.relative_to(self.folder.path)} in {time.perf_counter() - start:.1f} s")
-
-
-def _free(path: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(path).free / 1e9:.1f} GB are free in {path}"
-    except OSError as error:
-        return f"{path} cannot be read ({error})"
+    def _save(self, log: RunLog, last: bool) -> None:
+        self.saves.save(log, self.step, last=last)
 
 
 def _due(step: int, interval: int) -> bool:

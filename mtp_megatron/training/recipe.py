@@ -278,6 +278,11 @@ class TrainSection(Section):
     eval_interval: int = Field(default=100, ge=0, description="steps between evaluations; 0: only after the last step")
     eval_batches: int = Field(default=4, ge=0, description="global batches per evaluation; 0: never evaluate")
     save_interval: int = Field(default=100, ge=0, description="steps between checkpoints; 0: only after the last step")
+    async_save: bool = Field(
+        default=False,
+        description="train on while a checkpoint is written, from a copy in host memory ('mtp-megatron plan' says how "
+        "much); the last one is written before the end",
+    )
     log_interval: int = Field(
         default=10, ge=1, description="steps between lines of metrics.jsonl and TensorBoard points"
     )

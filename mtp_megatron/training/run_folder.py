@@ -33,7 +33,7 @@ FREE_KEYS = frozenset(
             f"train.{key}"
             for key in ("log_interval", "recompute", "timeout_minutes", "transformer_engine", "skip_steps")
         ),
-        *("train.profile_steps", "train.profile_ranks", "train.memory_snapshot"),
+        *("train.profile_steps", "train.profile_ranks", "train.memory_snapshot", "train.async_save"),
     }
 )
 # What may change besides where run.accept_changes says so: what a run is steered with. Losses before and after differ.

@@ -88,6 +88,7 @@ class StepFigures:
         grad_norm: global gradient norm before clipping; NaN in evaluation.
         lr: learning rate of the step; NaN in evaluation.
         stop: whether any rank was asked to stop.
+        writing: whether any rank still wrote a checkpoint when the step began.
         head_z_loss: mean of ``log(Z)**2`` over each head's own targets, without its weight ``heads.z_loss``; NaN as for
             ``head_loss``. Empty where there is none. No part of ``loss``.
         load_balancing_loss: of the routers of a trunk with experts, mean over layers and microbatches, without its
@@ -101,6 +102,7 @@ class StepFigures:
     grad_norm: float = math.nan
     lr: float = math.nan
     stop: bool = False
+    writing: bool = False
     head_z_loss: list[float] = field(default_factory=list)
     load_balancing_loss: float = math.nan
 
@@ -111,6 +113,7 @@ def train_step(
     iterators: Sequence[BatchIterator],
     num_microbatches: int,
     stop_requested: bool,
+    writing: bool = False,
 ) -> StepFigures:
     """Forward and backward over one global batch, then the optimizer.
 
@@ -118,6 +121,7 @@ def train_step(
         iterators: one for each model chunk of this rank.
         num_microbatches: per data parallel rank.
         stop_requested: whether this rank was asked to stop; the figures say whether any rank was.
+        writing: likewise, whether this rank still writes a checkpoint (``train.async_save``).
 
     Raises:
         TrainingDiverged: on every rank, for a loss or gradient norm that is NaN or infinite.
@@ -133,8 +137,8 @@ def train_step(
     n, z_losses = recipe.heads.n, recipe.heads.n if recipe.heads.z_loss else 0
     local = [torch.cat([r.loss_sum, r.correct, r.tokens, r.normalizer[None], *z_loss_sums(r)]) for r in reports]
     with label("figures over the world"):  # waits for the device, and for the slowest rank
-        sums = sum_over_world(local, 3 * n + 1 + z_losses, stop_requested)
-    figures = _figures(sums[:-1], weights)
+        sums = sum_over_world(local, 3 * n + 1 + z_losses, stop_requested, writing)
+    figures = _figures(sums[:-2], weights)
     # The sums, not the means: a head without a target in this global batch has no mean, and has not diverged.
     known: dict[str, Any] = {"head_loss_sum": sums[:n], "head_tokens": sums[2 * n : 3 * n], "head_weights": weights}
     values = [("loss of head", i + 1, sums[i]) for i, weight in enumerate(weights) if weight]
@@ -152,7 +156,8 @@ def train_step(
         figures.tokens,
         grad_norm=grad_norm,
         lr=trainable.scheduler.get_lr({}),  # not the optimizer's: a stage that trains nothing has no parameter groups
-        stop=sums[-1] > 0,
+        stop=sums[-2] > 0,
+        writing=sums[-1] > 0,
         head_z_loss=figures.head_z_loss,
         load_balancing_loss=_load_balancing_loss(recipe, num_microbatches),
     )
@@ -212,20 +217,21 @@ def z_loss_sums(report: HeadReport) -> list[Tensor]:
     return [] if report.log_z_squared is None else [report.log_z_squared]
 
 
-def sum_over_world(local: Sequence[Tensor], width: int, flag: bool = False) -> list[float]:
+def sum_over_world(local: Sequence[Tensor], width: int, *flags: bool) -> list[float]:
     """Sum the vectors of the stages with heads over microbatches and ranks, and tell every rank; one collective.
 
     Args:
         local: vectors ``[width]`` of this rank's microbatches; empty on other stages.
         width: their length.
-        flag: a question of this rank; the answer "did any rank say yes" comes back as the last element, > 0 for yes.
+        flags: questions of this rank; the answers "did any rank say yes" come back as the last elements, > 0 for yes.
     """
     from megatron.core import parallel_state
 
-    total = torch.zeros(width + 1, dtype=torch.float64, device=compat.device())
+    total = torch.zeros(width + len(flags), dtype=torch.float64, device=compat.device())
     if local and parallel_state.get_tensor_model_parallel_rank() == 0:  # tensor parallel ranks hold copies
         total[:width] = torch.stack([vector.to(torch.float64) for vector in local]).sum(dim=0)
-    total[width] = float(flag)
+    for place, flag in enumerate(flags, start=width):
+        total[place] = float(flag)
     dist.all_reduce(total)
     result: list[float] = total.tolist()
     return result

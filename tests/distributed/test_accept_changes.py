@@ -43,8 +43,8 @@ def train_and_look(rank: int, world_size: int, tree: dict[str, Any]) -> list[Any
     said: list[str] = []
     train_step, message = loop.train_step, RunLog.message
 
-    def look(recipe: Any, trainable: Any, *args: Any) -> Any:
-        figures = train_step(recipe, trainable, *args)
+    def look(recipe: Any, trainable: Any, *args: Any, **kwargs: Any) -> Any:
+        figures = train_step(recipe, trainable, *args, **kwargs)
         groups = trainable.scheduler.optimizer.param_groups
         engine = getattr(trainable, "engine", None)
         if engine is None:

@@ -35,13 +35,13 @@ def hangs_in_step_3(rank: int, world_size: int, tree: dict[str, Any]) -> dict[st
         with contextlib.redirect_stdout(asked):
             main(["stacks", str(run)])
 
-    def train_step(recipe: Any, trainable: Any, *args: Any) -> Any:
+    def train_step(recipe: Any, trainable: Any, *args: Any, **kwargs: Any) -> Any:
         if trainable.scheduler.num_steps == 2:
             if rank == 0:
                 threading.Thread(target=ask).start()
             else:
                 over.wait(TIMEOUT + 1)
-        return whole(recipe, trainable, *args)
+        return whole(recipe, trainable, *args, **kwargs)
 
     raised: BaseException | None = None
     with mock.patch.object(loop, "train_step", train_step), contextlib.redirect_stderr(_WithFile(errors)):

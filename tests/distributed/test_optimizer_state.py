@@ -173,7 +173,7 @@ def _peaks(rank: int, world_size: int, tree: dict[str, Any], old: bool, torchs_w
 
     from mtp_megatron import compat
     from mtp_megatron.data.blend import load_blend
-    from mtp_megatron.planning.checkpoint_memory import checkpoint_host_memory
+    from mtp_megatron.planning.checkpoint_memory import checkpoint_host_memory, host_copies
     from mtp_megatron.planning.cost import rank_costs
     from mtp_megatron.planning.live_memory import LiveMemory
     from mtp_megatron.training import checkpoint_writer, checkpointing
@@ -215,6 +215,7 @@ def _peaks(rank: int, world_size: int, tree: dict[str, Any], old: bool, torchs_w
             "owned": owned // 12,
             "largest": max(sizes),
             "planned": checkpoint_host_memory(recipe, rank_costs(recipe, world_size)[0], world_size),
+            "copies planned": host_copies(recipe, rank_costs(recipe, world_size)[0], world_size),
             "save may": owned + 4 * max(sizes) + rest,
             "load may": owned + max(received, 8 * max(sizes)) + rest,
         }
@@ -234,6 +235,11 @@ def _peaks(rank: int, world_size: int, tree: dict[str, Any], old: bool, torchs_w
             memory.restart_peak()
             checkpointing.load_checkpoint(recipe, trainable, folder)
             result["load"] = memory.peak - before
+            memory.restart_peak()
+            pending = checkpointing.begin_save(recipe, data, trainable, checkpoints, 4)
+            pending.wait(1.0, lambda: None)
+            result["copies"] = pending.publish().largest
+            result["save from copies"] = memory.peak - before
         return result
 
 
@@ -248,7 +254,9 @@ def test_a_save_and_a_load_take_memory_for_a_ranks_share(
     ranks = run_world(_peaks, world, tree, False, False)
     most = max(max(taken["save"], taken["load"]) for taken in ranks)
     assert most <= ranks[0]["planned"] < 3 * most, "what mtp-megatron plan says"
+    assert ranks[0]["copies"] <= ranks[0]["copies planned"] < 1.5 * ranks[0]["copies"], "of the rank with most"
     for taken in ranks:
+        assert taken["save from copies"] <= taken["save may"] + taken["copies planned"]
         assert taken["save"] <= taken["save may"]
         assert taken["load"] <= taken["load may"]
         assert taken["owned"] <= taken["shared"] / world + taken["largest"]

@@ -23,13 +23,13 @@ def runs_out_in_step_3(rank: int, world_size: int, tree: dict[str, Any]) -> str:
 
     whole = loop.train_step
 
-    def train_step(recipe: Any, trainable: Any, *args: Any) -> Any:
+    def train_step(recipe: Any, trainable: Any, *args: Any, **kwargs: Any) -> Any:
         if trainable.scheduler.num_steps == 2:  # only now: megatron-core asks for the device, too
             gpu = SimpleNamespace(total_memory=2**30)
             told = {"current_device": lambda: 0, "get_device_properties": lambda device: gpu}
             stand_ins.enter_context(mock.patch.multiple(torch.cuda, **told, **dict.fromkeys(SIZES, lambda: 2**20)))
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return whole(recipe, trainable, *args)
+        return whole(recipe, trainable, *args, **kwargs)
 
     with ExitStack() as stand_ins:
         stand_ins.enter_context(mock.patch.object(loop, "train_step", train_step))

@@ -74,9 +74,10 @@ def outcome_of(rank: int, world_size: int, tree: dict[str, Any], stop_in: int) -
 
     train_step = loop.train_step
 
-    def signalled(recipe: Any, trainable: Any, *args: Any) -> Any:
+    def signalled(recipe: Any, trainable: Any, *args: Any, **kwargs: Any) -> Any:
         *others, asked = args
-        return train_step(recipe, trainable, *others, asked or trainable.scheduler.num_steps == stop_in - 1)
+        asked = asked or trainable.scheduler.num_steps == stop_in - 1
+        return train_step(recipe, trainable, *others, asked, **kwargs)
 
     with mock.patch.object(loop, "train_step", signalled):
         return loop.train(parse_recipe(tree))

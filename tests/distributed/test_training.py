@@ -260,12 +260,12 @@ def diverges(rank: int, world_size: int, tree: dict[str, Any]) -> str:
 
     train_step = loop.train_step
 
-    def poisoned_step(recipe: Any, trainable: Trainable, *args: Any) -> Any:
+    def poisoned_step(recipe: Any, trainable: Trainable, *args: Any, **kwargs: Any) -> Any:
         if trainable.scheduler.num_steps == 5:
             for model in trainable.models:
                 if model.post_process:
                     next(model.heads[1].parameters()).data.fill_(float("nan"))
-        return train_step(recipe, trainable, *args)
+        return train_step(recipe, trainable, *args, **kwargs)
 
     loop.train_step = poisoned_step
     try:
@@ -299,9 +299,9 @@ def says_until_stopped(rank: int, world_size: int, tree: dict[str, Any], step: i
 
     train_step = loop.train_step
 
-    def signalled(recipe: Any, trainable: Any, iterators: Any, microbatches: int, stop: bool) -> Any:
+    def signalled(recipe: Any, trainable: Any, iterators: Any, microbatches: int, stop: bool, **kwargs: Any) -> Any:
         asked = stop or trainable.scheduler.num_steps == step - 1
-        return train_step(recipe, trainable, iterators, microbatches, asked)
+        return train_step(recipe, trainable, iterators, microbatches, asked, **kwargs)
 
     with mock.patch.object(loop, "train_step", signalled):
         return says_on_the_way(rank, world_size, tree)

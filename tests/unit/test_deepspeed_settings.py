@@ -148,6 +148,7 @@ def test_auto_and_silence_mean_the_recipe() -> None:
             "heads.execution",
             ["zero_optimization.stage=3"],
         ),
+        ({}, {"train": {"async_save": True}}, "train.async_save", ["=True", "leave out run.deepspeed"]),
         ({"zero_optimization": {"stage": 4}}, {}, "zero_optimization.stage", ["=4", "0, 1, 2 or 3"]),
         ({"tensor_parallel": {"autotp_size": 2}}, {}, "tensor_parallel.autotp_size", ["parallel.tensor"]),
         ({"sequence_parallel_size": 2}, {}, "sequence_parallel_size", ["parallel.context"]),

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 from packaging.version import Version
 
 from mtp_megatron.compat import fp8, megatron_lm, packages, versions
@@ -112,6 +113,16 @@ def test_transformer_engine_is_refused_where_it_cannot_run(monkeypatch: pytest.M
         check_args(parse("--mtp-heads", "2", transformer_impl="transformer_engine"))
     found = packages.Package("transformer-engine", packages.State.USABLE, "2.9")
     check_args(parse("--mtp-heads", "2", transformer_impl="transformer_engine"))
+
+
+def test_asynchronous_saves_are_refused_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upstream's writer dies of it, and the job waits for it without end."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"^--async-save=True: .* need a CUDA device, .*train\.async_save=true"):
+        check_args(parse("--mtp-heads", "2", async_save=True))
+    check_args(parse("--mtp-heads", "2", async_save=False))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check_args(parse("--mtp-heads", "2", async_save=True))
 
 
 LOW_PRECISION = {"transformer_impl": "transformer_engine", "bf16": True, "fp8": "hybrid", "fp8_recipe": "tensorwise"}

@@ -7,6 +7,7 @@ Not covered here: GPUs, and estimated times, which depend on figures that the us
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -352,6 +353,10 @@ def test_what_a_plan_takes_for_granted_is_said(capsys: Any, monkeypatch: pytest.
     assert "sequences of 4096 tokens (train.seq_length=" in text
     assert "in fp32" not in text
     assert "saving or resuming takes no memory of a GPU and up to " in text
+    assert "train.async_save" not in text
+    assert re.search(
+        r"; train\.async_save holds up to \d+\.\d GB of it", output(capsys, "1.3B", "train.async_save=true")
+    )
     assert "--tflops 989 should be the GPU's in fp32" in output(capsys, "1.3B", "train.precision=fp32")
 
 

@@ -180,7 +180,7 @@ def test_what_may_change_when_a_run_is_resumed(tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_recorded_before_a_setting_was_there_is_resumed_with_it(tmp_path: Path) -> None:
-    settings = {"profile_steps": [2, 3], "profile_ranks": [1], "memory_snapshot": True}
+    settings = {"profile_steps": [2, 3], "profile_ranks": [1], "memory_snapshot": True, "async_save": True}
     written(tmp_path)
     folder = RunFolder(tmp_path)
     tree = yaml.safe_load(folder.recipe.read_text())
