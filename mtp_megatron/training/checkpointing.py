@@ -76,7 +76,7 @@ def save_checkpoint(recipe: Recipe, data: Blend, trainable: Trainable, checkpoin
         (temporary / files.CONFIG).write_text(json.dumps(model_description(recipe, data, step), indent=2))
         data.first.copy_tokenizer(temporary)
         files.publish(checkpoints, step)
-        files.prune(checkpoints, recipe.run.keep_last, step)
+        files.prune(checkpoints, recipe.run.keep_last, step, recipe.run.keep_every)
     dist.barrier()  # nobody goes on, and perhaps fails, before the checkpoint is the latest
     return files.iteration_folder(checkpoints, step)
 

@@ -397,6 +397,12 @@ class RunSection(Section):
         description="run or checkpoint folder that gives the initial weights of a new run, and nothing else",
     )
     keep_last: int | None = Field(default=None, ge=1, description="checkpoints kept, the latest ones; null: all")
+    keep_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="steps that are multiples of it keep their checkpoints for good, beside those of keep_last; null: "
+        "none",
+    )
     tensorboard: bool = Field(default=True, description="write TensorBoard events to the run's folder")
     deepspeed: str | None = Field(
         default=None,

@@ -40,6 +40,7 @@ def check_recipe(recipe: Recipe, *, world_size: int, tokenizer_vocab_size: int, 
     _check_frozen_stages(recipe)
     check_experts(recipe, world_size)
     _check_profile(recipe)
+    _check_retention(recipe)
     return recipe
 
 
@@ -194,6 +195,26 @@ def _check_profile(recipe: Recipe) -> None:
             train.profile_steps,
             f"the run ends at train.steps={train.steps}",
             f"Begin at step {train.steps} or before.",
+        )
+
+
+def _check_retention(recipe: Recipe) -> None:
+    every, interval = recipe.run.keep_every, recipe.train.save_interval
+    if every is None:
+        return
+    if recipe.run.keep_last is None:
+        raise ConfigError(
+            "run.keep_every",
+            every,
+            "run.keep_last=null keeps all checkpoints",
+            "Set run.keep_last to how many of the others to keep, or this to null.",
+        )
+    if interval and every % interval:
+        raise ConfigError(
+            "run.keep_every",
+            every,
+            f"no multiple of train.save_interval={interval}: most of these steps are never saved",
+            f"Set it to {every // interval * interval or interval} or another multiple of {interval}.",
         )
 
 

@@ -240,9 +240,10 @@ def resumes_with(rank: int, world_size: int, tree: dict[str, Any]) -> str:
 
 def test_old_checkpoints_are_pruned(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    run_world(train_body, 1, tiny_tree(data, run, run__keep_last=2, train__save_interval=2, train__eval_batches=0))
+    keep = {"run__keep_last": 1, "run__keep_every": 4, "train__save_interval": 2, "train__eval_batches": 0}
+    run_world(train_body, 1, tiny_tree(data, run, **keep))
     names = sorted(entry.name for entry in (run / "checkpoints").iterdir())
-    assert names == ["iter_0000006", "iter_0000008", "latest_checkpointed_iteration.txt"]
+    assert names == ["iter_0000004", "iter_0000006", "iter_0000008", "latest_checkpointed_iteration.txt"]
 
 
 def test_a_checkpoint_of_another_architecture_is_refused_by_field(data: Path, single: Path, tmp_path: Path) -> None:
