@@ -54,3 +54,15 @@ def expected_tokens_per_forward(accepted: Sequence[float], positions: Sequence[f
 def per_token(sums: Sequence[float], tokens: Sequence[float]) -> list[float]:
     """Each head's sum divided by its own count of targets; NaN where a head has none."""
     return [total / count if count else float("nan") for total, count in zip(sums, tokens, strict=True)]
+
+
+def objective(weights: Sequence[float], loss_sums: Sequence[float], tokens: float) -> float:
+    """The loss that is trained: the weighted sum over heads of their loss sums, divided by head 1's count of targets.
+
+    Args:
+        weights: of each head. One of weight 0 takes no part, whatever its sum is: in training it is not computed (NaN).
+        loss_sums: of each head, over its own targets (nats).
+        tokens: targets of head 1; where there are none, the loss is NaN.
+    """
+    total = sum(weight * loss for weight, loss in zip(weights, loss_sums, strict=True) if weight)
+    return per_token([total], [tokens])[0]

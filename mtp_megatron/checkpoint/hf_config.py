@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,17 @@ _INERT: dict[str, tuple[tuple[Any, ...], str]] = {
     "partial_rotary_factor": ((1, None), "rotary positions turn whole heads here"),
     "quantization_config": ((None,), "weights are not quantised here"),
     "auto_map": ((None,), "code that comes with a model is not run"),
+}
+# What a family with experts has in its config.json besides.
+EXPERT_SETTINGS: dict[str, Callable[[ModelDescription], Any]] = {
+    "num_experts": lambda model: model.shape.num_experts,
+    "num_experts_per_tok": lambda model: model.moe_top_k,
+    # Training's softmax over the chosen experts is that over all, made to add up to 1 again. Of one expert alone it
+    # would always be 1: there it is over all.
+    "norm_topk_prob": lambda model: model.moe_top_k != 1,
+    "moe_intermediate_size": lambda model: model.shape.expert_width,
+    "decoder_sparse_step": lambda model: 1,
+    "mlp_only_layers": lambda model: [model.shape.num_trunk_layers] if model.shape.heads_are_layers else [],
 }
 _ROPE_NUMBERS = {
     "factor": "rope_scaling_factor",
@@ -264,16 +276,7 @@ def llama_config(description: ModelDescription, dtype: torch.dtype) -> dict[str,
         config |= {"use_sliding_window": False, "sliding_window": None}
         del config["mlp_bias"]
     if FAMILIES[family].experts:
-        config |= {
-            "num_experts": shape.num_experts,
-            "num_experts_per_tok": description.moe_top_k,
-            # Training's softmax over the chosen experts is that over all, made to add up to 1 again. Of one expert
-            # alone it would always be 1: there it is over all.
-            "norm_topk_prob": description.moe_top_k != 1,
-            "moe_intermediate_size": shape.expert_width,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [shape.num_trunk_layers] if shape.heads_are_layers else [],
-        }
+        config |= {key: value_of(description) for key, value_of in EXPERT_SETTINGS.items()}
     if family == "qwen2":  # its biases are part of the family, and the setting would mean one more
         del config["attention_bias"]
     return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,15 @@ from mtp_megatron.errors import CheckpointError
 
 CONFIG = "config.json"
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_LENGTH = struct.Struct("<Q")  # safetensors: the header's length, the header (JSON), the values
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class SafetensorsFile:
-    """The tensors of one safetensors file by key. The file is open, and mapped, only while one is read.
+    """The tensors of one safetensors file by key.
+
+    The header is parsed once: for tens of thousands of experts' matrices that takes longer than reading one of them.
+    The file is open only while one is read, and not mapped: memory holds that one.
 
     Raises:
         CheckpointError: missing, truncated or damaged.
@@ -36,16 +41,21 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.folder = path
         try:
-            with safe_open(path, framework="pt") as file:
-                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-                self._metas = {
-                    key: torch.empty(
-                        found.get_shape(), dtype=_DTYPES.get(found.get_dtype(), torch.uint8), device="meta"
-                    )
-                    for key, found in slices.items()
-                }
+            with safe_open(path, framework="pt"):  # holds the header against itself and the file's size
+                pass
+            with path.open("rb") as file:
+                begin = _LENGTH.size + _LENGTH.unpack(file.read(_LENGTH.size))[0]
+                header = json.loads(file.read(begin - _LENGTH.size))
         except (SafetensorError, OSError) as error:
             raise self._damaged(error) from error
+        self._metas: dict[str, Tensor] = {}
+        self._places: dict[str, tuple[int, int]] = {}
+        for key in sorted(header.keys() - {"__metadata__"}):
+            entry = header[key]
+            dtype = _DTYPES.get(entry["dtype"], torch.uint8)
+            self._metas[key] = torch.empty(entry["shape"], dtype=dtype, device="meta")
+            start, end = entry["data_offsets"]
+            self._places[key] = (begin + start, begin + end)
 
     def keys(self) -> list[str]:
         """Keys of the file's tensors."""
@@ -56,16 +66,22 @@ class SafetensorsFile:
         return self._metas[key]
 
     def read(self, key: str) -> Tensor:
-        """The values."""
+        """The values, of a floating point type."""
+        start, end = self._places[key]
+        values = torch.empty(end - start, dtype=torch.uint8)
         try:
-            with safe_open(self.folder, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(key).clone()
-                return tensor
-        except (SafetensorError, OSError) as error:
+            with self.folder.open("rb") as file:
+                file.seek(start)
+                found = file.readinto(values.numpy().data)
+        except OSError as error:
             raise self._damaged(error) from error
+        if found != end - start:
+            raise self._damaged(f"{key} has {found} of {end - start} bytes")
+        meta = self._metas[key]
+        return values.view(meta.dtype).view(meta.shape)
 
-    def _damaged(self, error: Exception) -> CheckpointError:
-        return CheckpointError(f"{self.folder}: missing, truncated or damaged ({error}). Copy the file again.")
+    def _damaged(self, what: object) -> CheckpointError:
+        return CheckpointError(f"{self.folder}: missing, truncated or damaged ({what}). Copy the file again.")
 
 
 class HFFolder:

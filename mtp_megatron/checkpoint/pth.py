@@ -121,7 +121,9 @@ class PthFile:
         # Set by torch.load on the meta device (torch's notes on serialization).
         begin = int(self._tensors[key].untyped_storage()._checkpoint_offset or 0)
         try:
-            with zipfile.ZipFile(self.folder) as archive, archive.open(self._members[begin]) as file:
+            with self.folder.open("rb") as archive:  # ZipFile would read the whole archive's directory again
+                archive.seek(begin)
+                file = zipfile.ZipExtFile(archive, "r", self._members[begin])
                 while block := file.read(_BLOCK):
                     yield block
         except (*_DAMAGED, OSError) as error:

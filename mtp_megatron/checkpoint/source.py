@@ -94,6 +94,8 @@ class Remapped:
         return mapping.join([self._parts.read(part) for part in mapping.parts], self._shape)
 
     def _check_copy(self, copy: str, original: str) -> None:
+        for key in (copy, original):
+            check_dtype(self.folder, key, self._parts.meta(key))
         if not torch.equal(self._parts.read(copy), self._parts.read(original)):
             raise CheckpointError(
                 f"{self.folder}: config.json ties the embeddings, and {copy} differs from {original}. Set "

@@ -53,7 +53,7 @@ def save_checkpoint(recipe: Recipe, data: Blend, trainer: DeepSpeedTrainer, chec
         data.first.copy_tokenizer(temporary)
         final = files.publish(checkpoints, step)
         files.write_atomically(checkpoints / files.DEEPSPEED_LATEST, final.name)
-        files.prune(checkpoints, recipe.run.keep_last, step)
+        files.prune(checkpoints, recipe.run.keep_last, step, recipe.run.keep_every)
     dist.barrier()  # nobody goes on, and perhaps fails, before the checkpoint is the latest
     return files.iteration_folder(checkpoints, step)
 

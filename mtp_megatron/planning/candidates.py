@@ -114,8 +114,7 @@ def layouts(recipe: Recipe, world_size: int, hardware: Hardware, fixed: Sequence
     parallel = recipe.parallel
     if "parallel.layout" in fixed:
         return [("given", parallel.layout)]
-    one_stage = {"parallel.pipeline": 1, "parallel.virtual_pipeline": None, "parallel.layout": None}
-    plain = changed(recipe, {**one_stage, "train.profile_steps": None})  # train.profile_ranks are of the whole job
+    plain = changed(recipe, {"parallel.pipeline": 1, "parallel.virtual_pipeline": None, "parallel.layout": None})
     share = world_size // (parallel.pipeline if world_size % parallel.pipeline == 0 else 1)
     checked = check_recipe(plain, world_size=share, tokenizer_vocab_size=recipe.model.vocab_size or 0)
     if parallel.pipeline == 1:

@@ -169,7 +169,6 @@ def checked(recipe: Recipe, gpus: int | None) -> Recipe:
         ConfigError: a setting that cannot work, or no vocabulary.
     """
     world_size = gpus or recipe.smallest_world
-    recipe = changed(recipe, {"train.profile_steps": None})  # of ranks that a run has, and this many GPUs may not
     return check_recipe(recipe, world_size=world_size, tokenizer_vocab_size=vocabulary(recipe))
 
 

@@ -13,18 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mtp_megatron.checkpoint.hf_config import EXPERT_SETTINGS
 from mtp_megatron.errors import CheckpointError
 from mtp_megatron.serving.vllm_plugin import ARCHITECTURE, MASK_TOKEN_ID
 
 HEADS_FOLDER, EAGLE3_FOLDER, MEDUSA_FOLDER = "mtp-heads", "eagle3-head2", "medusa"
 # Whose layer an EAGLE-3 draft is: engines' stock class has neither Qwen2's biases nor Qwen3's query and key norms.
 _EAGLE3_FAMILIES = ("llama", "mistral")
-# Heads are dense. Beside a trunk with experts they are layers of this family, and have none of these settings.
+# Heads are dense. Beside a trunk with experts they are layers of this family, without the experts' settings.
 _DENSE = {"qwen3_moe": "qwen3"}
-_EXPERT_SETTINGS = (
-    *("num_experts", "num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size"),
-    *("decoder_sparse_step", "mlp_only_layers"),
-)
 
 
 class DraftRule(NamedTuple):
@@ -136,7 +133,7 @@ def _mtp_heads(llama: dict[str, Any], export: dict[str, Any], keys: Collection[s
     rules += [DraftRule(key, (key,)) for key in keys if key.startswith(_HEAD_PREFIX)]
     layer_type = _DENSE.get(llama["model_type"], llama["model_type"])
     config = {
-        **{key: value for key, value in llama.items() if key not in _EXPERT_SETTINGS},
+        **{key: value for key, value in llama.items() if key not in EXPERT_SETTINGS},
         "architectures": [ARCHITECTURE],
         "model_type": layer_type,
         "num_hidden_layers": heads,

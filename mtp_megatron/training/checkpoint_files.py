@@ -86,17 +86,19 @@ def publish(checkpoints: Path, step: int) -> Path:
     return final
 
 
-def prune(checkpoints: Path, keep_last: int | None, step: int) -> None:
+def prune(checkpoints: Path, keep_last: int | None, step: int, keep_every: int | None = None) -> None:
     """Delete what is older than the ``keep_last`` newest usable checkpoints up to that of ``step``, the one just
     published; None keeps all.
 
-    Damaged ones do not count: a run that goes on from an older checkpoint than the newest is left with what it saves.
-    Nothing newer than ``step`` is deleted.
+    Multiples of ``keep_every`` are kept whatever they are, and do not count. Nor do damaged ones: a run that goes on
+    from an older checkpoint than the newest is left with what it saves. Nothing newer than ``step`` is deleted.
     """
     if keep_last is None:
         return
     kept = 0
     for saved, folder in reversed(list_iterations(checkpoints).items()):
+        if keep_every is not None and saved % keep_every == 0:
+            continue
         if kept == keep_last:
             _discard(folder)
         elif saved <= step and problem_of(folder) is None:

@@ -119,7 +119,7 @@ def _publish(recipe: Recipe, data: Blend, checkpoints: Path, step: int) -> None:
     (temporary / files.CONFIG).write_text(json.dumps(model_description(recipe, data, step), indent=2))
     data.first.copy_tokenizer(temporary)
     files.publish(checkpoints, step)
-    files.prune(checkpoints, recipe.run.keep_last, step)
+    files.prune(checkpoints, recipe.run.keep_last, step, recipe.run.keep_every)
 
 
 def load_checkpoint(recipe: Recipe, trainable: Trainable, folder: Path) -> int:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtp_megatron import compat
-from mtp_megatron.metrics import agreement_counts, expected_tokens_per_forward, per_token
+from mtp_megatron.metrics import agreement_counts, expected_tokens_per_forward, objective, per_token
 from mtp_megatron.targets import IGNORE_INDEX, context_positions
 from mtp_megatron.training.batches import Microbatch
 from mtp_megatron.training.recipe import Recipe
@@ -96,7 +96,7 @@ def evaluate(
     z_losses = sums[5 * n + 1 : counted]
     weights, rows = recipe.heads.base_weights(), range(counted, counted + by_folder.numel(), 3 * n)
     return Evaluation(
-        loss=_objective(weights, losses, sums[5 * n]),
+        loss=objective(weights, losses, sums[5 * n]),
         head_loss=per_token(losses, tokens),
         head_accuracy=per_token(correct, tokens),
         tokens_per_forward=expected_tokens_per_forward(accepted, positions),
@@ -107,16 +107,12 @@ def evaluate(
     )
 
 
-def _objective(weights: Sequence[float], losses: Sequence[float], tokens: float) -> float:
-    return per_token([sum(weight * loss for weight, loss in zip(weights, losses, strict=True))], [tokens])[0]
-
-
 def _folder_figures(weights: Sequence[float], sums: Sequence[float]) -> FolderFigures:
     """From a folder's losses, correct and targets, each ``[n]``."""
     n = len(weights)
     losses, correct, tokens = sums[:n], sums[n : 2 * n], sums[2 * n :]
     return FolderFigures(
-        loss=_objective(weights, losses, tokens[0]),
+        loss=objective(weights, losses, tokens[0]),
         head_loss=per_token(losses, tokens),
         head_accuracy=per_token(correct, tokens),
         head_tokens=[int(count) for count in tokens],

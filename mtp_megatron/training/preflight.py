@@ -63,6 +63,7 @@ def preflight(recipe: Recipe, world_size: int, *, warn: bool = True) -> Plan:
     recipe = check_recipe(
         recipe, world_size=world_size, tokenizer_vocab_size=data.first.vocab_size, done=_steps_done(recipe)
     )
+    _check_profile_ranks(recipe, world_size)
     check_machine(recipe)
     if recipe.train.memory_snapshot:
         from mtp_megatron.training.out_of_memory import check_memory_snapshot  # imports torch, which takes seconds
@@ -141,6 +142,20 @@ def check_launcher() -> None:
         "Start one torchrun on each node (examples/torchrun/slurm.sbatch does), or a single task: srun --ntasks=1. "
         "Where each task shall be a job of its own: env -u SLURM_STEP_NUM_TASKS mtp-megatron train ...",
     )
+
+
+def _check_profile_ranks(recipe: Recipe, world_size: int) -> None:
+    """Refuse ranks that this job has not. Not in :func:`.check_recipe`: a plan may be of another number of GPUs."""
+    ranks = recipe.train.profile_ranks
+    if recipe.train.profile_steps is None:
+        return
+    if not ranks or len(set(ranks)) < len(ranks) or not all(0 <= rank < world_size for rank in ranks):
+        raise ConfigError(
+            "train.profile_ranks",
+            ranks,
+            f"not different ranks of 0 to {world_size - 1}",
+            "Give those that shall record train.profile_steps, for example [0].",
+        )
 
 
 def _merged(recipe: Recipe, world_size: int) -> Recipe:

@@ -16,7 +16,7 @@ from torch import Tensor
 from mtp_megatron import compat
 from mtp_megatron.errors import MTPError
 from mtp_megatron.labels import label
-from mtp_megatron.metrics import per_token
+from mtp_megatron.metrics import objective, per_token
 from mtp_megatron.training.batches import Microbatch, rows_of
 from mtp_megatron.training.recipe import Recipe
 
@@ -254,9 +254,8 @@ def _figures(sums: Sequence[float], weights: Sequence[float]) -> StepFigures:
     n = len(weights)
     losses, correct, tokens = sums[:n], sums[n : 2 * n], sums[2 * n : 3 * n]
     z_losses = sums[3 * n + 1 :]
-    total = sum(weight * loss for weight, loss in zip(weights, losses, strict=True) if weight)
     return StepFigures(
-        loss=per_token([total], [sums[3 * n]])[0],
+        loss=objective(weights, losses, sums[3 * n]),
         head_loss=per_token(losses, tokens),
         head_accuracy=per_token(correct, tokens),
         tokens=int(sums[3 * n]),

@@ -39,7 +39,8 @@ def check_recipe(recipe: Recipe, *, world_size: int, tokenizer_vocab_size: int, 
     _check_documents(recipe)
     _check_frozen_stages(recipe)
     check_experts(recipe, world_size)
-    _check_profile(recipe, world_size)
+    _check_profile(recipe)
+    _check_retention(recipe)
     return recipe
 
 
@@ -186,24 +187,34 @@ def _check_batches(recipe: Recipe, world_size: int, done: int) -> None:
             )
 
 
-def _check_profile(recipe: Recipe, world_size: int) -> None:
+def _check_profile(recipe: Recipe) -> None:
     train = recipe.train
-    if train.profile_steps is None:
-        return
-    if train.profile_steps[0] > train.steps:
+    if train.profile_steps is not None and train.profile_steps[0] > train.steps:
         raise ConfigError(
             "train.profile_steps",
             train.profile_steps,
             f"the run ends at train.steps={train.steps}",
             f"Begin at step {train.steps} or before.",
         )
-    ranks = train.profile_ranks
-    if not ranks or len(set(ranks)) < len(ranks) or not all(0 <= rank < world_size for rank in ranks):
+
+
+def _check_retention(recipe: Recipe) -> None:
+    every, interval = recipe.run.keep_every, recipe.train.save_interval
+    if every is None:
+        return
+    if recipe.run.keep_last is None:
         raise ConfigError(
-            "train.profile_ranks",
-            ranks,
-            f"not different ranks of 0 to {world_size - 1}",
-            "Give those that shall record train.profile_steps, for example [0].",
+            "run.keep_every",
+            every,
+            "run.keep_last=null keeps all checkpoints",
+            "Set run.keep_last to how many of the others to keep, or this to null.",
+        )
+    if interval and every % interval:
+        raise ConfigError(
+            "run.keep_every",
+            every,
+            f"no multiple of train.save_interval={interval}: most of these steps are never saved",
+            f"Set it to {every // interval * interval or interval} or another multiple of {interval}.",
         )
 
 

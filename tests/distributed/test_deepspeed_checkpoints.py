@@ -179,10 +179,13 @@ def test_another_stage_or_host_is_refused_by_name(data: Path, whole: Any, tmp_pa
 
 
 def test_a_new_run_starts_from_a_deepspeed_run(data: Path, whole: Any, tmp_path: Path) -> None:
-    """At any layout and under either host."""
+    """At any layout and under either host. Its older checkpoints are pruned."""
     start = {**RUN, "run__load": str(whole[3]), "train__steps": 4, "train__save_interval": 0}
     ours, theirs = tmp_path / "deepspeed", tmp_path / "megatron"
-    run_world(train_body, 2, deepspeed_tree(data, ours, zero(1), parallel__tensor=2, **start), timeout=TIMEOUT)
+    keep = {"train__save_interval": 1, "run__keep_last": 1, "run__keep_every": 2}
+    tree = deepspeed_tree(data, ours, zero(1), parallel__tensor=2, **start | keep)
+    run_world(train_body, 2, tree, timeout=TIMEOUT)
+    assert sorted(path.name for path in ours.glob("checkpoints/iter_*")) == [f"iter_000000{step}" for step in (2, 3, 4)]
     run_world(train_body, 1, tiny_tree(data, theirs, **start))
     assert_alike(metrics(ours), metrics(theirs))
     assert metrics(theirs)[1]["loss"] < metrics(whole[3])[5]["loss"] * 1.2

@@ -29,6 +29,7 @@ from tests.training_runs import (
     train_on_scarce_targets,
 )
 
+STEPS = 10  # of the runs that layouts are compared by: what a wrong gradient does is seen from the second on
 TP2_PP2 = {"parallel__tensor": 2, "parallel__pipeline": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2xPP2": (4, TP2_PP2),
@@ -67,9 +68,10 @@ def seedling(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def single(data: Path, seedling: Path) -> Path:
-    """20 steps on one process: what every layout must reproduce."""
+    """What every layout must reproduce, on one process."""
     run = seedling.parent / "single"
-    run_world(train_body, 1, tiny_tree(data, run, run__load=str(seedling), train__steps=20, train__save_interval=10))
+    steps = {"train__steps": STEPS, "train__save_interval": STEPS // 2}
+    run_world(train_body, 1, tiny_tree(data, run, run__load=str(seedling), **steps))
     return run
 
 
@@ -77,21 +79,21 @@ def single(data: Path, seedling: Path) -> Path:
 def test_a_layout_trains_like_one_process(name: str, data: Path, seedling: Path, single: Path, tmp_path: Path) -> None:
     world, settings = LAYOUTS[name]
     run = tmp_path / "run"
-    once = {"train__steps": 20, "train__save_interval": 0}  # saved at the end: what is saved before is others' to test
+    once = {"train__steps": STEPS, "train__save_interval": 0}  # saved at the end: earlier saves are others' to test
     tree = tiny_tree(data, run, run__load=str(seedling), **once, **settings)
-    assert run_world(train_body, world, tree) == [20] * world
+    assert run_world(train_body, world, tree) == [STEPS] * world
     assert largest_difference(metrics(run), metrics(single)) < 1e-5
     for step, record in metrics(run).items():
         assert record["grad_norm"] == pytest.approx(metrics(single)[step]["grad_norm"], rel=1e-4)
         assert record["lr"] == metrics(single)[step]["lr"]
     assert largest_difference(metrics(run, "valid"), metrics(single, "valid")) < 1e-5
-    last = metrics(run, "valid")[20]
-    assert last["tokens_per_forward"] == pytest.approx(metrics(single, "valid")[20]["tokens_per_forward"], abs=0.02)
+    last = metrics(run, "valid")[STEPS]
+    assert last["tokens_per_forward"] == pytest.approx(metrics(single, "valid")[STEPS]["tokens_per_forward"], abs=0.02)
 
 
 def test_the_comparison_of_layouts_can_fail(data: Path, seedling: Path, single: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    once = {"train__steps": 20, "train__save_interval": 0, "train__eval_batches": 0}
+    once = {"train__steps": STEPS, "train__save_interval": 0, "train__eval_batches": 0}
     run_world(train_body, 1, tiny_tree(data, run, run__load=str(seedling), data__seed=99, **once))
     assert largest_difference(metrics(run), metrics(single)) > 1e-3
 
@@ -221,10 +223,10 @@ def test_a_save_that_fails_says_what_is_left(data: Path, tmp_path: Path) -> None
 def test_a_truncated_checkpoint_is_passed_over(data: Path, single: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(single, run)
-    shard = run / "checkpoints" / "iter_0000020" / "__0_0.distcp"
+    shard = run / "checkpoints" / f"iter_{STEPS:07d}" / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-100])
-    tree = tiny_tree(data, run, train__steps=20, train__save_interval=10)
-    assert run_world(train_body, 1, tree) == [20]
+    tree = tiny_tree(data, run, train__steps=STEPS, train__save_interval=STEPS // 2)
+    assert run_world(train_body, 1, tree) == [STEPS]
     assert metrics(run) == metrics(single)
 
 
@@ -240,9 +242,10 @@ def resumes_with(rank: int, world_size: int, tree: dict[str, Any]) -> str:
 
 def test_old_checkpoints_are_pruned(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    run_world(train_body, 1, tiny_tree(data, run, run__keep_last=2, train__save_interval=2, train__eval_batches=0))
+    keep = {"run__keep_last": 1, "run__keep_every": 4, "train__save_interval": 2, "train__eval_batches": 0}
+    run_world(train_body, 1, tiny_tree(data, run, **keep))
     names = sorted(entry.name for entry in (run / "checkpoints").iterdir())
-    assert names == ["iter_0000006", "iter_0000008", "latest_checkpointed_iteration.txt"]
+    assert names == ["iter_0000004", "iter_0000006", "iter_0000008", "latest_checkpointed_iteration.txt"]
 
 
 def test_a_checkpoint_of_another_architecture_is_refused_by_field(data: Path, single: Path, tmp_path: Path) -> None:
@@ -407,8 +410,8 @@ def test_frozen_trunks_resume_again_and_again(
     train: Callable[..., int], precision: str, data: Path, seedling: Path, tmp_path: Path
 ) -> None:
     """Rank 0 writes for all, and its optimizer has neither parameters nor steps."""
-    common = {"heads__trainable": "heads", "run__load": str(seedling), "train__save_interval": 2}
-    common |= {"train__precision": precision}
+    common = {"heads__trainable": "heads", "run__load": str(seedling), "train__precision": precision}
+    common |= {"train__steps": 6, "train__save_interval": 2}
     whole, stages = tmp_path / "whole", {"parallel__pipeline": 2}
     run_world(train, 2, tiny_tree(data, whole, **stages, **common))
     once = interrupted_copy(whole, tmp_path / "once", step=2)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mtp_megatron.metrics import agreement_counts, expected_tokens_per_forward, per_token
+from mtp_megatron.metrics import agreement_counts, expected_tokens_per_forward, objective, per_token
 from mtp_megatron.targets import IGNORE_INDEX as _
 
 # One sequence of 5 positions. Head 1 says HEAD_1; head i is accepted at t if it says head 1's word at t + i - 1.
@@ -75,3 +75,16 @@ def test_means_over_nothing_are_nan() -> None:
     values = per_token([6.0, 0.0], [3, 0])
     assert values[0] == 2.0
     assert math.isnan(values[1])
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_a_head_of_weight_0_takes_no_part_in_the_objective(lost: float) -> None:
+    """In training it has no sum; in an evaluation it may have overflowed."""
+    assert objective([1.0, 0.5, 0.0], [12.0, 8.0, lost], 4) == 4.0
+    assert objective([0.0, 2.0], [lost, 8.0], 4) == 4.0
+    assert not math.isfinite(objective([1.0, 0.5], [12.0, lost], 4)), "one that has a weight does"
+    assert objective([0.0, 0.0], [lost, lost], 4) == 0.0
+
+
+def test_the_objective_of_no_target_is_no_number() -> None:
+    assert math.isnan(objective([1.0, 1.0], [0.0, 0.0], 0))

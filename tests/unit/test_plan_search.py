@@ -89,13 +89,17 @@ def test_nothing_better_is_left_out() -> None:
     assert found.simulated < found.fitting
 
 
-def test_ranks_that_record_a_profile_are_none_of_a_plans_business() -> None:
+def test_ranks_that_record_a_profile_are_none_of_a_plans_business(tmp_path: Path) -> None:
     """A run's recipe has them; a plan costs one stage alone, or another number of GPUs."""
     cut = ["parallel.pipeline=4", "parallel.tensor=1", "parallel.layout=null", "model.num_trunk_layers=12"]
-    recipe = checked(read_plan("1.3B", cut), 4)
-    profiled = changed(recipe, {"train.profile_steps": [3, 4], "train.profile_ranks": [3]})
-    assert layouts(profiled, 4, Hardware(), ()) == layouts(recipe, 4, Hardware(), ())
-    assert checked(changed(profiled, {"train.profile_ranks": [7]}), 4).train.profile_steps is None
+    profiled = [*cut, "train.profile_steps=[3, 4]", "train.profile_ranks=[7]"]
+    recipe, other = (checked(read_plan("1.3B", settings), 4) for settings in (cut, profiled))
+    assert layouts(other, 4, Hardware(), ()) == layouts(recipe, 4, Hardware(), ())
+    train = searched("1.3B", 4, [*profiled, SMALL_BATCH]).best[0].candidate.recipe.train
+    assert (train.profile_steps, train.profile_ranks) == ([3, 4], [7])
+    found = tmp_path / "planned.yaml"
+    assert cli.main(["plan", "1.3B", *profiled, "--gpus", "4", "--recipe", str(found)]) == 0
+    assert load_recipe(found).train.profile_ranks == [7]  # what is written is the run's recipe, whole
 
 
 def test_what_is_given_stays() -> None:

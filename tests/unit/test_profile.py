@@ -16,12 +16,20 @@ from mtp_megatron.config import HeadsConfig
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.labels import label
 from mtp_megatron.training import profile
+from mtp_megatron.training.preflight import preflight
 from mtp_megatron.training.profile import StepProfiler
+from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.recipe_io import parse_recipe
 from mtp_megatron.training.run_folder import RunFolder
 from mtp_megatron.training.validate import check_recipe
 from tests.toy import ToyModel, batch, deferred
+from tests.training_runs import make_data, tiny_tree
 from tests.unit.test_no_synchronisation import Reads
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
@@ -124,19 +132,26 @@ def test_what_is_no_pair_of_steps_is_refused(steps: list[int]) -> None:
         parse_recipe({"train": {"profile_steps": steps}})
 
 
-@pytest.mark.parametrize(
-    ("train", "message"),
-    [
-        ({"profile_steps": [9, 9], "steps": 8}, r"train\.profile_steps=\[9, 9\]: the run ends at train\.steps=8"),
-        ({"profile_steps": [1, 1], "profile_ranks": [2]}, r"train\.profile_ranks=\[2\]: not different ranks of 0 to 1"),
-        ({"profile_steps": [1, 1], "profile_ranks": [0, 0]}, r"train\.profile_ranks=\[0, 0\]"),
-        ({"profile_steps": [1, 1], "profile_ranks": []}, r"train\.profile_ranks=\[\]"),
-    ],
-)
-def test_what_would_record_nothing_is_refused(train: dict[str, Any], message: str) -> None:
-    recipe = parse_recipe({"train": train, "parallel": {"tensor": 2}})
-    with pytest.raises(ConfigError, match=message):
-        check_recipe(recipe, world_size=2, tokenizer_vocab_size=257)
+def test_steps_beyond_the_run_are_refused() -> None:
+    recipe = parse_recipe({"train": {"profile_steps": [9, 9], "steps": 8}})
+    with pytest.raises(ConfigError, match=r"train\.profile_steps=\[9, 9\]: the run ends at train\.steps=8"):
+        check_recipe(recipe, world_size=1, tokenizer_vocab_size=257)
+
+
+@pytest.mark.parametrize("ranks", [[2], [-1], [0, 0], []], ids=str)
+def test_a_job_that_has_not_the_ranks_is_refused(ranks: list[int], data: Path, tmp_path: Path) -> None:
+    """Only the job: a plan of the recipe may be of other GPUs."""
+
+    def recipe(**train: Any) -> Recipe:
+        settings = {f"train__{key}": value for key, value in train.items()}
+        return parse_recipe(tiny_tree(data, tmp_path / "run", parallel__tensor=2, **settings))
+
+    with pytest.raises(ConfigError, match="not different ranks of 0 to 1") as refused:
+        preflight(recipe(profile_steps=[1, 1], profile_ranks=ranks), 2)
+    assert (refused.value.field, refused.value.value) == ("train.profile_ranks", ranks)
+    assert not (tmp_path / "run").exists()
+    preflight(recipe(profile_ranks=ranks), 2)  # nothing is recorded
+    preflight(recipe(profile_steps=[1, 1], profile_ranks=[1]), 2)
 
 
 def test_what_is_announced(tmp_path: Path) -> None:

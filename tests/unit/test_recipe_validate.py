@@ -45,6 +45,8 @@ def test_good_recipes_pass_resolved() -> None:
         (2, SPREAD),
         (2, {"parallel__pipeline": 2, "parallel__layout": "Ett|ttmmmL", "heads__unembedding": "replicated"}),
         (1, {"train__seq_length": 16, "model__vocab_size": 300}),
+        (1, {"run__keep_last": 1, "run__keep_every": 80, "train__save_interval": 40}),
+        (1, {"run__keep_last": 1, "run__keep_every": 3, "train__save_interval": 0}),
     ]:
         check_recipe(recipe_of(**overrides), world_size=world, tokenizer_vocab_size=257)
 
@@ -53,6 +55,13 @@ def test_good_recipes_pass_resolved() -> None:
     ("field", "says", "world", "overrides"),
     [
         ("train.seq_length", "model.seq_length=32", 1, {"train__seq_length": 64}),
+        ("run.keep_every", "run.keep_last=null keeps all", 1, {"run__keep_every": 100}),
+        (
+            "run.keep_every",
+            "no multiple of train.save_interval=40: most of these steps are never saved. Set it to 80 or",
+            1,
+            {"run__keep_every": 100, "run__keep_last": 2, "train__save_interval": 40},
+        ),
         ("model.vocab_size", "257 ids", 1, {"model__vocab_size": 200}),
         ("heads.n", "no target that far", 1, {"heads__n": 33}),
         ("parallel.tensor", "num_attention_heads=4", 3, {"parallel__tensor": 3}),
@@ -175,6 +184,7 @@ def test_what_may_change_when_a_run_is_resumed(tmp_path: Path) -> None:
             heads__execution="joint",
             data__cache="/scratch/index",
             run__keep_last=1,
+            run__keep_every=10,
         )
     )
 

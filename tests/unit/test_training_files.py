@@ -115,6 +115,27 @@ def test_pruning_keeps_the_latest(tmp_path: Path) -> None:
     assert list(files.list_iterations(tmp_path)) == [10, 100]
 
 
+def test_pruning_keeps_every_so_many_steps_for_good(tmp_path: Path) -> None:
+    """They do not count among the latest, the newest of all included."""
+    kept = {}
+    for step in range(100, 1300, 100):
+        save(tmp_path, step)
+        files.prune(tmp_path, 2, step, 500)
+        kept[step] = list(files.list_iterations(tmp_path))
+    assert kept[400] == [300, 400]
+    assert kept[1000] == [500, 800, 900, 1000]
+    assert kept[1200] == [500, 1000, 1100, 1200]
+    files.prune(tmp_path, 2, 1000, 500)  # as after a resumption from step 900
+    assert list(files.list_iterations(tmp_path)) == [500, 1000, 1100, 1200]
+    (tmp_path / "iter_0000500/.metadata").unlink()
+    files.prune(tmp_path, 1, 1200, 500)
+    assert list(files.list_iterations(tmp_path)) == [500, 1000, 1200]
+    files.prune(tmp_path, None, 1200, 500)
+    assert list(files.list_iterations(tmp_path)) == [500, 1000, 1200]
+    files.prune(tmp_path, 1, 1200)  # the setting was taken back
+    assert list(files.list_iterations(tmp_path)) == [1200]
+
+
 def test_pruning_counts_no_damaged_checkpoint_and_keeps_the_one_just_saved(tmp_path: Path) -> None:
     """A run whose newest checkpoint was damaged goes on from the one before it."""
     for step in (100, 200, 300, 400):
