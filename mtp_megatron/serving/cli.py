@@ -8,7 +8,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mtp_megatron.data.tokenizer import Tokenizer
@@ -73,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     for option in ("num_prompts", "prompt_tokens", "threads"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
             raise ConfigError(f"--{option.replace('_', '-')}", getattr(args, option), "must be 1 or more", "Raise it.")
+    if args.json:
+        _check_writable(Path(args.json))
     export = open_export(args.export)
     most = export.config.num_heads if args.heads is None else args.heads
     prompts = _prompts(args, export.tokenizer, export.config.context)
@@ -99,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         command = shlex.join(["mtp-megatron", "generate", *sys.argv[2:]])
         figures = report(results, model, command=command, export=str(export.folder), max_new_tokens=args.max_new_tokens)
-        _write_json(Path(args.json), figures)
+        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     experts = export.config.num_experts is not None
     return _verdict(results, len(prompts), bf16=args.dtype == "bf16", experts=experts)
 
@@ -144,12 +146,16 @@ def _say_unknown(result: HeadCount, tokenizer: Tokenizer) -> None:
         )
 
 
-def _write_json(path: Path, figures: dict[str, Any]) -> None:
+def _check_writable(path: Path) -> None:
+    """Make the file's folder, and refuse a place that cannot be written before anything is decoded for it."""
     from mtp_megatron.errors import ConfigError
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        new = not path.exists()
+        path.open("a").close()
+        if new:
+            path.unlink()
     except OSError as error:
         raise ConfigError(
             "--json", str(path), f"cannot be written ({error.strerror})", "Choose another file."

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -200,6 +201,11 @@ def find_checkpoint(path: str | Path, *, warn: bool = True) -> Path:
         found = latest_complete(folder, warn=warn)
         if found:
             return found
+    if (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path}: no checkpoint (iter_*) in it, but a Hugging Face config.json. Convert it: "
+            f"mtp-megatron convert {shlex.quote(str(path))} --to megatron --output START; then name START."
+        )
     raise CheckpointError(
         f"{path}: no checkpoint (iter_*) in it. Give a run folder, its checkpoints folder or an iter_ folder."
     )

@@ -19,7 +19,7 @@ from mtp_megatron.training.recipe import Recipe
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with two repairs: ``3e-4`` is a number, and a key given twice is an error."""
+    """YAML 1.1 with three repairs: ``3e-4`` is a number, a date is text, and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -29,6 +29,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.yaml_implicit_resolvers = {  # no setting is a date, and a folder may be named by one
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(  # YAML 1.1 demands a dot and a signed exponent, so 3e-4 would be a string
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )

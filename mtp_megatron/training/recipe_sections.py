@@ -8,6 +8,7 @@ and described on any machine.
 from __future__ import annotations
 
 import math
+import os
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -22,6 +23,13 @@ class Section(BaseModel):
     """Base of the recipe's sections: immutable, strictly typed, without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _at_home(value: Any) -> Any:
+    """The paths in it with a leading ``~`` as the home folder: behind ``key=`` no shell reads it so."""
+    if isinstance(value, list):
+        return [_at_home(part) for part in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 class ModelSection(Section):
@@ -138,6 +146,8 @@ class DataSection(Section):
         description="no token attends to another document of its sequence (intra-document masking), in trunk and heads",
     )
     workers: int = Field(default=0, ge=0, description="loader processes per rank; 0: load in the training process")
+
+    _home = field_validator("path", "blend", "cache")(_at_home)
 
     @model_validator(mode="before")
     @classmethod
@@ -415,3 +425,5 @@ class RunSection(Section):
         min_length=1,
         description="DeepSpeed configuration (JSON) to train under; null: megatron-core's loop",
     )
+
+    _home = field_validator("path", "load", "deepspeed")(_at_home)

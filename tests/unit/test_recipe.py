@@ -50,6 +50,15 @@ def test_numbers_are_numbers_however_they_are_written(tmp_path: Path, text: str,
     assert load_recipe(write(tmp_path, ""), [f"optimizer.lr={text}"]).optimizer.lr == value
 
 
+def test_a_folder_may_look_like_a_date_or_begin_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No shell expands the ~ of ``run.path=~/runs``; YAML 1.1 reads 2026-11-28 as a date."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    recipe = load_recipe(write(tmp_path, "run: {load: ~/first}\n"), ["run.path=2026-11-28", "data.cache=~/cache"])
+    assert (recipe.run.path, recipe.run.load, recipe.data.cache) == ("2026-11-28", "/home/ada/first", "/home/ada/cache")
+    blended = load_recipe(write(tmp_path, ""), ["data.path=null", "data.blend=[[0.3, ~/a], [0.7, b~]]"]).data.blend
+    assert blended == [[0.3, "/home/ada/a"], [0.7, "b~"]]
+
+
 def test_overrides_are_yaml_and_the_last_one_wins(tmp_path: Path) -> None:
     overrides = [
         "train.steps=5",

@@ -353,6 +353,9 @@ def test_another_data_set_is_refused_on_resume(data: Path, tmp_path: Path) -> No
 def test_initial_weights_must_exist(data: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint"):
         preflight(parse_recipe(tiny_tree(data, tmp_path / "run", run__load=str(tmp_path))), 1)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"mtp-megatron convert .* --to megatron"):
+        preflight(parse_recipe(tiny_tree(data, tmp_path / "run", run__load=str(tmp_path))), 1)
 
 
 def train_command(recipe: Path, *words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:

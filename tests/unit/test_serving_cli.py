@@ -141,7 +141,9 @@ def test_held_out_prompts_need_the_same_tokenizer(data: Path) -> None:
 )
 def test_refusals(export: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", str(export), "--quiet", *options]) == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.out == ""  # nothing was decoded for it
 
 
 def test_no_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
