@@ -165,13 +165,16 @@ def _check_past(recipe: Recipe, so_far: Recipe, folder: RunFolder) -> None:
     wanted = there.joined(done, here)
     name = "global_batch_size" if recipe.train.batch_size_schedule is None else "batch_size_schedule"
     flag = "" if recipe.run.accept_changes else " run.accept_changes=true"
+    sizes = f"train.batch_size_schedule='{wanted}' train.global_batch_size={wanted.last}{flag}"
+    remedy = f"Set {sizes} to go on with other sizes"
+    if recipe.run.deepspeed is not None:  # whose engine follows no schedule
+        remedy = f"Set it to {there.last}, also by what {recipe.run.deepspeed} says of batches"
     raise ConfigError(
         f"train.{name}",
         getattr(recipe.train, name),
         f"the run in run.path={recipe.run.path} is at step {done}, and its steps took {BatchSizes(there.until(done))} "
         "([first step, sequences]): that cannot change any more",
-        f"Set train.batch_size_schedule='{wanted}' train.global_batch_size={wanted.last}{flag} to go on with other "
-        "sizes, or choose another run.path (with run.load to start from that run's weights).",
+        f"{remedy}, or choose another run.path (with run.load to start from that run's weights).",
     )
 
 

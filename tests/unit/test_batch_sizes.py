@@ -217,6 +217,24 @@ def test_what_would_alter_the_steps_so_far_is_refused_by_name(
     preflight(parse_recipe(overridden(tree, overrides)), 1)
 
 
+@pytest.mark.parametrize("flag", [False, True])
+def test_under_deepspeed_nobody_is_advised_to_take_a_schedule(flag: bool, data: Path, tmp_path: Path) -> None:
+    """Its engine follows none; and the size may be the configuration's."""
+    config, run = tmp_path / "ds.json", tmp_path / "run"
+    config.write_text('{"train_batch_size": 8, "zero_optimization": {"stage": 1}}')
+    stopped(run, data, 3)
+    tree = tiny_tree(data, run, run__deepspeed=str(config), run__accept_changes=flag)
+    del tree["train"]["global_batch_size"]
+    with pytest.raises(ConfigError, match=r"is at step 3, and its steps took \[\[1, 4\]\]") as caught:
+        preflight(parse_recipe(tree), 1)
+    assert caught.value.field == "train.global_batch_size"
+    assert "Set it to 4, also by what" in caught.value.remedy
+    assert "batch_size_schedule" not in caught.value.remedy
+    config.write_text('{"train_batch_size": 4, "zero_optimization": {"stage": 1}}')
+    with pytest.raises(CheckpointError, match="asks for the other"):  # the size is right now
+        preflight(parse_recipe(tree), 1)
+
+
 def test_a_run_recorded_before_there_were_schedules_goes_on_and_takes_one(data: Path, tmp_path: Path) -> None:
     stopped(tmp_path, data, 5)
     recorded = RunFolder(tmp_path).recipe
