@@ -78,6 +78,24 @@ def test_a_safetensors_file_that_gets_shorter_meanwhile(tmp_path: Path) -> None:
         file.read("a")
 
 
+@pytest.mark.parametrize(
+    ("entry", "values"),
+    [
+        ({"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}, 0),
+        (["F32", [2], [0, 8]], 8),
+    ],
+    ids=["a size that torch has not", "no object"],
+)
+def test_a_header_that_the_library_lets_pass_is_named(entry: Any, values: int, tmp_path: Path) -> None:
+    header = json.dumps({"a": entry}).encode()
+    path = tmp_path / "file.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(values))
+    with safe_open(path, framework="pt") as file:
+        assert list(file.keys()) == ["a"], "control"
+    with pytest.raises(CheckpointError, match=r"file\.safetensors: missing, truncated or damaged"):
+        SafetensorsFile(path)
+
+
 def test_the_directory_of_a_pth_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file.pth"
     tensors = TENSORS | {"turned": torch.randn(3, 2).t(), "part": torch.arange(9.0)[2:5]}
@@ -105,4 +123,13 @@ def test_a_tied_copy_of_whole_numbers_is_refused_by_name(tmp_path: Path) -> None
     save_file({tied[0]: torch.ones(4, 2, dtype=torch.int64), tied[1]: torch.ones(4, 2)}, tmp_path / "model.safetensors")
     shape = replace(SHAPE, tied_embeddings=True)
     with pytest.raises(CheckpointError, match=r"lm_head\.weight is stored as uint8, a quantised model's type"):
+        Remapped(HFFolder(tmp_path), expand(LLAMA, shape), shape, tied_copy=tied)
+
+
+def test_tied_embeddings_under_the_other_name_alone_are_named(tmp_path: Path) -> None:
+    """``safetensors.torch.save_model`` keeps the first name of two."""
+    tied = ("lm_head.weight", "model.embed_tokens.weight")
+    save_file({tied[0]: torch.ones(4, 2)}, tmp_path / "model.safetensors")
+    shape = replace(SHAPE, tied_embeddings=True)
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight"):
         Remapped(HFFolder(tmp_path), expand(LLAMA, shape), shape, tied_copy=tied)
