@@ -117,6 +117,20 @@ def test_a_pth_file_that_gets_shorter_meanwhile(tmp_path: Path) -> None:
         file.read("b")
 
 
+def test_of_a_pth_file_that_was_compressed_the_whole_is_read_and_no_part(tmp_path: Path) -> None:
+    """Its bytes would be taken for the numbers."""
+    torch.save({"a": torch.arange(1000.0)}, tmp_path / "plain.pth")
+    with zipfile.ZipFile(tmp_path / "plain.pth") as plain:
+        with zipfile.ZipFile(tmp_path / "file.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+            for name in plain.namelist():
+                archive.writestr(name, plain.read(name))
+    assert torch.equal(PthFile(tmp_path / "plain.pth").read_part("a", 3, 2), torch.tensor([3.0, 4.0]))
+    file = PthFile(tmp_path / "file.pth")
+    assert torch.equal(file.read("a"), torch.arange(1000.0))
+    with pytest.raises(CheckpointError, match=r"file\.pth: compressed"):
+        file.read_part("a", 3, 2)
+
+
 def test_a_tied_copy_of_whole_numbers_is_refused_by_name(tmp_path: Path) -> None:
     """It is compared before the model's shapes are."""
     tied = ("lm_head.weight", "model.embed_tokens.weight")
