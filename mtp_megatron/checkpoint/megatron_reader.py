@@ -83,7 +83,8 @@ class MegatronCheckpoint:
         """
         source = self._sources[key]
         result = torch.empty(source.shape, dtype=source.stored.dtype)
-        filled, boxes = 0, []
+        filled = 0
+        boxes: list[tuple[slice, ...]] = []
         for chunk in source.chunks:
             within = [at - start for at, start in zip(source.index, chunk.offsets, strict=False)]
             values = _load(chunk, source.stored.dtype)[tuple(within)]

@@ -120,10 +120,12 @@ def test_a_pth_file_that_gets_shorter_meanwhile(tmp_path: Path) -> None:
 def test_of_a_pth_file_that_was_compressed_the_whole_is_read_and_no_part(tmp_path: Path) -> None:
     """Its bytes would be taken for the numbers."""
     torch.save({"a": torch.arange(1000.0)}, tmp_path / "plain.pth")
-    with zipfile.ZipFile(tmp_path / "plain.pth") as plain:
-        with zipfile.ZipFile(tmp_path / "file.pth", "w", zipfile.ZIP_DEFLATED) as archive:
-            for name in plain.namelist():
-                archive.writestr(name, plain.read(name))
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "file.pth", "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        for name in plain.namelist():
+            archive.writestr(name, plain.read(name))
     assert torch.equal(PthFile(tmp_path / "plain.pth").read_part("a", 3, 2), torch.tensor([3.0, 4.0]))
     file = PthFile(tmp_path / "file.pth")
     assert torch.equal(file.read("a"), torch.arange(1000.0))
