@@ -46,16 +46,16 @@ class SafetensorsFile:
             with path.open("rb") as file:
                 begin = _LENGTH.size + _LENGTH.unpack(file.read(_LENGTH.size))[0]
                 header = json.loads(file.read(begin - _LENGTH.size))
-        except (SafetensorError, OSError) as error:
+            self._metas: dict[str, Tensor] = {}
+            self._places: dict[str, tuple[int, int]] = {}
+            for key in sorted(header.keys() - {"__metadata__"}):
+                entry = header[key]
+                dtype = _DTYPES.get(entry["dtype"], torch.uint8)
+                self._metas[key] = torch.empty(entry["shape"], dtype=dtype, device="meta")
+                start, end = entry["data_offsets"]
+                self._places[key] = (begin + start, begin + end)
+        except (SafetensorError, OSError, TypeError) as error:  # the last: sizes and entries that the library lets pass
             raise self._damaged(error) from error
-        self._metas: dict[str, Tensor] = {}
-        self._places: dict[str, tuple[int, int]] = {}
-        for key in sorted(header.keys() - {"__metadata__"}):
-            entry = header[key]
-            dtype = _DTYPES.get(entry["dtype"], torch.uint8)
-            self._metas[key] = torch.empty(entry["shape"], dtype=dtype, device="meta")
-            start, end = entry["data_offsets"]
-            self._places[key] = (begin + start, begin + end)
 
     def keys(self) -> list[str]:
         """Keys of the file's tensors."""

@@ -84,17 +84,21 @@ class MegatronCheckpoint:
         source = self._sources[key]
         result = torch.empty(source.shape, dtype=source.stored.dtype)
         filled = 0
+        boxes: list[tuple[slice, ...]] = []
         for chunk in source.chunks:
             within = [at - start for at, start in zip(source.index, chunk.offsets, strict=False)]
             values = _load(chunk, source.stored.dtype)[tuple(within)]
             offsets, sizes = chunk.offsets[len(within) :], chunk.sizes[len(within) :]
             box = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
-            if any(part.stop > extent for part, extent in zip(box, source.shape, strict=True)):
+            if any(part.start < 0 or part.stop > extent for part, extent in zip(box, source.shape, strict=True)):
                 raise CheckpointError(
                     f"{chunk.file}: a chunk of {key} lies outside the tensor's shape {list(source.shape)}. {_REMEDY}"
                 )
+            if any(_overlap(box, other) for other in boxes):  # the count below would not show what is left out
+                raise CheckpointError(f"{self.folder / METADATA}: chunks of {key} overlap. {_REMEDY}")
             result[box] = values
             filled += values.numel()
+            boxes.append(box)
         if filled != math.prod(source.shape):
             raise CheckpointError(
                 f"{self.folder / METADATA}: the chunks of {key} hold {filled} of {math.prod(source.shape)} values. "
@@ -157,6 +161,11 @@ def _unstacked(stored: StoredTensor, axes: int) -> Iterator[_Source]:
                 chunks[index].append(chunk)
     for index, parts in chunks.items():
         yield _Source(stored, index, tuple(parts))
+
+
+def _overlap(one: tuple[slice, ...], other: tuple[slice, ...]) -> bool:
+    """Whether two boxes have a value in common."""
+    return all(max(a.start, b.start) < min(a.stop, b.stop) for a, b in zip(one, other, strict=True))
 
 
 def _load(chunk: StoredChunk, dtype: torch.dtype) -> Tensor:

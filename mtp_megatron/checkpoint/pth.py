@@ -83,12 +83,15 @@ class PthFile:
         The first part asked for has the whole tensor read, block by block, for its checksum.
 
         Raises:
-            CheckpointError: the tensor is damaged or ends before.
+            CheckpointError: the tensor is damaged, compressed or ends before.
         """
         meta = self._tensors[key]
         storage = meta.untyped_storage()
         if meta.dim() != 1 or meta.stride() != (1,) or start + count > meta.numel():
             raise CheckpointError(f"{self.folder}: {key} is no flat tensor of {start + count} values. {_REMEDY}")
+        member = self._members.get(int(storage._checkpoint_offset or 0))
+        if member is not None and member.compress_type != zipfile.ZIP_STORED:  # the whole can be read, but no part
+            raise CheckpointError(f"{self.folder}: compressed, which torch.save does not do. {_REMEDY}")
         if key not in self._checked:
             self._check_length(key, sum(len(block) for block in self._blocks(key)))
             self._checked.add(key)

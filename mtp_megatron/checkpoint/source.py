@@ -71,7 +71,7 @@ class Remapped:
         self._mappings = {mapping.megatron: mapping for mapping in mappings}
         present = {key for key in parts.keys() if not DERIVED.fullmatch(key)}  # noqa: SIM118 (not a dict)
         wanted = [part for mapping in mappings for part in mapping.parts]
-        if tied_copy is not None and shape.tied_embeddings and tied_copy[0] in present:
+        if tied_copy is not None and shape.tied_embeddings and present.issuperset(tied_copy):
             present.discard(tied_copy[0])
             self._check_copy(*tied_copy)
         check_complete(

@@ -67,7 +67,9 @@ class MegatronIndex:
         code, sequences, boundaries = self._header(head)
         expected = HEADER.size + 12 * sequences + 8 * boundaries
         if not self.bin_bytes:
-            raise self._unusable(f"its documents are all empty, and so is {self.bin.name}", "Give another one.")
+            raise self._unusable(
+                f"{self.bin.name} beside it is empty", "Copy that again, or give documents that are not all empty."
+            )
         if size == expected + sequences:
             raise self._unusable("it has a mode for each sequence: data with images", "Give data of text alone.")
         if size != expected:

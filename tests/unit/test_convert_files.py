@@ -78,6 +78,24 @@ def test_a_safetensors_file_that_gets_shorter_meanwhile(tmp_path: Path) -> None:
         file.read("a")
 
 
+@pytest.mark.parametrize(
+    ("entry", "values"),
+    [
+        ({"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}, 0),
+        (["F32", [2], [0, 8]], 8),
+    ],
+    ids=["a size that torch has not", "no object"],
+)
+def test_a_header_that_the_library_lets_pass_is_named(entry: Any, values: int, tmp_path: Path) -> None:
+    header = json.dumps({"a": entry}).encode()
+    path = tmp_path / "file.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(values))
+    with safe_open(path, framework="pt") as file:
+        assert list(file.keys()) == ["a"], "control"
+    with pytest.raises(CheckpointError, match=r"file\.safetensors: missing, truncated or damaged"):
+        SafetensorsFile(path)
+
+
 def test_the_directory_of_a_pth_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file.pth"
     tensors = TENSORS | {"turned": torch.randn(3, 2).t(), "part": torch.arange(9.0)[2:5]}
@@ -99,10 +117,35 @@ def test_a_pth_file_that_gets_shorter_meanwhile(tmp_path: Path) -> None:
         file.read("b")
 
 
+def test_of_a_pth_file_that_was_compressed_the_whole_is_read_and_no_part(tmp_path: Path) -> None:
+    """Its bytes would be taken for the numbers."""
+    torch.save({"a": torch.arange(1000.0)}, tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "file.pth", "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        for name in plain.namelist():
+            archive.writestr(name, plain.read(name))
+    assert torch.equal(PthFile(tmp_path / "plain.pth").read_part("a", 3, 2), torch.tensor([3.0, 4.0]))
+    file = PthFile(tmp_path / "file.pth")
+    assert torch.equal(file.read("a"), torch.arange(1000.0))
+    with pytest.raises(CheckpointError, match=r"file\.pth: compressed"):
+        file.read_part("a", 3, 2)
+
+
 def test_a_tied_copy_of_whole_numbers_is_refused_by_name(tmp_path: Path) -> None:
     """It is compared before the model's shapes are."""
     tied = ("lm_head.weight", "model.embed_tokens.weight")
     save_file({tied[0]: torch.ones(4, 2, dtype=torch.int64), tied[1]: torch.ones(4, 2)}, tmp_path / "model.safetensors")
     shape = replace(SHAPE, tied_embeddings=True)
     with pytest.raises(CheckpointError, match=r"lm_head\.weight is stored as uint8, a quantised model's type"):
+        Remapped(HFFolder(tmp_path), expand(LLAMA, shape), shape, tied_copy=tied)
+
+
+def test_tied_embeddings_under_the_other_name_alone_are_named(tmp_path: Path) -> None:
+    """``safetensors.torch.save_model`` keeps the first name of two."""
+    tied = ("lm_head.weight", "model.embed_tokens.weight")
+    save_file({tied[0]: torch.ones(4, 2)}, tmp_path / "model.safetensors")
+    shape = replace(SHAPE, tied_embeddings=True)
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight"):
         Remapped(HFFolder(tmp_path), expand(LLAMA, shape), shape, tied_copy=tied)

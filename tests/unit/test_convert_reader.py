@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -186,6 +187,26 @@ def test_chunks_that_leave_a_hole_are_refused(folder: Path) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     seal(folder)
     with pytest.raises(CheckpointError, match=r"output_layer\.weight hold 4224 of 8448 values"):
+        open_checkpoint(folder).read("output_layer.weight")
+
+
+@pytest.mark.parametrize(
+    ("offset", "message"),
+    [(0, r"\.metadata: chunks of output_layer\.weight overlap"), (-264, "lies outside the tensor's shape")],
+    ids=["one twice", "before the beginning"],
+)
+def test_chunks_that_hide_a_hole_are_refused(folder: Path, offset: int, message: str) -> None:
+    """Their values add up to the tensor's, half of which would be whatever memory held."""
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    first, second = metadata.state_dict_metadata["output_layer.weight"].chunks
+    assert (*first.offsets, *first.sizes) == (0, 0, 132, 32)
+    index = {i.offset: i for i in metadata.storage_data if i.fqn == "output_layer.weight"}[second.offsets]
+    stored = metadata.storage_data.pop(index)
+    second.offsets = torch.Size([offset, 0])
+    metadata.storage_data[dataclasses.replace(index, offset=second.offsets)] = stored
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    seal(folder)
+    with pytest.raises(CheckpointError, match=message):
         open_checkpoint(folder).read("output_layer.weight")
 
 

@@ -177,7 +177,7 @@ def test_empty_documents_are_no_part_of_the_sample(tmp_path: Path) -> None:
 def test_a_bin_of_empty_documents_is_refused(upstream: Path, tmp_path: Path) -> None:
     empty = write_upstream(tmp_path / "empty", [[], [[]]])
     for prefix, options in ((empty, {}), (upstream, {"valid": empty})):
-        with pytest.raises(DataError, match=r"its documents are all empty, and so is empty\.bin"):
+        with pytest.raises(DataError, match=r"empty\.bin beside it is empty"):
             adopted(prefix, tmp_path / "data", **options)
 
 
