@@ -248,6 +248,8 @@ class _Session:
             return False
         if self.profiler.records:  # readers are forked anew, and would record into their memory until they end
             self._write_profile(log)
+        with log.paused():  # likewise: they would hold the copies; data.workers is each host's own, and this collective
+            self.saves.settle(log, "passing over data")
         self.trainable.scheduler.step(increment=skipped)
         self.step += skipped
         log.passed_over(self.step, skipped)

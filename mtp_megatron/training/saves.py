@@ -97,10 +97,12 @@ class Saves:
 
     def settle_before_error(self, log: RunLog, error: BaseException) -> None:
         """The same before all ranks end with ``error``, which is the news even where this fails, too."""
+        what = self._watch.what
         try:
             self.settle(log, f"the end by {type(error).__name__}")
         except BaseException as another:  # noqa: BLE001 - torch's CheckpointException is no Exception
             error.add_note(f"besides, the checkpoint before it could not be saved: {_what(another)}")
+        self._watch.begin(what)  # where the error came from: a GPU that is full names it
 
     @contextmanager
     def settled_at_the_end(self, log: RunLog) -> Iterator[None]:

@@ -246,6 +246,30 @@ def test_a_run_that_diverges_has_the_checkpoint_that_was_being_written(data: Pat
     assert "iter_0000004" in said[0]
 
 
+def reads_anew(rank: int, world_size: int, tree: dict[str, Any]) -> tuple[list[str], list[bool]]:
+    """Train on a disk that gets fast when the training waits for it. What was told; and whether a checkpoint was being
+    written, whenever readers began."""
+    with SlowDisk(True, tree, open_in=99):
+        from mtp_megatron.training import loop
+
+        build, writing = loop.build_train_iterator, list[bool]()
+
+        def begun(*args: Any, **kwargs: Any) -> Any:
+            writing.append(any(thread.name == "checkpoint" for thread in threading.enumerate()))
+            return build(*args, **kwargs)
+
+        with mock.patch.object(loop, "build_train_iterator", begun):
+            return says_on_the_way(rank, world_size, tree)[1], writing
+
+
+def test_readers_that_are_forked_on_the_way_hold_no_copies(data: Path, tmp_path: Path) -> None:
+    """What a process is forked with stays allocated until that process ends, too."""
+    skips = {"data__workers": 1, "train__skip_steps": [[6, 6]], "train__save_interval": 4}
+    ((said, writing),) = run_world(reads_anew, 1, tiny_tree(data, tmp_path / "run", **skips, **ASYNC))
+    assert writing == [False, False]
+    assert any(line.startswith("passing over data waited ") for line in said)
+
+
 def killed(rank: int, world_size: int, tree: dict[str, Any]) -> None:
     """Train on a slow disk until a rank dies in step 7, with step 6 half written."""
     with SlowDisk(rank == 1, tree, open_in=1):

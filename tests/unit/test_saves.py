@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -203,6 +203,15 @@ class Pending:
         self.events.append(f"drop {self.step}")
 
 
+class Watch:
+    """In place of a :class:`.HangWatch`."""
+
+    what = ""
+
+    def begin(self, what: str) -> None:
+        self.what = what
+
+
 class Run:
     """A :class:`Saves` whose host, log and watch note what they are asked for."""
 
@@ -212,12 +221,12 @@ class Run:
         self.pending: list[Pending] = []
         self.folder = RunFolder(path)
         self.log: Any = SimpleNamespace(message=self.said.append, paused=self._paused)
-        watch: Any = SimpleNamespace(begin=lambda what: None)
+        self.watch = watch = Watch()
         host: Any = SimpleNamespace(save=self._save, begin_save=self._begin)
         trainer: Any = None
         data: Any = None
         recipe: Recipe = parse_recipe({"train": {"async_save": True, **train}})
-        self.saves = Saves(recipe, data, self.folder, host, trainer, watch)
+        self.saves = Saves(recipe, data, self.folder, host, trainer, cast(Any, watch))
 
     def save(self, step: int, last: bool = False) -> None:
         self.saves.save(self.log, step, last=last)
@@ -227,6 +236,7 @@ class Run:
         with self.saves.settled_at_the_end(self.log):
             self.save(4)
             self.pending[0].error = failure
+            self.watch.begin("step 5")
             raise ValueError("no data")
 
     def cannot_publish(self, failure: BaseException) -> None:
@@ -293,6 +303,7 @@ class TestSaves:
         with pytest.raises(ValueError, match="no data"):
             run.ends_by_error()
         assert run.events == ["begin 4", "wait 4", "publish 4"]
+        assert run.watch.what == "step 5", "whoever explains the error says where it happened"
 
     def test_the_error_is_the_news_even_where_the_save_fails_too(self, tmp_path: Path) -> None:
         run = Run(tmp_path)
