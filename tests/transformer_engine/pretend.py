@@ -88,6 +88,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, capability: fp8.Capability = HOPPER
     for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
         monkeypatch.setenv(name, "1")  # as Megatron sets them, and leaves them
     engine.fp8.FP8GlobalStateManager.reset()
+    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 def _asked_by_the_engine() -> bool:
@@ -96,7 +98,8 @@ def _asked_by_the_engine() -> bool:
 
 
 def forget() -> None:
-    """What was remembered of the pretended device."""
+    """What was remembered of the pretended device, and upstream's scale of the load-balancing loss: a backward pass
+    without a schedule leaves one of another shape than a schedule writes into."""
     for path, name in _REMEMBERS:
         getattr(importlib.import_module(path), name).cache_clear()
     importlib.import_module("transformer_engine.pytorch.quantization").FP8GlobalStateManager.reset()
