@@ -47,6 +47,7 @@ def one_step(rank: int, world_size: int, fp16: bool, applied: bool, loss: float 
     scheduler.step = lambda increment: setattr(scheduler, "num_steps", scheduler.num_steps + increment)
     report = SimpleNamespace(
         loss_sum=torch.tensor([loss, 9.0]),
+        log_z_squared=None,
         correct=torch.tensor([1.0, 0.0]),
         tokens=torch.tensor([4.0, 3.0]),
         normalizer=torch.tensor(4.0),
