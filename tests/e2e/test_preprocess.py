@@ -119,11 +119,17 @@ def test_help_shows_examples(capsys):
 
 def started(every, *arguments, **options):
     """The command, which makes a record every so many seconds, and pauses after each of the last pass: a fast machine
-    would be at its end before a signal comes."""
+    would be at its end before a signal comes. It waits where it opens a file ``stuck.py`` a second time."""
     code = f"""
 import sys, time
 from mtp_megatron.cli import main
-from mtp_megatron.data import journal
+from mtp_megatron.data import journal, reading
+opened, names = reading.opened, []
+def wait_at_the_second(path):
+    names.append(path.name)
+    time.sleep(600 * (names.count("stuck.py") > 1))
+    return opened(path)
+reading.opened = wait_at_the_second
 journal.EVERY, journal._SHARE, whole = {every}, 0, journal.write_whole
 def write_whole(path, content):
     whole(path, content)
@@ -148,17 +154,14 @@ def wait_for(condition, process):
 
 @pytest.fixture(params=[0, 1000])
 def stuck(tmp_path, request):
-    """A preprocess that has begun to write and waits for its last document, which comes from a pipe."""
-    for i in range(5):
-        (tmp_path / f"{i}.py").write_text(f"x = {i}\n")
-    pipe = tmp_path / "pipe.py"
-    os.mkfifo(pipe)
-    files = [tmp_path / f"{i}.py" for i in range(5)]
-    process = started(request.param, *files, pipe, "--output", tmp_path / "out")
+    """A preprocess that has begun to write and waits for its last document, which the scan has read."""
+    files = [tmp_path / name for name in ("0.py", "1.py", "2.py", "3.py", "4.py", "stuck.py")]
+    for number, file in enumerate(files):
+        file.write_text(f"x = {number}\n")
+    process = started(request.param, *files, "--output", tmp_path / "out")
     try:
-        pipe.write_text("y = 1\n")  # the scan reads it, the second reading will wait
         wait_for((tmp_path / ".out.preprocess" / "data" / "train.bin").exists, process)
-        yield process, tmp_path, [*files, pipe], request.param
+        yield process, tmp_path, files, request.param
     finally:
         process.kill()
         process.communicate()
@@ -181,10 +184,9 @@ def test_after_kill_nothing_looks_finished(stuck, capsys):
     process.wait(timeout=20)
     assert not (folder / "out").exists()
     assert (folder / ".out.preprocess").exists()
-    files[-1].unlink()
-    files[-1].write_text("y = 1\n")
+    files[-1].write_text("y = 10\n")
     assert preprocess(*files, "--output", folder / "out") == 2
-    assert "on other files (pipe.py had 0 bytes, now 6)" in capsys.readouterr().err
+    assert "on other files (stuck.py had 6 bytes, now 7)" in capsys.readouterr().err
     assert preprocess(*files, "--output", folder / "out", "--restart") == 0
     assert load_manifest(folder / "out").train.documents == 5
     assert not (folder / ".out.preprocess").exists()
