@@ -138,10 +138,13 @@ journal.write_whole = write_whole
 sys.exit(main())
 """
     command = [sys.executable, "-c", code, "preprocess", *map(str, arguments)]
-    # Whoever started pytest may ignore SIGHUP, and so would the command.
-    return subprocess.Popen(
-        command, stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL), **options
-    )
+    return subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=heed_signals, **options)
+
+
+def heed_signals():
+    """Whoever started pytest may ignore them (nohup, a shell's ``&``), and so would the command."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_for(condition, process):
