@@ -92,7 +92,8 @@ class StepFigures:
         head_z_loss: mean of ``log(Z)**2`` over each head's own targets, without its weight ``heads.z_loss``; NaN as for
             ``head_loss``. Empty where there is none. No part of ``loss``.
         load_balancing_loss: of the routers of a trunk with experts, mean over layers and microbatches, without its
-            weight: 1 for even loads, ``num_experts`` at most; NaN without experts and in evaluation.
+            weight: 1 for even loads, ``num_experts`` at most; NaN without experts, in evaluation, and of a frozen trunk
+            that is recomputed in full.
     """
 
     loss: float
@@ -243,6 +244,8 @@ def _load_balancing_loss(recipe: Recipe, num_microbatches: int) -> float:
 
     if recipe.model.num_experts is None or not recipe.model.moe_aux_loss:
         return math.nan
+    if recipe.heads.trainable != "all" and recipe.train.recompute == "full":
+        return math.nan  # routers count where there are gradients: a frozen trunk is never computed with them then
     total = compat.take_load_balancing_loss().to(compat.device())
     dist.all_reduce(total)  # over stages and replicas, and over ranks that hold a share of each sequence
     copies = num_microbatches * parallel_state.get_data_parallel_world_size()

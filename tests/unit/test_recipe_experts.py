@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from mtp_megatron.errors import CheckpointError, ConfigError
 from mtp_megatron.training.checkpointing import check_expert_parallel
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.recipe_io import parse_recipe
+from mtp_megatron.training.step import _load_balancing_loss
 from mtp_megatron.training.validate import check_recipe
 from tests.training_runs import tiny_tree
 
@@ -120,3 +122,11 @@ def test_resuming_at_another_expert_parallel_size(
         return
     with pytest.raises(CheckpointError, match=says):
         check_expert_parallel(recipe, Path("folder"), saved)
+
+
+def test_routers_that_count_nothing_are_not_reported_as_zero() -> None:
+    """A frozen trunk that is recomputed in full never runs with gradients, and megatron-core's routers count there."""
+    recipe = parse_recipe(
+        tiny_tree(Path("data"), Path("run"), heads__trainable="heads", train__recompute="full", model__num_experts=4)
+    )
+    assert math.isnan(_load_balancing_loss(recipe, 1))
