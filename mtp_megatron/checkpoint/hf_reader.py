@@ -16,6 +16,7 @@ from mtp_megatron.checkpoint.description import ModelDescription, describe_forei
 from mtp_megatron.checkpoint.hf import EXPORT_CONFIG, EXPORT_FORMAT, HEADS_STEM, MODEL_STEM
 from mtp_megatron.checkpoint.hf_config import ends_and_begin, model_settings
 from mtp_megatron.checkpoint.pth import PthFile
+from mtp_megatron.checkpoint.sharded import checked_weight_map
 from mtp_megatron.checkpoint.source import Remapped, Tensors, TensorSource, fingerprint
 from mtp_megatron.checkpoint.tables import FURTHER_HEADS, LLAMA, expand
 from mtp_megatron.data.huggingface import HuggingFaceTokenizer, read_files
@@ -199,9 +200,7 @@ def _indexed(folder: Path, name: str, reader: type[SafetensorsFile] | type[PthFi
         file = reader(folder / name)
         yield from ((key, file) for key in file.keys())  # noqa: SIM118 (not a dict)
         return
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or any(Path(str(part)).name != part for part in weight_map.values()):
-        raise CheckpointError(f"{path}: damaged, no weight_map of files in this folder. Copy it again.")
+    weight_map = checked_weight_map(path, read_json(path).get("weight_map"), "Copy it again.")
     for part in dict.fromkeys(weight_map.values()):
         file, wanted = reader(folder / part), {key for key, where in weight_map.items() if where == part}
         if odd := sorted(wanted ^ set(file.keys())):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -74,6 +75,17 @@ def index_path(folder: Path, stem: str) -> Path:
     return folder / f"{stem}.safetensors.index.json"
 
 
+def checked_weight_map(path: Path, weight_map: Any, remedy: str) -> dict[str, str]:
+    """File by key, as the index in ``path`` has it. An index may be a stranger's: no file lies outside its folder.
+
+    Raises:
+        CheckpointError: it is none, or names another place; ``remedy`` ends the message.
+    """
+    if not isinstance(weight_map, dict) or any(Path(str(name)).name != name for name in weight_map.values()):
+        raise CheckpointError(f"{path}: damaged, no weight_map of files in this folder. {remedy}")
+    return weight_map
+
+
 def read_sharded(folder: Path, stem: str) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under ``stem`` by key, one at a time, file by file.
 
@@ -82,15 +94,13 @@ def read_sharded(folder: Path, stem: str) -> Iterator[tuple[str, Tensor]]:
     """
     path = index_path(folder, stem)
     try:
-        weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        named = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing. Give a folder that `mtp-megatron convert` wrote.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: damaged ({error!r}). Convert the checkpoint again.") from error
-    if not isinstance(weight_map, dict) or any(Path(str(name)).name != name for name in weight_map.values()):
-        raise CheckpointError(f"{path}: damaged, no weight_map of files in this folder. Convert the checkpoint again.")
     files: dict[str, list[str]] = {}
-    for key, name in weight_map.items():
+    for key, name in checked_weight_map(path, named, "Convert the checkpoint again.").items():
         files.setdefault(name, []).append(key)
     for name, keys in files.items():
         try:
