@@ -86,16 +86,15 @@ class PthFile:
             CheckpointError: the tensor is damaged, compressed or ends before.
         """
         meta = self._tensors[key]
-        storage = meta.untyped_storage()
         if meta.dim() != 1 or meta.stride() != (1,) or start + count > meta.numel():
             raise CheckpointError(f"{self.folder}: {key} is no flat tensor of {start + count} values. {_REMEDY}")
-        member = self._members.get(int(storage._checkpoint_offset or 0))
+        member = self._members.get(self._begin(key))
         if member is not None and member.compress_type != zipfile.ZIP_STORED:  # the whole can be read, but no part
             raise CheckpointError(f"{self.folder}: compressed, which torch.save does not do. {_REMEDY}")
         if key not in self._checked:
             self._check_length(key, sum(len(block) for block in self._blocks(key)))
             self._checked.add(key)
-        begin = int(storage._checkpoint_offset or 0) + (int(meta.storage_offset()) + start) * meta.element_size()
+        begin = self._begin(key) + (int(meta.storage_offset()) + start) * meta.element_size()
         with self.folder.open("rb") as file:
             file.seek(begin)
             content = bytearray(file.read(count * meta.element_size()))
@@ -119,10 +118,14 @@ class PthFile:
         self._check_length(key, filled)
         return values.view(meta.dtype).as_strided(meta.shape, meta.stride(), meta.storage_offset())
 
+    def _begin(self, key: str) -> int:
+        """Where a tensor's storage begins in the file, as torch.load on the meta device says (torch's notes on
+        serialization)."""
+        return int(self._tensors[key].untyped_storage()._checkpoint_offset or 0)
+
     def _blocks(self, key: str) -> Iterator[bytes]:
         """The bytes of a tensor's storage; where they end, zipfile compares their checksum."""
-        # Set by torch.load on the meta device (torch's notes on serialization).
-        begin = int(self._tensors[key].untyped_storage()._checkpoint_offset or 0)
+        begin = self._begin(key)
         try:
             with self.folder.open("rb") as archive:  # ZipFile would read the whole archive's directory again
                 archive.seek(begin)

@@ -3,7 +3,7 @@ or tokens by step comes from here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -69,7 +69,7 @@ class BatchSizes:
         return str([list(entry) for entry in self.entries])
 
 
-def _merged(entries: Iterator[tuple[int, int]] | tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+def _merged(entries: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     kept: list[tuple[int, int]] = []
     for first, size in entries:
         if not kept or kept[-1][1] != size:

@@ -31,7 +31,7 @@ def checkpoint_host_memory(recipe: Recipe, cost: RankCost, world_size: int) -> i
     share = -(-cost.parameters // shards)
     owned, under_way = share + largest, min(share, max(ROUND, largest))
     if not recipe.optimizer.overlap_grad_reduce:
-        ends = 2 * (recipe.parallel.virtual_pipeline or 1) * largest
+        ends = _ends(recipe, largest)
         owned, under_way = min(owned, ends), min(under_way, ends)
     return _STATE * owned + max(_STATE * under_way, read)
 
@@ -49,11 +49,15 @@ def host_copies(recipe: Recipe, cost: RankCost, world_size: int) -> int:
     """
     shards, owned = optimizer_shards(recipe, world_size), cost.parameters
     if shards > 1:
-        ends = 2 * (recipe.parallel.virtual_pipeline or 1) * _largest(recipe, cost)
-        owned = min(owned, -(-owned // shards) + ends)
+        owned = min(owned, -(-owned // shards) + _ends(recipe, _largest(recipe, cost)))
     weights_are_masters = recipe.train.precision == "fp32" and not recipe.optimizer.distributed
     return cost.weights + (_STATE - 4 * weights_are_masters) * owned
 
 
 def _largest(recipe: Recipe, cost: RankCost) -> int:
     return max(rows * columns for _, (rows, columns), _ in matrices(recipe, Sizes.of(recipe), cost))
+
+
+def _ends(recipe: Recipe, largest: int) -> int:
+    """Of the parameters that a rank shares where each chunk has one bucket: one at each of its ends."""
+    return 2 * (recipe.parallel.virtual_pipeline or 1) * largest

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import statistics
 from pathlib import Path
 from typing import Any
 
 from mtp_megatron import __version__
+from mtp_megatron.compat.versions import installed_version
 from mtp_megatron.reporting.metrics import Record, RunMetrics
 
 _PACKAGES = ("torch", "megatron-core", "numpy")
@@ -96,10 +96,8 @@ def _row(head: dict[str, Any]) -> str:
 
 
 def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # of a checkout on PYTHONPATH, as Megatron-LM's
-        return None
+    version = installed_version(package)
+    return None if version is None else str(version)  # None: of a checkout on PYTHONPATH, as Megatron-LM's
 
 
 def _median(values: list[float | None]) -> float | None:

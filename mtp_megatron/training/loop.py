@@ -200,12 +200,12 @@ class _Session:
         evaluation, saved = None, stop
         with log.paused():
             if stop:  # who asks to stop gives little time: the save must fit into it
-                self._save(log, True)
+                self.saves.save(log, self.step, last=True)
             if evaluates and train.eval_batches:
                 evaluation = self._evaluate(log)
                 stop = self._asked_to_stop()
             if not saved and (saves or stop):
-                self._save(log, last or stop)
+                self.saves.save(log, self.step, last=last or stop)
                 stop = self._asked_to_stop()  # or it would train one more step, and save that
         return evaluation, stop
 
@@ -318,9 +318,6 @@ class _Session:
         result = evaluate(recipe, self.trainable, iterators, batches, microbatches, folders)
         log.evaluation(self.step, result)
         return result
-
-    def _save(self, log: RunLog, last: bool) -> None:
-        self.saves.save(log, self.step, last=last)
 
 
 def _due(step: int, interval: int) -> bool:

@@ -16,7 +16,7 @@ from mtp_megatron.data.manifest import Manifest
 from mtp_megatron.data.tokenizer_store import stored_tokenizer
 from mtp_megatron.errors import CheckpointError, ConfigError
 from mtp_megatron.training.architecture import check_architecture
-from mtp_megatron.training.checkpoint_files import find_checkpoint, latest_complete, read_mtp_config, step_of
+from mtp_megatron.training.checkpoint_files import find_checkpoint, latest_complete, read_mtp_config
 from mtp_megatron.training.divergence import refuse_repetition
 from mtp_megatron.training.low_precision import check_machine
 from mtp_megatron.training.recipe import Recipe
@@ -173,8 +173,7 @@ def _steps_done(recipe: Recipe) -> int:
     """Of the run that is resumed, where it matters: batches of these steps may be too small for more ranks."""
     if recipe.train.batch_size_schedule is None:
         return 0
-    latest = latest_complete(RunFolder(Path(recipe.run.path)).checkpoints, warn=False)
-    return 0 if latest is None else step_of(latest)
+    return RunFolder(Path(recipe.run.path)).steps_done()
 
 
 def _check_same_host(checkpoint: Path, recipe: Recipe) -> None:

@@ -89,6 +89,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    def steps_done(self) -> int:
+        """The step of the latest usable checkpoint; 0 where there is none."""
+        latest = latest_complete(self.checkpoints, warn=False)
+        return 0 if latest is None else step_of(latest)
+
     def write_recipe(self, recipe: Recipe) -> None:
         """Record the resolved recipe of the run, with changes that were accepted: that was for one resumption."""
         run = recipe.run.model_copy(update={"accept_changes": False})
@@ -158,8 +163,7 @@ def _check_past(recipe: Recipe, so_far: Recipe, folder: RunFolder) -> None:
     there, here = so_far.train.batch_sizes, recipe.train.batch_sizes
     if there == here:
         return
-    latest = latest_complete(folder.checkpoints, warn=False)
-    done = 0 if latest is None else step_of(latest)
+    done = folder.steps_done()
     if there.until(done) == here.until(done):
         return
     wanted = there.joined(done, here)
