@@ -121,20 +121,17 @@ class RunLog:
         more = {} if self._recipe.model.num_experts is None else {"load_balancing_loss": figures.load_balancing_loss}
         if self._recipe.train.batch_size_schedule is not None:
             more["batch_size"] = self._sizes.at(step)
-        z_loss = {"head_z_loss": figures.head_z_loss} if figures.head_z_loss else {}
         self._metrics.add(
             kind="train",
             step=step,
             loss=figures.loss,
-            head_loss=figures.head_loss,
-            head_accuracy=figures.head_accuracy,
+            **_by_head(figures),
             grad_norm=figures.grad_norm,
             lr=figures.lr,
             tokens_per_second=None if speed is None else round(speed["tokens_per_second"], 1),
             tflops_per_gpu=None if speed is None else float(f"{speed['tflops_per_gpu']:.4g}"),
             tokens=self._sizes.samples(step) * self._recipe.train_seq_length,
             **more,
-            **z_loss,
         )
         scalars = {"train/loss": figures.loss, "train/grad_norm": figures.grad_norm, "train/lr": figures.lr}
         scalars |= {f"train/{name}": value for name, value in more.items()}
@@ -160,10 +157,8 @@ class RunLog:
             kind="valid",
             step=step,
             loss=result.loss,
-            head_loss=result.head_loss,
-            head_accuracy=result.head_accuracy,
+            **_by_head(result),
             tokens_per_forward=result.tokens_per_forward,
-            **({"head_z_loss": result.head_z_loss} if result.head_z_loss else {}),
             **({"folders": {name: asdict(found) for name, found in result.folders.items()}} if result.folders else {}),
         )
         self._scalars(step, {"valid/loss": result.loss, "valid/tokens_per_forward": result.tokens_per_forward})
@@ -217,6 +212,12 @@ class RunLog:
             )
 
     def _per_head(self, step: int, split: str, found: StepFigures | Evaluation) -> None:
-        figures = {"loss": found.head_loss, "accuracy": found.head_accuracy, "z_loss": found.head_z_loss}
-        for name, values in figures.items():
-            self._scalars(step, {f"{split}_{name}/head_{i + 1}": value for i, value in enumerate(values)})
+        for name, values in _by_head(found).items():
+            tag = f"{split}_{name.removeprefix('head_')}"
+            self._scalars(step, {f"{tag}/head_{i + 1}": value for i, value in enumerate(values)})
+
+
+def _by_head(found: StepFigures | Evaluation) -> dict[str, list[float]]:
+    """Figures of each head, ``[n]``, by the names of metrics.jsonl; those of a z-loss where there is one."""
+    z_loss = {"head_z_loss": found.head_z_loss} if found.head_z_loss else {}
+    return {"head_loss": found.head_loss, "head_accuracy": found.head_accuracy, **z_loss}
