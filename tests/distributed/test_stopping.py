@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import signal
 import subprocess
@@ -29,22 +30,23 @@ def saved(run: Path) -> list[str]:
 
 
 def signalled_in(rank: int, world_size: int, tree: dict[str, Any], method: str) -> tuple[int, list[str]]:
-    """Train; the last rank alone gets a signal in that method of the loop's, when it is called first."""
+    """Train; the last rank alone gets a signal in that method, when it is called first."""
     from mtp_megatron.training.loop import _Session
+    from mtp_megatron.training.saves import Saves
 
-    whole, called = getattr(_Session, method), []
+    owner: type = Saves if method == "save" else _Session
+    whole, calls = getattr(owner, method), itertools.count(1)
 
-    def interrupted(self: Any, *args: Any) -> Any:
-        called.append(self.step)
-        if len(called) == 1 and rank == world_size - 1:
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 1 and rank == world_size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return whole(self, *args)
+        return whole(self, *args, **kwargs)
 
-    with mock.patch.object(_Session, method, interrupted):
+    with mock.patch.object(owner, method, interrupted):
         return says_on_the_way(rank, world_size, tree)
 
 
-@pytest.mark.parametrize(("method", "step"), [("_save", 4), ("_evaluate", 3)])
+@pytest.mark.parametrize(("method", "step"), [("save", 4), ("_evaluate", 3)])
 def test_a_request_during_a_save_or_an_evaluation_costs_no_further_step(
     method: str, step: int, data: Path, tmp_path: Path
 ) -> None:
