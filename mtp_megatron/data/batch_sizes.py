@@ -29,6 +29,11 @@ class BatchSizes:
         """Of the steps at the end."""
         return self.entries[-1][1]
 
+    @property
+    def merged(self) -> tuple[tuple[int, int], ...]:
+        """Entries without those that change nothing: equal where every step takes as many."""
+        return _merged(self.entries)
+
     def at(self, step: int) -> int:
         """Samples of ``step``."""
         return next(size for first, size in reversed(self.entries) if first <= step)

@@ -195,8 +195,11 @@ def _another_run(recipe: Recipe, changes: dict[str, str], decay_steps: int | Non
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
-    """What makes a run this run: the recipe without :data:`FREE_KEYS`."""
+    """What makes a run this run: the recipe without :data:`FREE_KEYS`. Equal batch sizes are one schedule, however they
+    are written."""
     tree = recipe.model_dump(mode="json")
+    sizes = recipe.train.batch_sizes.merged
+    tree["train"]["batch_size_schedule"] = None if len(sizes) == 1 else [list(entry) for entry in sizes]
     kept: dict[str, Any] = {}
     for section, values in tree.items():
         if section not in FREE_KEYS:

@@ -177,6 +177,17 @@ def test_sizes_of_steps_to_come_may_change_where_that_is_said(data: Path, tmp_pa
         assert len(preflight(accepted, 1).changes) == 2
 
 
+def test_the_same_sizes_written_otherwise_are_no_change(data: Path, tmp_path: Path) -> None:
+    for name, there, here in (
+        ("one", {}, {"train__batch_size_schedule": [[1, 4], [9, 4]]}),
+        ("several", GROWING, {**GROWING, "train__batch_size_schedule": [[1, 4], [2, 4], [3, 8], [5, 12], [7, 12]]}),
+    ):
+        for number, (before, now) in enumerate(((there, here), (here, there))):
+            run = tmp_path / f"{name}{number}"
+            stopped(run, data, 3, **before)
+            assert preflight(parse_recipe(tiny_tree(data, run, **now)), 1).changes == ()
+
+
 @pytest.mark.parametrize("flag", [False, True])
 @pytest.mark.parametrize(
     ("settings", "field", "advice"),
