@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -159,13 +159,17 @@ def _adopt(recipe: Recipe, theirs: str, value: Any, ours: str) -> Recipe:
     if name in section.model_fields_set and getattr(section, name) != value:
         raise _disagreement(theirs, value, ours, getattr(section, name))
     kind = type(type(section).model_fields[name].default)
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or (kind is int and value != int(value)):
+    if not _is_number(value) or (kind is int and value != int(value)):
         raise ConfigError(theirs, value, f"no value for {ours}", f"Give a number, or {AUTO!r} for the recipe's.")
     try:
         return _with(recipe, section_name, {name: kind(value)})
     except ConfigError as error:  # its range; named as the user wrote it
         raise ConfigError(theirs, value, f"no value for {ours}: {error.problem}", error.remedy) from None
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one that a float can hold: JSON's integers have no end."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _adopt_betas(recipe: Recipe, value: Any) -> Recipe:
@@ -197,7 +201,7 @@ def _adopt_accumulation(recipe: Recipe, config: Config, data_parallel: int) -> R
     steps = _get(config, _ACCUMULATION)
     if steps is None or steps == AUTO:
         return recipe
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if not _is_number(steps) or not isinstance(steps, int) or steps < 1:
         raise ConfigError(_ACCUMULATION, steps, "no number of microbatches", "Set it to 1 or more.")
     train = recipe.train
     batch = steps * train.micro_batch_size * data_parallel
