@@ -51,8 +51,8 @@ def model(shape: Any = EXPERTS, top_k: int = 2) -> dict[str, Any]:
     return description(shape)["model"] | {"moe_top_k": top_k}
 
 
-def export(folder: Path, shape: Any = EXPERTS, top_k: int = 2, **options: Any) -> Path:
-    write_checkpoint(folder / "run", shape, model=model(shape, top_k), **options)
+def export(folder: Path, shape: Any = EXPERTS, top_k: int = 2, aux_loss: float = 0.01, **options: Any) -> Path:
+    write_checkpoint(folder / "run", shape, model=model(shape, top_k) | {"moe_aux_loss": aux_loss}, **options)
     convert(folder / "run", folder / "hf", to="hf", progress=False)
     return folder / "hf"
 
@@ -148,7 +148,8 @@ def test_each_further_head_is_what_a_model_with_it_as_last_layer_says(tmp_path: 
 
 
 def test_it_comes_back_bit_by_bit_with_what_megatron_looks_for(tmp_path: Path) -> None:
-    folder = export(tmp_path)
+    folder = export(tmp_path, aux_loss=0.003)
+    assert json.loads((folder / "config.json").read_text())["router_aux_loss_coef"] == 0.003
     convert(folder, tmp_path / "megatron", to="megatron", progress=False)
     back = open_checkpoint(tmp_path / "megatron")
     tensors = random_tensors(EXPERTS)
@@ -157,12 +158,8 @@ def test_it_comes_back_bit_by_bit_with_what_megatron_looks_for(tmp_path: Path) -
         rows = EXPERTS.vocab_size if "word_embeddings" in key or "output_layer" in key else len(tensor)
         assert torch.equal(back.read(key)[:rows], tensor[:rows]), key
     config = json.loads((back.folder / "mtp_config.json").read_text())["model"]
-    assert {key: config[key] for key in ("num_experts", "moe_top_k", "moe_ffn_hidden_size", "qk_norm")} == {
-        "num_experts": 4,
-        "moe_top_k": 2,
-        "moe_ffn_hidden_size": 24,
-        "qk_norm": True,
-    }
+    expected = {"num_experts": 4, "moe_top_k": 2, "moe_ffn_hidden_size": 24, "qk_norm": True, "moe_aux_loss": 0.003}
+    assert {key: config[key] for key in expected} == expected
     stored = FileSystemReader(back.folder).read_metadata().state_dict_metadata
     fc1 = "decoder.layers.mlp.experts.experts.linear_fc1"
     assert stored[f"{fc1}.weight"].size == (3, 4, 48, 32)
