@@ -60,7 +60,7 @@ def describe(checkpoint: TensorSource) -> ModelDescription:
     path = checkpoint.folder / CONFIG
     raw = read_mtp_config(checkpoint.folder)
     try:
-        tokenizer = _tokenizer(checkpoint.folder, raw)
+        tokenizer = tokenizer_of(checkpoint.folder, raw)
         description = from_raw(raw, tokenizer)
         different = _not_exportable(raw["heads"])
     except (KeyError, TypeError, ValueError) as error:
@@ -208,7 +208,14 @@ def _optional_settings() -> dict[str, Any]:
     return {name: ModelSection.model_fields[name].default for name in (*names, *families)}
 
 
-def _tokenizer(folder: Path, raw: dict[str, Any]) -> Tokenizer:
+def tokenizer_of(folder: Path, raw: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that lies in a folder with an ``mtp_config.json``, whose content ``raw`` is.
+
+    Raises:
+        CheckpointError: it is not the one that the content means.
+        DataError: its files are missing or cannot be read.
+        KeyError, TypeError, ValueError: the content lacks something.
+    """
     entry = raw["tokenizer"]
     tokenizer = stored_tokenizer(folder, entry, int(raw["vocab_size"]))
     if not tokenizer.is_of(entry["sha256"]):

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_megatron.checkpoint.description import ModelDescription, describe_foreign
+from mtp_megatron.checkpoint.description import ModelDescription, describe_foreign, tokenizer_of
 from mtp_megatron.checkpoint.hf_reader import PRECISIONS, read_json
 from mtp_megatron.checkpoint.pth import PthFile, write_pth
 from mtp_megatron.checkpoint.source import Progress, Remapped, TensorSource, fingerprint, read_finite, total_bytes
 from mtp_megatron.checkpoint.tables import META, check_complete, expand
 from mtp_megatron.data.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer
+from mtp_megatron.data.tokenizer_store import entry_of, write_tokenizer
 from mtp_megatron.errors import CheckpointError
+from mtp_megatron.training.checkpoint_files import CONFIG
 
 PARAMS = "params.json"
 WEIGHTS = "consolidated*.pth"
@@ -144,7 +146,13 @@ def open_meta(folder: Path) -> tuple[TensorSource, ModelDescription]:
 
 
 def _tokenizer(folder: Path) -> Tokenizer:
-    """The release's tokenizer, which may lie beside its models."""
+    """The release's tokenizer, which may lie beside its models; of what was written here, as that says."""
+    path = folder / CONFIG
+    if path.is_file():
+        try:
+            return tokenizer_of(folder, read_json(path))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: incomplete ({error!r}). Convert the model again.") from error
     for place in (folder, folder.parent):
         if (place / MODEL_FILE).is_file():
             return load_tokenizer(place / MODEL_FILE)
@@ -201,9 +209,18 @@ def write_meta(
     tokenizer = description.tokenizer.files()
     if MODEL_FILE in tokenizer:
         (folder / MODEL_FILE).write_bytes(tokenizer[MODEL_FILE])
+    else:  # the layout has no place for another one: beside it, for this package
+        write_tokenizer(description.tokenizer, folder)
+        record = {"tokenizer": entry_of(description.tokenizer), "vocab_size": shape.vocab_size}
+        (folder / CONFIG).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     # Last, because no reader takes a folder without it for a model.
     (folder / PARAMS).write_text(json.dumps(_params(description), indent=2) + "\n", encoding="utf-8")
-    return [] if MODEL_FILE in tokenizer else [f"no {MODEL_FILE}: the model's tokenizer is no sentencepiece model"]
+    if MODEL_FILE in tokenizer:
+        return []
+    return [
+        f"no {MODEL_FILE}, which Meta's code looks for: the model's tokenizer is no sentencepiece model. {CONFIG} says "
+        "which it is, for this package"
+    ]
 
 
 def _params(description: ModelDescription) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from mtp_megatron.checkpoint.convert import convert
 from mtp_megatron.checkpoint.kinds import detect, open_source
 from mtp_megatron.cli import main
 from mtp_megatron.config import HeadsConfig
+from mtp_megatron.data.tokenizer_store import choose_tokenizer
 from mtp_megatron.errors import MTPError
 from mtp_megatron.serving.bundle import write_bundle
 from tests.checkpoints import (
@@ -104,6 +105,25 @@ def test_the_papers_release_to_megatron_and_back(n: int, shards: int, tokenizer:
         key: PARAMS[key] if key != "n_future_tokens" else n
         for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "n_future_tokens")
     }
+
+
+def test_metas_layout_with_another_tokenizer_comes_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Raw bytes, and a Hugging Face tokenizer: that layout knows sentencepiece's alone."""
+    write_checkpoint(tmp_path / "bytes")
+    hf = write_hf(tmp_path / "hf")
+    (hf / "tokenizer.json").write_text("{}")
+    for source in (tmp_path / "bytes", hf):
+        meta = tmp_path / f"{source.name}-meta"
+        assert main(["convert", str(source), "--to", "meta", "--output", str(meta), "--quiet"]) == 0
+        assert "no tokenizer.model" in capsys.readouterr().err
+        back = quiet(meta, tmp_path / f"{source.name}-back", "meta")
+        assert same(release(back), release(meta))
+        tokenizer, expected = (open_source(folder)[1].tokenizer for folder in (back, source))
+        assert (tokenizer.kind, tokenizer.sha256, tokenizer.eod) == (expected.kind, expected.sha256, expected.eod)
+        assert tokenizer.files() == expected.files()
+    assert choose_tokenizer(tmp_path / "bytes-meta").kind == "bytes", "what preprocess --tokenizer takes it for"
+    edit(meta / "mtp_config.json", tokenizer={"kind": "huggingface"})
+    refused(meta, "mtp_config.json: incomplete")
 
 
 def test_the_papers_release_in_transformers_has_metas_logits(tokenizer: bytes, tmp_path: Path) -> None:
