@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mtp_megatron import __version__
-from mtp_megatron.errors import MTPError
+from mtp_megatron.errors import MTPError, paths_explained
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -86,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         module = importlib.import_module(SUBCOMMANDS[name].module)
         parser = argparse.ArgumentParser(prog=f"mtp-megatron {name}", description=module.SUMMARY)
         module.add_arguments(parser)
-        status = int(module.run(parser.parse_intermixed_args(arguments[1:])))
+        with paths_explained():
+            status = int(module.run(parser.parse_intermixed_args(arguments[1:])))
         if sys.stdout is not None:
             sys.stdout.flush()  # or the interpreter would find out at its end that nobody reads
         return status

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MTPError(Exception):
     """Base of all errors that this package raises on purpose; the command line prints them without a traceback."""
@@ -28,3 +33,30 @@ class DataError(MTPError):
 
 class CheckpointError(MTPError):
     """A checkpoint or export that is missing, damaged or of another architecture."""
+
+
+class PathError(MTPError):
+    """A path that the file system does not let this user use."""
+
+
+@contextmanager
+def paths_explained() -> Iterator[None]:
+    """Around what a user's command does with paths: even to ask whether a file is there raises PermissionError below a
+    folder that may not be entered, so it is caught here and not at each question.
+
+    Raises:
+        PathError: in place of such an error, or of a name that is too long.
+    """
+    try:
+        yield
+    except OSError as error:
+        path = error.filename
+        if path is None or error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+            raise
+        remedy = "Choose a shorter one."
+        if error.errno != errno.ENAMETOOLONG:
+            remedy = (
+                f"Choose another path, or let user {os.geteuid()} use this one: it takes the right to enter each "
+                f"folder on the way, which 'namei -l {path}' shows."
+            )
+        raise PathError(f"{path}: {error.strerror}. {remedy}") from error

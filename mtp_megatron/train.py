@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from mtp_megatron.errors import ConfigError, MTPError
+from mtp_megatron.errors import ConfigError, MTPError, paths_explained
 from mtp_megatron.imports import imports_that_stay
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.recipe_io import load_recipe
@@ -27,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from the deepspeed launcher; LOCAL_RANK says it too
     args = parser.parse_args(argv)
     try:
-        return run_rank(load_recipe(args.recipe, args.overrides))
+        with paths_explained():
+            recipe = load_recipe(args.recipe, args.overrides)
+        return run_rank(recipe)
     except MTPError as error:
         _report(error)
         return EXIT_ERROR

@@ -28,7 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 from mtp_megatron import __version__, compat
 from mtp_megatron.compat.devices import require_usable_gpu, take_own_gpu
 from mtp_megatron.data.blend import Blend
-from mtp_megatron.errors import ConfigError, MTPError
+from mtp_megatron.errors import ConfigError, MTPError, paths_explained
 from mtp_megatron.loss import cuda_memory
 from mtp_megatron.ranks import ranges
 from mtp_megatron.training.checkpoint_files import differences
@@ -86,8 +86,8 @@ def preflight_together(recipe: Recipe, world_size: int, store: Store | None) -> 
     """:func:`.preflight.preflight` on every rank, and its GPU taken; collective.
 
     Raises:
-        ConfigError, DataError, CheckpointError: this rank's own complaint; or, on all ranks, a setting in which they
-            differ.
+        ConfigError, DataError, CheckpointError, PathError: this rank's own complaint; or, on all ranks, a setting in
+            which they differ.
         EnvironmentUnsupported: torch cannot use this rank's GPU.
         JobError: another rank has a complaint, or did not report within ``train.timeout_minutes``.
     """
@@ -108,7 +108,8 @@ def preflight_together(recipe: Recipe, world_size: int, store: Store | None) -> 
 def _preflight_with_gpu(recipe: Recipe, world_size: int, *, warn: bool = True) -> Plan:
     require_usable_gpu()
     take_own_gpu()
-    return preflight(recipe, world_size, warn=warn)
+    with paths_explained():  # a rank that ended by anything else would leave the others waiting
+        return preflight(recipe, world_size, warn=warn)
 
 
 def compare(statements: Sequence[Statement]) -> None:

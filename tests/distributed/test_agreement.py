@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
@@ -17,8 +19,9 @@ from unittest import mock
 import pytest
 from torch.distributed import HashStore
 
-from mtp_megatron.errors import ConfigError
-from mtp_megatron.training.agreement import JobError, Statement, compare, through_store
+from mtp_megatron.errors import ConfigError, PathError
+from mtp_megatron.training.agreement import JobError, Statement, compare, preflight_together, through_store
+from mtp_megatron.training.recipe_io import parse_recipe
 from tests.harness import run_world
 from tests.training_runs import tiny_tree, train_body
 
@@ -311,6 +314,16 @@ def test_ranks_that_do_not_report_are_named() -> None:
     store.set("mtp_megatron/x/3", "here")
     with pytest.raises(JobError, match=r"^4 of 6 ranks did not report within 0\.2 s: 1-2, 4-5\."):
         through_store(store, "x", 0, 6, "here", timedelta(seconds=0.2))
+
+
+def test_a_path_that_one_rank_may_not_use_is_told_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where even to ask whether it is there fails, as it does below a folder that may not be entered."""
+    monkeypatch.setenv("RANK", "1")
+    store, path = HashStore(), "x" * 300
+    store.set("mtp_megatron/preflight/0", json.dumps(asdict(Statement(0, "host0", "", {}))))
+    with pytest.raises(PathError, match=r"^x{300}.*: File name too long\. Choose a shorter") as caught:
+        preflight_together(parse_recipe(tiny_tree(Path(path), Path("run"))), 2, store)
+    assert json.loads(store.get("mtp_megatron/preflight/1"))["error"] == str(caught.value)
 
 
 def test_other_versions_are_refused_by_name() -> None:

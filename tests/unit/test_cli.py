@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 import types
+from contextlib import contextmanager
 
 import pytest
 
-from mtp_megatron import cli
+from mtp_megatron import cli, train
 from mtp_megatron.errors import DataError
 
 
@@ -49,6 +51,79 @@ def test_any_other_error_keeps_its_traceback(subcommand):
     subcommand(fail)
     with pytest.raises(ZeroDivisionError):
         cli.main(["probe"])
+
+
+@contextmanager
+def not_root():
+    """The effective user is one whom permissions hold, as they do not hold root."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (errno.EACCES, "/x: Permission denied. Choose another path, or let user "),
+        (errno.EPERM, "/x: Operation not permitted. Choose another path"),
+        (errno.ENAMETOOLONG, "/x: File name too long. Choose a shorter one."),
+    ],
+)
+def test_a_path_that_may_not_be_used_is_an_error_in_a_line(code, words, subcommand, capsys):
+    def fail(args):
+        raise OSError(code, os.strerror(code), "/x")
+
+    subcommand(fail)
+    assert cli.main(["probe"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {words}")
+
+
+def test_other_errors_of_the_system_keep_their_traceback(subcommand):
+    for error in (OSError(errno.EIO, "Input/output error", "/x"), PermissionError(errno.EPERM, "no path")):
+
+        def fail(args, error=error):
+            raise error
+
+        subcommand(fail)
+        with pytest.raises(OSError, match=r"Input|no path"):
+            cli.main(["probe"])
+
+
+def test_commands_below_a_folder_that_may_not_be_entered(tmp_path, capsys):
+    folder = tmp_path / "locked"
+    (folder / "in").mkdir(parents=True)
+    below = folder / "in" / "it"
+    commands = [
+        ["plan", "1.3B", "--recipe", f"{below}.yaml"],
+        ["plan", f"{below}.yaml"],
+        ["report", f"{below}"],
+        ["convert", f"{below}", "--output", f"{below}2"],
+        ["train", f"{below}.yaml"],
+        ["a rank", f"{below}.yaml"],
+        ["rollback", f"{below}", "3"],
+        ["stacks", f"{below}"],
+        ["serve", f"{below}", "--print"],
+    ]
+
+    def run(argv):
+        return train.main(argv[1:]) if argv[0] == "a rank" else cli.main(argv)
+
+    for argv in commands:  # what they import may lie where the other user sees nothing
+        run(argv)
+    capsys.readouterr()
+    folder.chmod(0)
+    for argv in commands:
+        with not_root():
+            status = run(argv)
+        err = capsys.readouterr().err
+        assert (status, err.count("\n")) == (2, 1), (argv, err)
+        assert "Permission denied" in err, (argv, err)
+        assert "locked/in/it" in err, (argv, err)
+    folder.chmod(0o700)
 
 
 @pytest.mark.parametrize("lines", [1, 100_000], ids=["at the end", "in between"])
