@@ -13,6 +13,7 @@ from mtp_megatron.stack_files import FOLDER, Header, read_header
 
 _THREAD = re.compile(r"^(?:Current thread|Thread) (0x[0-9a-f]+)(?: \[.*\])? \(most recent call first\):$")
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$')
+_CUT = "..."  # the line in place of further threads; that of further frames is indented
 _PACKAGES = re.compile(r"^.*/(?:site-packages|dist-packages|lib/python3\.\d+)/")
 _OWN = re.compile(r"^(?:.*/)?(mtp_megatron/.*)$")  # the last one: a checkout may be in a folder of that name
 # What a frame is about, by its file; the innermost of a main thread that is named here says what the rank does.
@@ -45,10 +46,15 @@ Stack = tuple[Frame, ...]
 @dataclass(frozen=True)
 class Dump:
     """What one rank wrote at one time: the stack of its main thread, and those of others that run this package's code
-    (the autograd engine's, where heads run on a GPU)."""
+    (the autograd engine's, where heads run on a GPU).
+
+    Attributes:
+        cut: the main thread's is missing: faulthandler writes 100 threads and no more, the newest first.
+    """
 
     main: Stack
     others: tuple[Stack, ...] = ()
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,14 +138,14 @@ def text_of(report: Report) -> str:
         lines[0] += f"; stacks written {_time(report.written.isoformat())}"
     else:  # which has written its header into the same files since
         lines.append(f"(the attempt of {_time(report.later)} has written none)")
-    lines += [f"{_named(group.ranks)}: {summary(group.dump.main)}{_age(group)}" for group in report.groups]
+    lines += [f"{_named(group.ranks)}: {_in_words(group.dump)}{_age(group)}" for group in report.groups]
     by_host: dict[str, list[int]] = {}
     for rank, host in report.silent:
         by_host.setdefault(host, []).append(rank)
     lines += [f"{_named(ranks)} on {host}: no stacks" for host, ranks in by_host.items()]
     for group in report.groups:
         lines += ["", f"--- {_named(group.ranks)}"]
-        lines += _stack_lines(group.dump.main)
+        lines += [] if group.dump.cut else _stack_lines(group.dump.main)
         for other in group.dump.others:
             lines += ["  another thread:", *_stack_lines(other)]
     return "\n".join(lines)
@@ -158,6 +164,10 @@ def summary(stack: Stack) -> str:
     if own is None or (own is inner and about.startswith("in ")):
         return about
     return f"{about}, from {own.function} ({own.file}:{own.line})"
+
+
+def _in_words(dump: Dump) -> str:
+    return "too many threads: the main one is not among the 100 that are written" if dump.cut else summary(dump.main)
 
 
 def _files(run: Path) -> Iterator[tuple[Path, str, datetime]]:
@@ -189,12 +199,12 @@ def _attempts(text: str) -> list[tuple[Header, list[str]]]:
 
 
 def _last_dump(lines: Iterable[str], main: str) -> Dump | None:
-    """The last whole dump: it ends with the main thread, the oldest one."""
+    """The last whole dump: it ends with the main thread, the oldest one, or where there are too many."""
     dump: Dump | None = None
     others: list[Stack] = []
     for thread, stack in _threads(lines):
-        if thread == main:
-            dump, others = Dump(stack, tuple(others)), []
+        if thread in (main, _CUT):
+            dump, others = Dump(stack, tuple(others), cut=thread == _CUT), []
         elif any(_is_own(frame) and _TELLER not in frame.file for frame in stack):
             others.append(stack)
     return dump
@@ -211,6 +221,11 @@ def _threads(lines: Iterable[str]) -> Iterator[tuple[str, Stack]]:
             name, frames = thread[1], []
         elif frame:
             frames.append(Frame(_short(frame[1]), int(frame[2]), frame[3]))
+        elif line == _CUT:
+            if name:
+                yield name, tuple(frames)
+            yield _CUT, ()
+            name = ""
     if name:
         yield name, tuple(frames)
 

@@ -30,6 +30,7 @@ from mtp_megatron.stack_files import Header, read_header, stack_file, thread_nam
 
 LATE = 0.9  # of train.timeout_minutes: what is left is for ranks that write later, before the first collective fails
 _REARM = 0.01  # of it: arming takes a new thread, 60 to 90 us, and a step may take 10 ms
+_LEAST = 0.1  # of it: what is left after a fork, as the rest is repeated, too
 _LOOK = 0.02  # of it: how often the log's thread looks for new stacks
 _STATUS = Path("/proc/self/status")
 logger = logging.getLogger(__name__)
@@ -136,16 +137,17 @@ class HangWatch:
             self._late_from = self._size()
             self._arm()
 
-    def _arm(self) -> None:
+    def _arm(self, passed: float = 0.0) -> None:
+        """Begin to count, from ``passed`` seconds ago."""
         target = self._file or _stderr()
         if target is None:
             return
         if not self._timed:
             faulthandler.cancel_dump_traceback_later()
             return
-        self._armed = time.monotonic()
+        self._armed = time.monotonic() - passed
         # Repeated: a part of the run may take long, and hang later.
-        faulthandler.dump_traceback_later(self._after, repeat=True, file=target)
+        faulthandler.dump_traceback_later(max(self._after - passed, _LEAST * self._after), repeat=True, file=target)
 
     def _register(self, target: IO[bytes] | IO[str] | None) -> None:
         if target is None or not (self._registered or _is_free()):
@@ -233,8 +235,8 @@ def _before_fork() -> None:
 
 
 def _in_parent() -> None:
-    for watch in _watching:
-        watch._arm()
+    for watch in _watching:  # what it watches goes on, and so does its time
+        watch._arm((time.monotonic() - watch._began) % watch._after)
 
 
 def _in_child() -> None:

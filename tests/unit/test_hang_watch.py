@@ -223,6 +223,26 @@ def test_a_stderr_that_is_no_file_is_left_alone(
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_does_not_begin_to_count_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[float] = []
+
+    def arm(seconds: float, **options: object) -> None:
+        counted.append(seconds)
+
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", arm)
+    with HangWatch(LONG) as watch:  # 540 s
+        watch.begin("step 1")
+        for passed in (200, 539, 540 + 300):
+            watch._began = time.monotonic() - passed
+            child = os.fork()
+            if not child:
+                os._exit(0)
+            os.waitpid(child, 0)
+        watch.begin("step 2")  # at once, however short the time since the fork
+    assert counted == pytest.approx([540, 340, 54, 240, 540], abs=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_child_of_fork_ends_and_writes_nothing(tmp_path: Path) -> None:
     """Without care its interpreter waits forever for a thread of faulthandler's that only its parent has."""
     file = stack_file(tmp_path / "stacks", 0)

@@ -85,6 +85,28 @@ def test_the_last_whole_dump_counts(tmp_path: Path) -> None:
     assert report.groups[0].dump.main[0].function == "all_reduce"
 
 
+def test_a_rank_with_too_many_threads_says_so(tmp_path: Path) -> None:
+    """As faulthandler itself writes them, from a process of its own: the main thread is the oldest one."""
+    script = """import faulthandler, sys, threading
+stop = threading.Event()
+for _ in range(105):
+    threading.Thread(target=stop.wait).start()
+faulthandler.dump_traceback(sys.stdout)
+stop.set()"""
+    text = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    head = ['  File "/home/me/mtp_megatron/sequential.py", line 215 in _run_chain']
+    own = dump([], head)
+    write(tmp_path, 0, own[: own.index("Current")] + text, size=2)
+    write(tmp_path, 1, text + dump(WAITING), size=2)
+    report = read_report(tmp_path)
+    assert report is not None
+    assert report.silent == ()
+    said = text_of(report)
+    assert "rank 0: too many threads: the main one is not among the 100 that are written\n" in said
+    assert "--- rank 0\n  another thread:\n  mtp_megatron/sequential.py:215 _run_chain" in said
+    assert "rank 1: in the collective all_reduce" in said
+
+
 def test_threads_may_have_names(tmp_path: Path) -> None:
     """Python 3.14 writes them."""
     write(tmp_path, 0, dump(WAITING, IDLE, named=" [python]"), size=1)
