@@ -118,11 +118,12 @@ class HostCopies(TensorByTensor):
         self._dropped.set()
 
     def _taken(self) -> Iterator[tuple[WriteItem, BytesIO | torch.Tensor]]:
-        while self._copies:
-            if self._dropped.is_set():
-                raise Dropped
+        while not self._dropped.is_set():  # asked after the last one, too: what is given up is not put on the disk
+            if not self._copies:
+                return
             yield self._copies.popleft()
             self.written += 1
+        raise Dropped
 
 
 class Dropped(Exception):

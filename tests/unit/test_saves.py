@@ -96,6 +96,19 @@ class TestHostCopies:
             copies.write()
         assert copies.written == 0
 
+    def test_given_up_at_the_last_tensor_it_is_not_put_on_the_disk(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where many GB wait for a slow disk, that takes minutes, in which the rank would not end."""
+        from mtp_megatron.training import checkpoint_writer
+
+        copies, save = self.copies(tmp_path / "copies", {"one": torch.ones(2)}), torch.save
+        monkeypatch.setattr(torch, "save", lambda *args: (save(*args), copies.drop()))
+        monkeypatch.setattr(checkpoint_writer.os, "fsync", lambda descriptor: pytest.fail("put on the disk"))
+        with pytest.raises(checkpoint_writer.Dropped):
+            copies.write()
+        assert copies.written == 1
+
 
 class Copies:
     """In place of a rank's copies: parts that are written when the test says so."""
