@@ -170,9 +170,15 @@ def _overlap(one: tuple[slice, ...], other: tuple[slice, ...]) -> bool:
 
 def _load(chunk: StoredChunk, dtype: torch.dtype) -> Tensor:
     """One chunk's values. torch.load does not look at the stored checksums, so they are checked here."""
-    with chunk.file.open("rb") as file:
-        file.seek(chunk.start)
-        content = io.BytesIO(file.read(chunk.length))
+    try:
+        with chunk.file.open("rb") as file:
+            file.seek(chunk.start)
+            content = io.BytesIO(file.read(chunk.length))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{chunk.file}: deleted meanwhile, as a training with run.keep_last deletes older checkpoints. Convert the "
+            "run's latest one now, or one that stays (run.keep_every)."
+        ) from error
     try:
         with zipfile.ZipFile(content) as archive:
             damaged = archive.testzip()

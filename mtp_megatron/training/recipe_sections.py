@@ -317,7 +317,9 @@ class TrainSection(Section):
     )
     num_layers_at_start_in_bf16: int = Field(default=1, ge=0, description="how many, with first_last_layers_bf16")
     num_layers_at_end_in_bf16: int = Field(default=1, ge=0, description="how many, with first_last_layers_bf16")
-    timeout_minutes: float = Field(default=10.0, gt=0, description="longest wait of a collective, then the job fails")
+    timeout_minutes: float = Field(
+        default=10.0, gt=0, le=1e6, description="longest wait of a collective, then the job fails"
+    )
     profile_steps: list[int] | None = Field(
         default=None, description="[first, last] steps that torch.profiler records into RUN/profile; null: none"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.training.low_precision import check_low_precision
 from mtp_megatron.training.recipe import Recipe, padded_vocab_size
@@ -160,6 +162,14 @@ def _check_batches(recipe: Recipe, world_size: int, done: int) -> None:
             train.batch_size_schedule,
             f"it ends with {train.batch_sizes.last} sequences, and train.global_batch_size={train.global_batch_size}",
             f"Set train.global_batch_size={train.batch_sizes.last}, or let it end with {train.global_batch_size}.",
+        )
+    samples = train.batch_sizes.samples(train.steps)
+    if samples > sys.maxsize:
+        raise ConfigError(
+            "train.steps",
+            train.steps,
+            f"with up to {train.batch_sizes.largest} sequences in a step they take {samples}, more than can be counted",
+            "Set it or the batch size lower.",
         )
     copies = data_parallel_size(recipe, world_size)
     unit = train.micro_batch_size * copies

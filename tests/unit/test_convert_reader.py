@@ -43,6 +43,13 @@ def test_reads_every_tensor_of_a_tp2_checkpoint_bit_by_bit(folder: Path) -> None
         assert torch.equal(checkpoint.read(key), tensor)
 
 
+def test_a_checkpoint_that_its_run_deletes_meanwhile_is_named(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder)
+    (folder / "__0_0.distcp").unlink()
+    with pytest.raises(CheckpointError, match=r"iter_0000007/__0_0\.distcp: deleted meanwhile, as a training"):
+        checkpoint.read("final_norm.weight")
+
+
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 def test_any_chunking_gives_the_same_tensors(tmp_path: Path, cuts: Callable[..., list[int]]) -> None:
     tensors = random_tensors(dtype=torch.bfloat16)

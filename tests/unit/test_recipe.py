@@ -99,6 +99,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path: Path, override
         ("model.hidden_size=abc", "model.hidden_size", ["'abc'", "an int >= 1"]),
         ("model.num_query_groups=x", "model.num_query_groups", ["'x'", "int or null"]),
         ("train.steps=true", "train.steps", ["True", "integer"]),
+        ("train.timeout_minutes=1e9", "train.timeout_minutes", ["1000000", "less than or equal"]),
         ("train.precision=fp8", "train.precision", ["'fp8'", "fp32 or bf16"]),
         ("optimizer.lr=.nan", "optimizer.lr", ["nan", "> 0"]),
         ("optimizer.beta1=1.0", "optimizer.beta1", ["less than 1", ">= 0 and < 1"]),

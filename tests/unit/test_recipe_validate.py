@@ -124,6 +124,13 @@ def test_good_recipes_pass_resolved() -> None:
             2,
             {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2, "train__global_batch_size": 3},
         ),
+        ("train.steps", "4 sequences in a step they take", 1, {"train__steps": 10**400}),
+        (
+            "train.steps",
+            "more than can be counted",
+            1,
+            {"train__global_batch_size": 2**61},
+        ),
         ("optimizer.warmup_steps", "step 8", 1, {"optimizer__warmup_steps": 8}),
         ("train.skip_steps", "train.steps=8 is left", 1, {"train__skip_steps": [[1, 5], [6, 20]]}),
         ("optimizer.min_lr", "0.001", 1, {"optimizer__min_lr": 1.0}),
