@@ -54,7 +54,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8")
         tree = yaml.load(text, Loader=_Loader)  # a SafeLoader subclass: builds plain data only
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # no UTF-8, or a number of thousands of digits
         raise ConfigError("recipe", str(path), f"it is not readable YAML ({error})", "Correct the file.") from error
     if tree is None:
         tree = {}
@@ -143,7 +143,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError("override", override, "must be section.key=value", "Write for example heads.n=8.")
     try:
         value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(key, text, "the value is not readable YAML", "Quote it, or write a plain value.") from error
     *sections, leaf = key.split(".")
     node = tree

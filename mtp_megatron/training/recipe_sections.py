@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -23,6 +24,14 @@ class Section(BaseModel):
     """Base of the recipe's sections: immutable, strictly typed, without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _fits(cls, value: Any) -> Any:
+        """Python's integers have no end; what counts with them in torch and megatron-core has."""
+        if isinstance(value, int) and abs(value) > sys.maxsize:
+            raise ValueError(f"must be at most {sys.maxsize}")
+        return value
 
 
 def _at_home(value: Any) -> Any:

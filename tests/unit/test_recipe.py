@@ -99,6 +99,9 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path: Path, override
         ("model.hidden_size=abc", "model.hidden_size", ["'abc'", "an int >= 1"]),
         ("model.num_query_groups=x", "model.num_query_groups", ["'x'", "int or null"]),
         ("train.steps=true", "train.steps", ["True", "integer"]),
+        (f"train.steps={2**63}", "train.steps", ["must be at most 9223372036854775807", "an int >= 1"]),
+        (f"optimizer.decay_steps={10**400}", "optimizer.decay_steps", ["must be at most"]),
+        (f"train.steps={'9' * 5000}", "train.steps", ["not readable YAML"]),
         ("train.timeout_minutes=1e9", "train.timeout_minutes", ["1000000", "less than or equal"]),
         ("train.precision=fp8", "train.precision", ["'fp8'", "fp32 or bf16"]),
         ("optimizer.lr=.nan", "optimizer.lr", ["nan", "> 0"]),
@@ -134,6 +137,7 @@ def test_an_override_below_a_value_names_that_value(tmp_path: Path) -> None:
     [
         ("- 1\n- 2\n", "not sections"),
         ("model: {a: [}\n", "not readable YAML"),
+        (f"train: {{steps: {'9' * 5000}}}\n", "not readable YAML"),
         ("train: {steps: 1}\ntrain: {steps: 2}\n", "'train' is given twice"),
         ("train:\n  steps: 1\n  steps: 2\n", "'steps' is given twice"),
     ],

@@ -124,7 +124,7 @@ def test_good_recipes_pass_resolved() -> None:
             2,
             {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2, "train__global_batch_size": 3},
         ),
-        ("train.steps", "4 sequences in a step they take", 1, {"train__steps": 10**400}),
+        ("train.steps", "4 sequences in a step they take", 1, {"train__steps": 2**62}),
         (
             "train.steps",
             "more than can be counted",
