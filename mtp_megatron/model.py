@@ -35,7 +35,9 @@ class MTPGPTModel(FutureHeads, GPTModel):
 
     post_process: bool  # upstream's
     keep_predictions = False
-    """Set to True around an evaluation to get every head's predictions in its report."""
+    """Set to True around an evaluation to get every head's predictions in its report, and the losses of every position
+    if :attr:`keep_losses`."""
+    keep_losses = True
 
     def attach_heads(self, heads: HeadsConfig, *, padded_vocab_size: int, pg_collection: Any, **settings: Any) -> None:
         self._kept_reports: list[HeadReport] = []
@@ -95,6 +97,8 @@ class MTPGPTModel(FutureHeads, GPTModel):
         if targets is None:
             return self.next_token_logits(hidden_states, layer_kwargs, kwargs.get("runtime_gather_output"))
         loss, report = self.future_heads_loss(hidden_states, targets, layer_kwargs, predictions=self.keep_predictions)
+        if not self.keep_losses:
+            report.losses = None
         if self.post_process:
             return loss, report
         self._kept_reports.append(report)

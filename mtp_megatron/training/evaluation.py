@@ -81,6 +81,7 @@ def evaluate(
     with trainable.evaluating():
         for model in trainable.models:
             model.keep_predictions = True
+            model.keep_losses = bool(folders)  # nobody else asks for them, and stages with heads tell the last one
         for _ in range(batches):
             results = trainable.forward(recipe, iterators, num_microbatches, evaluation_loss)
             for batch, report in results:
@@ -88,7 +89,7 @@ def evaluate(
                 if folders:
                     _add_samples(by_folder, batch, report)
         for model in trainable.models:
-            model.keep_predictions = False
+            model.keep_predictions, model.keep_losses = False, True
     local = [torch.cat([torch.stack(counts).sum(dim=0), by_folder.flatten()])] if counts else []
     counted = 5 * n + 1 + (n if recipe.heads.z_loss else 0)
     sums = sum_over_world(local, counted + by_folder.numel())

@@ -20,6 +20,7 @@ from mtp_megatron.data.dataset import AnySamples, BlendedSamples, build_datasets
 from mtp_megatron.data.loader import build_valid_batches, count_valid_batches
 from mtp_megatron.sequential import HeadReport
 from mtp_megatron.targets import IGNORE_INDEX
+from mtp_megatron.training import evaluation
 from mtp_megatron.training.batches import Microbatch
 from mtp_megatron.training.evaluation import Evaluation, _add_samples, evaluate
 from mtp_megatron.training.recipe import Recipe
@@ -60,6 +61,23 @@ def held_out(folders: list[Path], weights: tuple[float, float], samples: int) ->
     _, valid = build_datasets(blend, seq_length=32, train_samples=8, valid_samples=samples, seed=1234)
     assert isinstance(valid, BlendedSamples)
     return blend, valid
+
+
+def test_losses_of_every_position_are_kept_for_folders_alone(
+    recipe: Recipe, folders: list[Path], trainable: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are as many numbers as the predictions, which stages with heads send to the last one."""
+    count, kept = evaluation.evaluation_counts, list[bool]()
+
+    def counted(batch: Microbatch, report: HeadReport) -> torch.Tensor:
+        kept.append(report.losses is not None)
+        return count(batch, report)
+
+    monkeypatch.setattr(evaluation, "evaluation_counts", counted)
+    blend, valid = held_out(folders, (0.3, 0.7), 4)
+    for names in ((), blend.labels, ()):
+        figures(recipe, trainable, blend, valid, names)
+    assert kept == [False, False, True, True, False, False]
 
 
 def figures(recipe: Recipe, trainable: Any, blend: Blend, samples: AnySamples, names: tuple[str, ...]) -> Evaluation:
