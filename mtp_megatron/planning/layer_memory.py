@@ -50,10 +50,8 @@ def norm_activations(recipe: Recipe, sizes: Sizes) -> int:
 
 def norm_backward(recipe: Recipe, sizes: Sizes) -> int:
     """What its backward pass adds to that and to its output's gradient."""
-    elements = sizes.tokens_shard * sizes.hidden
-    if recipe.train.transformer_engine:
-        return elements * sizes.element
-    return elements * 4 * (4 if sizes.element == 4 else 5)  # torch's works in fp32, on a copy of a gradient in bf16
+    # Torch's makes five tensors in fp32, when one of those that it kept is gone.
+    return sizes.tokens_shard * sizes.hidden * (sizes.element if recipe.train.transformer_engine else 16)
 
 
 def _fused(recipe: Recipe, sizes: Sizes) -> int:

@@ -28,6 +28,7 @@ OWN = "train.transformer_engine=false"
 TWO_STAGES = ["parallel.pipeline=2", "model.num_trunk_layers=4", "heads.n=2", "parallel.layout=Ettt|tL"]
 ONE_LAYER = ["model.num_trunk_layers=1", "heads.n=1"]
 TIED = ["model.tied_embeddings=true", "model.vocab_size=65536", "train.seq_length=512", "train.precision=fp32"]
+BYTES = ["model.vocab_size=256"]
 REPLICATED = ["heads.n=3", "heads.unembedding=replicated"]
 # name: pipeline ranks to trace, GPUs, settings
 CASES: dict[str, tuple[list[int], int, list[str]]] = {
@@ -85,12 +86,18 @@ CASES: dict[str, tuple[list[int], int, list[str]]] = {
     "1.3B tied": ([0], 1, [*ONE_LAYER, *TIED]),
     "1.3B tied, spread": ([0], 2, [*ONE_LAYER, *TIED, "heads.n=2", "parallel.pipeline=2", "parallel.layout=Etm|mL"]),
     # heads that are no layers; with a vocabulary of bytes their backward pass outweighs their loss
-    "1.3B linear, bytes": ([0], 1, [*ONE_LAYER, *REPLICATED, "heads.kind=linear", "model.vocab_size=256"]),
+    "1.3B linear, bytes": ([0], 1, [*ONE_LAYER, *REPLICATED, "heads.kind=linear", *BYTES]),
     "1.3B Medusa, fp32": ([0], 1, [*ONE_LAYER, *REPLICATED, "heads.kind=medusa", "train.precision=fp32"]),
-    "1.3B Medusa alone, own": (
+    "1.3B Medusa alone, bytes, own": (
         [1],
         2,
-        [*ONE_LAYER, "heads.n=2", "heads.kind=medusa", "parallel.pipeline=2", "parallel.layout=Et|L", OWN],
+        [*ONE_LAYER, *BYTES, "heads.n=2", "heads.kind=medusa", "parallel.pipeline=2", "parallel.layout=Et|L", OWN],
+    ),
+    # few tokens, and gradients that are clipped in place, as Transformer Engine does
+    "1.3B clipped": (
+        [0],
+        2,
+        [*TWO_STAGES, "model.vocab_size=65536", "model.seq_length=128", "parallel.layout=Et|tttL"],
     ),
     # all layers of a chain wait while the first of its unembeddings gets a gradient
     "1.3B chain": ([0], 1, [*ONE_LAYER, *REPLICATED, "heads.arrangement=causal", "heads.n=4", "train.seq_length=2048"]),
