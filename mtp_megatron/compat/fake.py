@@ -175,7 +175,15 @@ def _rotary(original: Callable[..., Any]) -> Callable[..., Any]:
     return lambda inputs, angles, *args, **kwargs: _Rotary.apply(inputs, angles)
 
 
-# What a kernel that needs a GPU keeps for its backward pass, in place of what the unfused operations keep.
+def _scale_in_place(original: Callable[..., Any]) -> Callable[..., None]:
+    def scale_all(chunk_size: int, noop_flag: Any, tensor_lists: Any, scale: float) -> None:
+        for source, target in zip(*tensor_lists, strict=True):
+            target.copy_(source).mul_(scale)
+
+    return scale_all
+
+
+# What a kernel that needs a GPU takes, or keeps for its backward pass, in place of what the unfused operations do.
 FUSED_KERNELS: tuple[Replacement, ...] = (
     Replacement(
         "megatron.core.transformer.dot_product_attention.DotProductAttention",
@@ -194,6 +202,9 @@ FUSED_KERNELS: tuple[Replacement, ...] = (
     ),
     Replacement("torch.nn.RMSNorm", "forward", _rms_norm, "keeps its input in fp32 too"),
     Replacement("megatron.core.transformer.mlp", "bias_swiglu_impl", _swiglu, "is compiled for a GPU"),
+    Replacement(
+        "megatron.core.optimizer.clip_grads", "multi_tensor_scale_impl", _scale_in_place, "makes a scaled copy of each"
+    ),
 )
 
 
@@ -204,8 +215,8 @@ def fake_rank(rank: int, world_size: int, *, fused_kernels: bool) -> Iterator[No
     Args:
         rank: the rank to be.
         world_size: ranks of the job.
-        fused_kernels: attention, rotary positions, norms and SwiGLU take the memory of fused kernels. SwiGLU needs
-            ``bias_activation_fusion`` in Megatron's configuration besides.
+        fused_kernels: attention, rotary positions, norms, SwiGLU and clipping take the memory of fused kernels. SwiGLU
+            needs ``bias_activation_fusion`` in Megatron's configuration besides.
 
     Raises:
         RuntimeError: a CUDA device is visible, or this process belongs to a process group: both would be used.

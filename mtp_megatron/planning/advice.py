@@ -10,8 +10,9 @@ from typing import Any
 
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.planning.candidates import layouts
-from mtp_megatron.planning.cost import logits_chunk, rank_costs
+from mtp_megatron.planning.cost import rank_costs
 from mtp_megatron.planning.estimate import Hardware
+from mtp_megatron.planning.head_memory import logits_chunk
 from mtp_megatron.planning.lines import changed
 from mtp_megatron.planning.tensors import Tensors, largest_category, largest_tensors
 from mtp_megatron.training.recipe import Recipe

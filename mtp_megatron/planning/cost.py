@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 
 from mtp_megatron.errors import ConfigError
 from mtp_megatron.layout import StageLayout
-from mtp_megatron.loss import VocabShard, chunk_tokens_for
+from mtp_megatron.planning.head_memory import heads_memory
 from mtp_megatron.planning.layer_memory import (
     documents_mask,
     layer_activations,
     layer_backward,
-    norm_activations,
     scores_buffer,
 )
 from mtp_megatron.planning.simulate import in_flight
@@ -27,7 +26,6 @@ from mtp_megatron.training.shapes import (
     heads_flops,
     layer_flops,
     stage_parameters,
-    unembedding_copies,
 )
 from mtp_megatron.training.validate import data_parallel_size, num_microbatches
 
@@ -44,8 +42,8 @@ class Peak:
         kept: for those: activations of layers, z, targets and the documents' masks.
         layer: what a layer's backward pass, or the embedding's, adds; 0 where heads are at work.
         heads: what the heads of a microbatch add; 0 where a layer goes back.
-        exchange: buffers between ranks.
-        optimizer: its intermediate results, where they outweigh all the above (which is 0 then).
+        exchange: buffers between ranks, and Megatron's one buffer, which stays.
+        optimizer: its intermediate results, where they outweigh all the above (of which that buffer is left then).
     """
 
     in_flight: tuple[int, ...]
@@ -180,14 +178,16 @@ def _peak(recipe: Recipe, sizes: Sizes, chunks: list[StageLayout], rank: int, mi
     element, shared = sizes.element, sizes.tokens_shard * sizes.hidden
     whole = layer_activations(recipe, sizes)
     kept = element * shared if recipe.train.recompute == "full" else whole
-    # A recomputed layer's activations exist only while it goes back; its input was kept anyway.
-    layer = layer_backward(recipe, sizes) + (whole - kept if recipe.train.recompute == "full" else 0)
-    heads = [_heads(recipe, sizes, whole, chunk) if chunk.heads else 0 for chunk in chunks]
+    layer = layer_backward(recipe, sizes)
+    if recipe.train.recompute == "full":
+        # A recomputed layer's activations and output exist only while it goes back; its input was kept anyway.
+        layer += whole - kept + element * shared
+    heads = [heads_memory(recipe, sizes, chunk) if chunk.heads else 0 for chunk in chunks]
     batch = 8 * sizes.tokens * (recipe.heads.n + 3)
-    # Heads keep their input, z, until their backward pass, and nothing else.
+    # Heads keep their input, z, until their backward pass, and nothing else. Without layers z is a copy of what came.
     sizes_held = [
         chunk.layers * kept
-        + (element * shared if chunk.heads else 0)
+        + element * shared * (bool(chunk.heads) + (not chunk.layers and not chunk.first))
         + batch * (chunk.first or bool(chunk.heads))
         + documents_mask(recipe, sizes)
         for chunk in chunks
@@ -195,45 +195,40 @@ def _peak(recipe: Recipe, sizes: Sizes, chunks: list[StageLayout], rank: int, mi
     best = Peak(in_flight=(0,) * len(chunks))
     for chunk, counts in in_flight(recipe.parallel.pipeline, rank, microbatches, len(chunks)):
         held = sum(count * size for count, size in zip(counts, sizes_held, strict=True))
-        back = layer if chunks[chunk].layers else 0
-        if chunks[chunk].first:  # the embedding's gradient, whole, when what its microbatch's layers kept is gone
-            back = max(back, element * sizes.rows * sizes.hidden - chunks[chunk].layers * kept)
+        back = _trunk_backward(recipe, sizes, chunks[chunk], layer, kept)
         if held + max(back, heads[chunk]) > best.total:
             best = Peak(counts, held, **({"heads": heads[chunk]} if heads[chunk] > back else {"layer": back}))
-    exchange = 2 * element * shared if recipe.parallel.pipeline > 1 else 0  # received, and received next
+    # The gradient that was sent last; interleaved also the output, and what was received for the next passes.
+    exchanged = 5 if len(chunks) > 1 else rank > 0 and microbatches > 1
+    exchange = element * shared * exchanged
     if recipe.parallel.tp_comm_overlap:
         exchange += _USERBUFFERS * element * sizes.tokens * sizes.hidden
     # Megatron's one buffer, for gathering under sequence parallelism and for scores of its own attention.
     gathered = element * sizes.tokens * sizes.hidden if recipe.parallel.sequence_parallel else 0
-    exchange += max(gathered, scores_buffer(recipe, sizes))
-    best = replace(best, exchange=exchange)
+    transformer = recipe.heads.kind == "transformer"
+    has_layers = any(chunk.layers or (transformer and chunk.heads) for chunk in chunks)
+    buffer = max(gathered, scores_buffer(recipe, sizes)) if has_layers else 0
+    best = replace(best, exchange=exchange + buffer)
     # Torch's AdamW takes the roots of all second moments at once on a GPU. Transformer Engine's takes nothing, and
     # neither does Apex's, of which a plan cannot know.
     # (A recipe with userbuffers has Transformer Engine, so they are never left out here.)
     adam = 0 if recipe.train.transformer_engine else 4 * shard
-    return best if best.total >= adam else Peak(best.in_flight, optimizer=adam)
+    return best if best.total >= adam + buffer else Peak(best.in_flight, exchange=buffer, optimizer=adam)
 
 
-def logits_chunk(recipe: Recipe, sizes: Sizes) -> int:
-    """Tokens whose logits exist at one time."""
-    shard = VocabShard(0, sizes.rows, sizes.rows)
-    return min(sizes.tokens, chunk_tokens_for(shard, recipe.heads.loss_chunk_tokens))
+def _trunk_backward(recipe: Recipe, sizes: Sizes, stage: StageLayout, layer: int, kept: int) -> int:
+    """The most that a stage's layers or its embedding add in their backward pass to what was held before it.
 
-
-def _heads(recipe: Recipe, sizes: Sizes, layer: int, stage: StageLayout) -> int:
-    """The most that a stage's heads add to z: in a head's loss, in its layer's backward pass, or when the unembedding's
-    gradient is handed over."""
-    heads, element = recipe.heads, sizes.element
-    residual, table = sizes.tokens_shard * sizes.hidden, sizes.rows * sizes.hidden
-    copies = unembedding_copies(recipe, stage)
-    kept = layer * max(map(len, heads.chains)) if heads.kind == "transformer" else 3 * element * residual
-    several = len(stage.heads) > 1 or not stage.last  # gradients of z to be added: of heads, and of later stages
-    summed = 4 * table * copies + (4 * residual if several else 0)  # fp32: of the unembedding(s) and of z
-    features = element * residual + norm_activations(recipe, sizes)
-    hidden = element * sizes.tokens * sizes.hidden * (2 if recipe.parallel.sequence_parallel else 1)
-    logits = logits_chunk(recipe, sizes) * sizes.rows * (element + (4 if element < 4 else 0))
-    outer = element * table if element < 4 else 0
-    loss = kept + summed + features + hidden + logits + outer
-    backward = kept + summed + element * residual + layer_backward(recipe, sizes)
-    delivery = summed + element * (table * copies + residual)
-    return max(loss, backward, delivery)
+    Args:
+        layer: what one adds to what the stage's layers keep.
+        kept: what one keeps.
+    """
+    residual, table = (sizes.element * count * sizes.hidden for count in (sizes.tokens_shard, sizes.rows))
+    tied = table if stage.first and stage.heads and recipe.model.tied_embeddings else 0
+    added = layer if stage.layers else 0
+    if stage.first:
+        # Its gradient, whole, with that of its output and what came from the next stage; its layers' share is gone.
+        embedding = table + residual * (1 if stage.last else 2) - stage.layers * kept
+        added = max(added, embedding + tied)  # the sum of both uses of a tied one
+    # The heads' gradient of a tied embedding waits for its own. Their input, z, is gone.
+    return max(0, added + tied - (residual if stage.heads else 0))

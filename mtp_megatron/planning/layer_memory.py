@@ -48,6 +48,12 @@ def norm_activations(recipe: Recipe, sizes: Sizes) -> int:
     return elements * (sizes.element if recipe.train.transformer_engine else 8) + 4 * sizes.tokens_shard
 
 
+def norm_backward(recipe: Recipe, sizes: Sizes) -> int:
+    """What its backward pass adds to that and to its output's gradient."""
+    # Torch's makes five tensors in fp32, when one of those that it kept is gone.
+    return sizes.tokens_shard * sizes.hidden * (sizes.element if recipe.train.transformer_engine else 16)
+
+
 def _fused(recipe: Recipe, sizes: Sizes) -> int:
     """Inputs of both norms and of the four matrices, queries, keys and values, SwiGLU's input, and a number per row of
     norms and attention."""
@@ -117,9 +123,11 @@ def _own_attention_backward(recipe: Recipe, sizes: Sizes) -> int:
 
 
 def _mlp_backward(recipe: Recipe, sizes: Sizes) -> int:
-    """What the MLP's backward pass adds while nothing of its layer is freed: gradients of both matrices' sides."""
+    """What the MLP's backward pass adds while nothing of its layer is freed: the gradient of the layer's output, and
+    those of SwiGLU's sides or of a matrix and its input."""
     t, h, f = sizes.tokens, sizes.hidden, sizes.ffn
     gathered = t * h if recipe.parallel.sequence_parallel else 0
-    second = gathered + 2 * sizes.tokens_shard * h + t * f + f * h
-    first = 2 * sizes.tokens_shard * h + t * h + 2 * t * f + 2 * f * h - 3 * t * f
-    return sizes.element * max(first, second)
+    second = gathered + t * f + f * h
+    between = 2 * t * f
+    first = t * h + 2 * t * f + 2 * f * h - 3 * t * f
+    return sizes.element * (sizes.tokens_shard * h + max(first, between, second))

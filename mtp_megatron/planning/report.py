@@ -41,6 +41,7 @@ def as_json(
         ],
         "fits": advice is None,
         "advice": None if advice is None else {**dataclasses.asdict(advice), "settings": settings(advice.changes)},
+        "remarks": _remarks(recipe, hardware),
         "step_seconds": plan.step_seconds,
         "terms": dataclasses.asdict(plan.terms),
         "imbalance": plan.imbalance,
@@ -106,9 +107,10 @@ def _host(recipe: Recipe, world_size: int, hardware: Hardware, plan: Estimate) -
 
 def _remarks(recipe: Recipe, hardware: Hardware) -> list[str]:
     """What the figures above take for granted and a reader may not."""
-    remarks = [f"sequences of {recipe.train_seq_length} tokens (train.seq_length=... trains on shorter ones)"]
-    if recipe.train.batch_size_schedule is not None:
-        remarks.append(largest_step(recipe))
+    remarks = [
+        f"sequences of {recipe.train_seq_length} tokens (train.seq_length=... trains on shorter ones)",
+        *largest_step(recipe),
+    ]
     if recipe.train.precision == "fp32":
         return [
             *remarks,
@@ -118,10 +120,11 @@ def _remarks(recipe: Recipe, hardware: Hardware) -> list[str]:
     return remarks
 
 
-def largest_step(recipe: Recipe) -> str:
-    """Which of the steps of train.batch_size_schedule a plan is of."""
-    largest = recipe.train.batch_sizes.largest
-    return f"steps of {largest} sequences, the largest of train.batch_size_schedule"
+def largest_step(recipe: Recipe) -> list[str]:
+    """Which of the steps of train.batch_size_schedule a plan is of; empty without one."""
+    if recipe.train.batch_size_schedule is None:
+        return []
+    return [f"steps of {recipe.train.batch_sizes.largest} sequences, the largest of train.batch_size_schedule"]
 
 
 def _words(advice: Advice) -> list[str]:

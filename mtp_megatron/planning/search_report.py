@@ -36,6 +36,7 @@ def as_json(search: Search, world_size: int, hardware: Hardware) -> dict[str, An
         "best": [{**_row(found, world_size, hardware), "lost_by": lost_by(found, best)} for found in search.best],
         "heads_at_the_end": _row(search.at_the_end, world_size, hardware) if search.at_the_end else None,
         "too_big": _too_big(search.too_big) if search.too_big else None,
+        "remarks": largest_step(best.candidate.recipe),
         "recipe": recipe_tree(best.candidate.recipe),
     }
 
@@ -58,8 +59,7 @@ def table(search: Search, world_size: int, hardware: Hardware) -> str:
             _line("-", search.at_the_end, world_size, why),
             "(-: the first one's cut, all heads on the last stage)",
         ]
-    if best.candidate.recipe.train.batch_size_schedule is not None:
-        lines.append(f"({largest_step(best.candidate.recipe)})")
+    lines += [f"({remark})" for remark in largest_step(best.candidate.recipe)]
     lines.append("")
     if len(search.best) > 1:
         lines.append(f"1 against 2: {_comparison(search.best[1], best)}")

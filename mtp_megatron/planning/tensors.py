@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mtp_megatron.planning.cost import RankCost, logits_chunk, optimizer_shards
+from mtp_megatron.planning.cost import RankCost, optimizer_shards
+from mtp_megatron.planning.head_memory import logits_chunk
 from mtp_megatron.planning.layer_memory import scores
 from mtp_megatron.training.recipe import Recipe
 from mtp_megatron.training.shapes import Sizes, unembedding_copies

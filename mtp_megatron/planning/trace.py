@@ -88,10 +88,10 @@ def trace_rank(
         from mtp_megatron.training.build import build_trainable
 
         trainable = build_trainable(recipe)
-        if fused:  # as transformer_config sets them on GPUs
-            trainable.config.deallocate_pipeline_outputs = True
+        if fused:  # as transformer_config sets it on GPUs
             trainable.config.bias_activation_fusion = True
         if device != "cpu":
+            trainable.config.deallocate_pipeline_outputs = True
             _as_on_gpus(trainable, "fused" if fused else "foreach")
         coordinates = _coordinates()
         enough = min(whole, _steady_state(recipe, coordinates["PP"]))

@@ -18,7 +18,7 @@ from mtp_megatron.data.batch_sizes import BatchSizes
 from mtp_megatron.deepspeed.refusals import refuse_unsupported
 from mtp_megatron.errors import CheckpointError, ConfigError
 from mtp_megatron.planning.estimate import Hardware, estimate
-from mtp_megatron.planning.report import table
+from mtp_megatron.planning.report import as_json, table
 from mtp_megatron.training.architecture import model_description
 from mtp_megatron.training.operations import StepOperations
 from mtp_megatron.training.preflight import preflight
@@ -341,5 +341,8 @@ def test_a_plan_is_that_of_the_largest_size_and_says_so() -> None:
     hardware = Hardware()
     plan = estimate(recipe, 2, hardware)
     assert plan == estimate(largest, 2, hardware)
-    assert "steps of 12 sequences, the largest of train.batch_size_schedule" in table(recipe, 2, hardware, plan, None)
-    assert "batch_size_schedule" not in table(largest, 2, hardware, plan, None)
+    said = "steps of 12 sequences, the largest of train.batch_size_schedule"
+    assert said in table(recipe, 2, hardware, plan, None)
+    assert said in as_json(recipe, 2, hardware, plan, None)["remarks"]
+    for plain in (table(largest, 2, hardware, plan, None), *as_json(largest, 2, hardware, plan, None)["remarks"]):
+        assert "batch_size_schedule" not in plain

@@ -265,7 +265,9 @@ def test_blame_adds_up() -> None:
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     recipe, picture = tmp_path / "found.yaml", tmp_path / "found.svg"
-    command = ["plan", "1.3B", "--gpus", "4", "--search", SMALL_BATCH, "model.vocab_size=128000", "parallel.pipeline=4"]
+    grows = "train.batch_size_schedule=[[1, 16], [9, 32]]"
+    cut = ["model.vocab_size=128000", "parallel.pipeline=4"]
+    command = ["plan", "1.3B", "--gpus", "4", "--search", SMALL_BATCH, grows, *cut]
     assert cli.main([*command, "--recipe", str(recipe), "--picture", str(picture)]) == 0
     text = capsys.readouterr().out
     assert recipe_lines(load_recipe(recipe)).strip() in text
@@ -276,6 +278,9 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert parse_recipe(found["recipe"]) == load_recipe(recipe)
     assert found["best"][0]["lost_by"] == {}
     assert sum(found["best"][1]["lost_by"].values()) > 0
+    (remark,) = found["remarks"]
+    assert remark == "steps of 32 sequences, the largest of train.batch_size_schedule"
+    assert f"({remark})" in text
     assert cli.main(["plan", str(recipe), "--gpus", "4", "--memory", "20", "--json"]) == 0
     advice = json.loads(capsys.readouterr().out)["advice"]
     assert advice["settings"] == settings(advice["changes"])
