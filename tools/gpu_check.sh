@@ -13,8 +13,9 @@
 #                there) are installed from it, without any network, into an environment in the results' folder that sees
 #                PYTHON's packages; tools/gpu_wheels.sh makes such a folder
 #
-# Each step has a time limit of its own; it writes NAME.txt, and NAME.json where it measures. summary.txt and summary.json
-# say how each step ended. Where Transformer Engine cannot be installed, its part is left out by name.
+# Each step has a time limit of its own, at which it gets Ctrl-C: pytest then shows the failures so far, a tool where it
+# was. It writes NAME.txt, and NAME.json where it measures. summary.txt and summary.json say how each step ended. Where
+# Transformer Engine cannot be installed, its part is left out by name.
 # Exit status: 0 all steps passed, 1 one did not, 2 there is no GPU here.
 set -euo pipefail
 
@@ -201,7 +202,7 @@ for line in "${steps[@]}"; do
   words=()
   eval "words=($command)" # quoted by step
   SECONDS=0 code=0
-  timeout --kill-after 10 "$limit" "$python" "${words[@]}" >"$out/$name.txt" 2>&1 || code=$?
+  timeout --signal INT --kill-after 10 "$limit" "$python" "${words[@]}" >"$out/$name.txt" 2>&1 || code=$?
   case $code in
     0) result=passed ;;
     124 | 137) result="FAILED: longer than $limit s" status=1 ;;
