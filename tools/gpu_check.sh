@@ -57,7 +57,7 @@ step() {
 }
 if ((dry)); then
   step kernels 60 -m mtp_megatron.compat
-  step tests 120 -m pytest -q -p no:cacheprovider -m gpu tests/gpu
+  step tests 120 -m pytest -q --durations 12 -p no:cacheprovider -m gpu tests/gpu
   step fp8_curves 120 tools/gpu_fp8_curves.py --quick --steps 2 --json "$out/fp8_curves.json"
   step bench_memory 120 tools/bench_memory.py --quick --heads 1 2 --json "$out/bench_memory.json"
   step bench_loss 120 tools/bench_loss.py --quick --tp 1 --only mtp_megatron megatron-core --json "$out/bench_loss.json"
@@ -68,7 +68,7 @@ else
   # install 8 s, kernels 34, tests without Transformer Engine 43, last_stage 61, bench_memory 36; much of it are imports
   # and compilations on a machine that has none cached.
   step kernels 45 -m mtp_megatron.compat --verbose --smoke --require-gpu
-  step tests 115 -m pytest -q -p no:cacheprovider -m gpu tests/gpu
+  step tests 115 -m pytest -q --durations 12 -p no:cacheprovider -m gpu tests/gpu
   step fp8_curves 70 tools/gpu_fp8_curves.py --json "$out/fp8_curves.json"
   step last_stage 70 tools/gpu_last_stage.py --json "$out/last_stage.json"
   step bench_memory 45 tools/bench_memory.py --dtype bf16 --hidden 1024 --json "$out/bench_memory.json"
