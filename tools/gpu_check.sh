@@ -13,8 +13,9 @@
 #                there) are installed from it, without any network, into an environment in the results' folder that sees
 #                PYTHON's packages; tools/gpu_wheels.sh makes such a folder
 #
-# Each step has a time limit of its own; it writes NAME.txt, and NAME.json where it measures. summary.txt and summary.json
-# say how each step ended. Where Transformer Engine cannot be installed, its part is left out by name.
+# Each step has a time limit of its own, at which it gets Ctrl-C: pytest then shows the failures so far, a tool where it
+# was. It writes NAME.txt, and NAME.json where it measures. summary.txt and summary.json say how each step ended. Where
+# Transformer Engine cannot be installed, its part is left out by name.
 # Exit status: 0 all steps passed, 1 one did not, 2 there is no GPU here.
 set -euo pipefail
 
@@ -56,7 +57,7 @@ step() {
 }
 if ((dry)); then
   step kernels 60 -m mtp_megatron.compat
-  step tests 120 -m pytest -q -p no:cacheprovider -m gpu tests/gpu
+  step tests 120 -m pytest -q --durations 12 -p no:cacheprovider -m gpu tests/gpu
   step fp8_curves 120 tools/gpu_fp8_curves.py --quick --steps 2 --json "$out/fp8_curves.json"
   step bench_memory 120 tools/bench_memory.py --quick --heads 1 2 --json "$out/bench_memory.json"
   step bench_loss 120 tools/bench_loss.py --quick --tp 1 --only mtp_megatron megatron-core --json "$out/bench_loss.json"
@@ -67,7 +68,7 @@ else
   # install 8 s, kernels 34, tests without Transformer Engine 43, last_stage 61, bench_memory 36; much of it are imports
   # and compilations on a machine that has none cached.
   step kernels 45 -m mtp_megatron.compat --verbose --smoke --require-gpu
-  step tests 115 -m pytest -q -p no:cacheprovider -m gpu tests/gpu
+  step tests 115 -m pytest -q --durations 12 -p no:cacheprovider -m gpu tests/gpu
   step fp8_curves 70 tools/gpu_fp8_curves.py --json "$out/fp8_curves.json"
   step last_stage 70 tools/gpu_last_stage.py --json "$out/last_stage.json"
   step bench_memory 45 tools/bench_memory.py --dtype bf16 --hidden 1024 --json "$out/bench_memory.json"
@@ -201,7 +202,7 @@ for line in "${steps[@]}"; do
   words=()
   eval "words=($command)" # quoted by step
   SECONDS=0 code=0
-  timeout --kill-after 10 "$limit" "$python" "${words[@]}" >"$out/$name.txt" 2>&1 || code=$?
+  timeout --signal INT --kill-after 10 "$limit" "$python" "${words[@]}" >"$out/$name.txt" 2>&1 || code=$?
   case $code in
     0) result=passed ;;
     124 | 137) result="FAILED: longer than $limit s" status=1 ;;

@@ -15,6 +15,7 @@ import torch
 from mtp_megatron.compat import fp8, packages
 from mtp_megatron.config import HeadsConfig
 from mtp_megatron.errors import ConfigError
+from mtp_megatron.megatron_lm.loading import check_scales
 
 GROUP = "multi-token prediction heads (mtp_megatron)"
 
@@ -159,6 +160,7 @@ def check_args(args: argparse.Namespace) -> HeadsConfig:
 
     Raises:
         ConfigError: names the first argument that cannot work, its value and the remedy.
+        CheckpointError: a checkpoint to be loaded whose arguments cannot be read.
     """
     heads = heads_from_args(args)
     for refusal in REFUSALS:
@@ -171,6 +173,7 @@ def check_args(args: argparse.Namespace) -> HeadsConfig:
     _check_rampup(args)
     _check_weight_shards(args)
     _check_async_save(args)
+    check_scales(args)
     layout = getattr(args, "pipeline_model_parallel_layout", None)
     if layout is not None and "m" in str(layout):
         raise ConfigError(

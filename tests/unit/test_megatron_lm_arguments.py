@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -162,6 +163,88 @@ def test_fp8_is_refused_by_the_flags_name(
     on(monkeypatch, (9, 0))
     with pytest.raises(ConfigError, match=f"^{says}"):
         check_args(parse("--mtp-heads", "2", *argv, **LOW_PRECISION | host))
+
+
+SHARED = {"num_experts": 4, "moe_grouped_gemm": True, "fp8": "hybrid", "fp8_recipe": "delayed"}
+TENSORWISE = SHARED | {"fp8_recipe": "tensorwise"}
+
+
+def saved(place: Path, step: int, name: str = "", **arguments: Any) -> None:
+    """Files of Megatron-LM's checkpoint that say what it is."""
+    folder = place / (name or f"iter_{step:07d}")
+    folder.mkdir(parents=True)
+    (folder / ".metadata").touch()
+    torch.save({"args": argparse.Namespace(**arguments), "iteration": step}, folder / "common.pt")
+    (place / "latest_checkpointed_iteration.txt").write_text(name or str(step))
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "refused"),
+    [
+        (SHARED | {"expert_model_parallel_size": 2}, SHARED | {"expert_model_parallel_size": 4}, True),
+        (SHARED | {"expert_model_parallel_size": 2}, SHARED | {"expert_model_parallel_size": 2}, False),
+        (SHARED, SHARED | {"moe_grouped_gemm": False}, True),
+        (SHARED | {"expert_model_parallel_size": 4}, SHARED | {"moe_grouped_gemm": False}, False),
+        (SHARED | {"moe_grouped_gemm": False}, SHARED | {"expert_model_parallel_size": 2}, True),
+        (TENSORWISE | {"expert_model_parallel_size": 2}, SHARED, False),
+        (SHARED | {"expert_model_parallel_size": 2}, TENSORWISE, False),
+        (SHARED | {"num_experts": None}, SHARED, False),
+        ({}, SHARED, False),
+    ],
+)
+def test_scales_of_experts_do_not_move_between_layers_of_other_numbers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, there: dict[str, Any], here: dict[str, Any], refused: bool
+) -> None:
+    """Upstream cuts those of a layer in another order than Transformer Engine has them in."""
+    on(monkeypatch, (9, 0))
+    here = LOW_PRECISION | {"expert_model_parallel_size": 1} | here
+    saved(tmp_path, 2, **there)
+    if not refused:
+        check_args(parse("--mtp-heads", "2", load=str(tmp_path), **here))
+        return
+    size = there.get("expert_model_parallel_size", 1)
+    grouped = "with" if there["moe_grouped_gemm"] else "without"
+    says = rf"of the experts in a layer .*iter_0000002.*--expert-model-parallel-size {size} and {grouped} --moe"
+    with pytest.raises(ConfigError, match=says) as caught:
+        check_args(parse("--mtp-heads", "2", load=str(tmp_path), **here))
+    assert caught.value.field == "--expert-model-parallel-size"
+
+
+@pytest.mark.parametrize(
+    ("argument", "found"),
+    [
+        ({"load": "latest"}, True),
+        ({"load": "latest", "ckpt_step": 2}, False),
+        ({"load": "latest", "ckpt_step": 3}, False),
+        ({"load": "release"}, True),
+        ({"load": "nothing", "pretrained_checkpoint": "release"}, True),
+        ({"load": "older", "pretrained_checkpoint": "release"}, False),
+        ({"load": "older", "non_persistent_ckpt_type": "global", "non_persistent_global_ckpt_dir": None}, False),
+        ({"load": "nothing"}, False),
+        ({"load": "latest", "non_persistent_ckpt_type": "global", "non_persistent_global_ckpt_dir": None}, False),
+    ],
+    ids=str,
+)
+def test_the_checkpoint_that_is_looked_at_is_the_one_that_will_be_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, argument: dict[str, Any], found: bool
+) -> None:
+    on(monkeypatch, (9, 0))
+    alike, other = (SHARED | {"expert_model_parallel_size": size} for size in (1, 2))
+    saved(tmp_path / "older", 2, **alike)
+    saved(tmp_path / "latest", 2, **alike)
+    saved(tmp_path / "latest", 4, **other)
+    saved(tmp_path / "latest" / "non_persistent", 4, **alike)
+    saved(tmp_path / "release", 0, "release", **other)
+    named = {
+        key: str(tmp_path / value) if value in ("older", "latest", "release", "nothing") else value
+        for key, value in argument.items()
+    }
+    asked = parse("--mtp-heads", "2", **LOW_PRECISION | {"expert_model_parallel_size": 1} | SHARED | named)
+    if found:
+        with pytest.raises(ConfigError, match="expert-model-parallel-size"):
+            check_args(asked)
+    else:
+        check_args(asked)
 
 
 def test_fp8_without_a_device_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
