@@ -50,7 +50,7 @@ def train(data: Path, start: Path) -> Train:
 
     def trained(run: Path, world: int = 1, **settings: Any) -> list[Seen]:
         common = {"train__precision": "bf16", "train__transformer_engine": True, "run__load": str(start)}
-        # The norm's last bit depends on the order of the sum, over ranks too; clipped by it an update in bf16 may as well.
+        # The norm's last bit depends on the order of the sum, over ranks too; clipped by it an update in bf16 may, too.
         common |= {"optimizer__clip_grad": 0}
         return run_world(train_recipe, world, tiny_tree(data, run, **common | settings), fresh=True, timeout=300)
 
