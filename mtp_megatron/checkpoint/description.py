@@ -134,6 +134,11 @@ def moe_top_k_of(model: dict[str, Any]) -> int | None:
     return None if model["num_experts"] is None else int(model["moe_top_k"])
 
 
+def moe_aux_loss_of(model: dict[str, Any]) -> float:
+    """Weight of the load-balancing loss in a model that a recipe's section ``model`` describes."""
+    return float({**_optional_settings(), **model}["moe_aux_loss"])
+
+
 def rope_scaling_of(model: dict[str, Any]) -> RopeScaling | None:
     """How a recipe's section ``model`` lowers the rotary frequencies; settings that are absent have their defaults."""
     model = {**_optional_settings(), **model}

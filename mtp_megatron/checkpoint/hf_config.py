@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from mtp_megatron.checkpoint.description import ModelDescription
+from mtp_megatron.checkpoint.description import ModelDescription, moe_aux_loss_of
 from mtp_megatron.data.tokenizer import Tokenizer
 from mtp_megatron.errors import CheckpointError
-from mtp_megatron.training.recipe import ModelSection
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,6 @@ _INERT: dict[str, tuple[tuple[Any, ...], str]] = {
     "quantization_config": ((None,), "weights are not quantised here"),
     "auto_map": ((None,), "code that comes with a model is not run"),
 }
-_AUX_LOSS = ModelSection.model_fields["moe_aux_loss"].default  # of a description that is older than the setting
 # What a family with experts has in its config.json besides.
 EXPERT_SETTINGS: dict[str, Callable[[ModelDescription], Any]] = {
     "num_experts": lambda model: model.shape.num_experts,
@@ -63,7 +61,7 @@ EXPERT_SETTINGS: dict[str, Callable[[ModelDescription], Any]] = {
     "norm_topk_prob": lambda model: model.moe_top_k != 1,
     "moe_intermediate_size": lambda model: model.shape.expert_width,
     "decoder_sparse_step": lambda model: 1,
-    "router_aux_loss_coef": lambda model: float(model.raw["model"].get("moe_aux_loss", _AUX_LOSS)),
+    "router_aux_loss_coef": lambda model: moe_aux_loss_of(model.raw["model"]),
     "mlp_only_layers": lambda model: [model.shape.num_trunk_layers] if model.shape.heads_are_layers else [],
 }
 _ROPE_NUMBERS = {

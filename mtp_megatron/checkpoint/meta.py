@@ -206,21 +206,20 @@ def write_meta(
         return kept[1][part]
 
     write_pth(folder / "consolidated.00.pth", metas, read)
-    tokenizer = description.tokenizer.files()
+    tokenizer, remarks = description.tokenizer.files(), []
     if MODEL_FILE in tokenizer:
         (folder / MODEL_FILE).write_bytes(tokenizer[MODEL_FILE])
     else:  # the layout has no place for another one: beside it, for this package
         write_tokenizer(description.tokenizer, folder)
         record = {"tokenizer": entry_of(description.tokenizer), "vocab_size": shape.vocab_size}
         (folder / CONFIG).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        remarks.append(
+            f"no {MODEL_FILE}, which Meta's code looks for: the model's tokenizer is no sentencepiece model. {CONFIG} "
+            "says which it is, for this package"
+        )
     # Last, because no reader takes a folder without it for a model.
     (folder / PARAMS).write_text(json.dumps(_params(description), indent=2) + "\n", encoding="utf-8")
-    if MODEL_FILE in tokenizer:
-        return []
-    return [
-        f"no {MODEL_FILE}, which Meta's code looks for: the model's tokenizer is no sentencepiece model. {CONFIG} says "
-        "which it is, for this package"
-    ]
+    return remarks
 
 
 def _params(description: ModelDescription) -> dict[str, Any]:
